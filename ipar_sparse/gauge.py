@@ -1,0 +1,37 @@
+"""The gauge: what a layout is known up to, and the representative we keep."""
+
+import torch
+from torch import Tensor
+
+
+def gauge_fix(pos: Tensor, batch: Tensor | None = None, num_graphs: int | None = None) -> Tensor:
+    r"""Centre a layout and scale it to unit root-mean-square radius; rotation is left alone.
+
+    .. math::
+        \mathbf{x}_i \leftarrow
+        \frac{\mathbf{x}_i - \bar{\mathbf{x}}}
+             {\max(\sqrt{\tfrac1n \sum_j \|\mathbf{x}_j - \bar{\mathbf{x}}\|^2}, 10^{-6})}
+
+    Args:
+        pos: positions (n, 2), any units.
+        batch: graph of each node (n,), int64; one graph if left out.
+        num_graphs: number of graphs in ``batch``; read from it (a host synchronisation on
+            CUDA) if left out.
+
+    Returns:
+        Positions (n, 2) in the unit-RMS gauge, each graph by itself.
+    """
+    if batch is None:
+        centred = pos - pos.mean(dim=0, keepdim=True) if pos.size(0) else pos
+        mean_square = centred.square().sum(-1).mean() if pos.size(0) else pos.new_ones(())
+        return centred * mean_square.clamp(min=1e-12).rsqrt()
+    if num_graphs is None:
+        num_graphs = int(batch.max()) + 1 if batch.numel() else 0
+    count = pos.new_zeros(num_graphs).index_add_(0, batch, pos.new_ones(pos.size(0)))
+    count = count.clamp(min=1).unsqueeze(-1)
+    mean = pos.new_zeros(num_graphs, pos.size(1)).index_add_(0, batch, pos) / count
+    centred = pos - mean[batch]
+    square = pos.new_zeros(num_graphs, 1).index_add_(
+        0, batch, centred.square().sum(-1, keepdim=True)
+    )
+    return centred * (square / count).clamp(min=1e-12).rsqrt()[batch]
