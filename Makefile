@@ -1,0 +1,55 @@
+# make demo          simulate slides, train, predict a held-out slide, write a report
+# make test          the tests; EXT=1 also builds torch-scatter and torch-cluster and tests against them
+# make lint          ruff
+# make clean         remove what the targets above made, except the environment
+#
+# PYTHON, TORCH and VENV can be overridden, e.g. make test TORCH='torch==2.11.0' VENV=.venv-2.11
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+EXT ?=
+PYTEST_ARGS ?=
+
+DEMO_DIR ?= demo
+DEMO_SPOTS ?= 1000
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ipar-ready
+EXT_READY := $(VENV)/.ipar-ext-ready
+# Whatever torch was installed first is what every later install has to live with.
+PINNED := $(VENV)/torch-constraint.txt
+
+.PHONY: env ext demo test lint clean
+
+env: $(READY)
+
+$(READY): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "$(TORCH)"
+	@$(BIN)/python -c "from importlib.metadata import version as v; print('torch==' + v('torch'))" > $(PINNED)
+	$(PIP) install -q -c $(PINNED) -e ".[cli,faiss,test]"
+	@touch $@
+
+ext: $(EXT_READY)
+
+# The wheels depend on the torch they were compiled against, which pip's wheel cache does not
+# know: one cache per torch version.
+$(EXT_READY): $(READY)
+	$(PIP) install -q -c $(PINNED) setuptools wheel
+	$(PIP) install -q -c $(PINNED) --no-build-isolation \
+	  --cache-dir "$$($(PIP) cache dir)/ipar_sparse-$$(cat $(PINNED))" \
+	  torch-scatter==2.1.2 torch-cluster==1.6.3
+	$(BIN)/python -c "import torch_scatter, torch_cluster"
+	@touch $@
+
+test: $(READY) $(if $(EXT),$(EXT_READY))
+	$(if $(EXT),IPAR_SPARSE_REQUIRE_EXT=1) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(DEMO_DIR) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

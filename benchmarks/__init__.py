@@ -1,0 +1,1 @@
+"""Measurements, side by side in one run: importable as `ipar_sparse.benchmarks`."""
