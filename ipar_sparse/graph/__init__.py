@@ -1,0 +1,6 @@
+"""Points to neighbour tables: the one representation of a graph, and how it is found."""
+
+from .knn import KNN_BACKENDS, knn, knn_candidates
+from .table import NeighborTable, validate_table
+
+__all__ = ["KNN_BACKENDS", "NeighborTable", "knn", "knn_candidates", "validate_table"]

@@ -1,0 +1,239 @@
+"""k nearest neighbours: several backends, one contract, one validator."""
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .table import NeighborTable, validate_table
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_ELEMENTS = 1 << 24  # distances held at once by the exact search: 64 MiB in float32
+_FAISS_FLAT_LIMIT = 200_000  # on CPU, flat search beats approximate indices of equal recall below
+_CUDA_CLUSTER_LIMIT = 100  # torch_cluster's CUDA kernel keeps its neighbours in local memory
+
+
+def knn(
+    points: Tensor,
+    k: int,
+    *,
+    metric: str = "euclidean",
+    backend: str = "auto",
+    recall_sample: int = 1000,
+) -> NeighborTable:
+    """The k nearest neighbours of every point among all the others.
+
+    Args:
+        points: (n, d), floating point.
+        k: neighbours a point; min(k, n - 1) are found.
+        metric: ``"euclidean"`` or ``"cosine"``.
+        backend: ``"exact"`` (blocked matrix product and top-k, CPU and GPU), ``"kdtree"``
+            (SciPy, d <= 3), ``"faiss"``, ``"torch_cluster"``, or ``"auto"``.
+        recall_sample: queries on which an approximate backend is checked against exact search.
+
+    Returns:
+        A validated :class:`NeighborTable`, nearest first (the exact backend breaks ties by
+        number). Self is never a neighbour, also among duplicate points.
+
+    Raises:
+        ValueError: on points that are not a finite (n, d) matrix, k < 1, unknown names, or a
+            backend that cannot take this input.
+        ImportError: if the backend's library is not installed.
+    """
+    if points.dim() != 2 or not points.is_floating_point():
+        raise ValueError(
+            f"knn needs floating-point points (n, d); given {points.dtype} "
+            f"of shape {tuple(points.shape)}"
+        )
+    if k < 1:
+        raise ValueError(f"knn needs k >= 1; given {k}")
+    if metric not in ("euclidean", "cosine"):
+        raise ValueError(f"unknown metric {metric!r}; choose 'euclidean' or 'cosine'")
+    if not bool(torch.isfinite(points).all()):
+        row = int((~torch.isfinite(points)).any(-1).nonzero()[0])
+        raise ValueError(f"knn needs finite points; point {row} has NaN or infinity")
+    points = points.detach()
+    if metric == "cosine":
+        points = torch.nn.functional.normalize(points, dim=-1)
+    n = points.size(0)
+    k = min(k, n - 1)
+    if backend == "auto":
+        backend = _choose_backend(points)
+    if backend not in KNN_BACKENDS:
+        raise ValueError(f"unknown knn backend {backend!r}; choose from {sorted(KNN_BACKENDS)}")
+    if k < 1:
+        index, exact = torch.empty(n, 0, dtype=torch.int32, device=points.device), True
+    else:
+        index, exact = KNN_BACKENDS[backend](points, k)
+    table = NeighborTable(index, metric=metric, method=backend)
+    validate_table(table)
+    if not exact:
+        table.recall = _sampled_recall(points, table, recall_sample)
+        logger.info("knn backend %s: sampled recall@%d %.4f", backend, k, table.recall)
+    return table
+
+
+def knn_candidates(
+    h: Tensor, k: int = 100, *, metric: str = "euclidean", backend: str = "auto"
+) -> NeighborTable:
+    """The candidate graph: kNN in embedding space, all that is known at inference.
+
+    Args:
+        h: embeddings (n, d).
+        k: candidates a cell, default 100 (min(k, n - 1) on small sets).
+        metric: ``"euclidean"`` or ``"cosine"``.
+        backend: see :func:`knn`.
+
+    Returns:
+        :class:`NeighborTable` of n rows.
+    """
+    return knn(h, k, metric=metric, backend=backend)
+
+
+def _choose_backend(points: Tensor) -> str:
+    if points.is_cuda:
+        return "exact"
+    if points.size(1) <= 3:
+        return "kdtree"
+    if points.size(0) > _FAISS_FLAT_LIMIT and _has("faiss"):
+        return "faiss"
+    return "exact"
+
+
+def _has(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+def _exact(points: Tensor, k: int) -> tuple[Tensor, bool]:
+    """Blocked matrix product with a running top-k; never n x n.
+
+    The expanded square loses digits to cancellation, so a few more than k are kept and ranked
+    again by the distance itself.
+    """
+    n, d = points.shape
+    work = points if points.dtype == torch.float64 else points.float()
+    work = work - work.mean(dim=0, keepdim=True)
+    square = work.square().sum(-1)
+    keep = min(n - 1, k + max(4, k // 16))
+    columns = min(n, max(keep + 1, 1 << 17))
+    rows = max(1, min(n, _BLOCK_ELEMENTS // columns, max(1, _BLOCK_ELEMENTS // (keep * d))))
+    out = torch.empty(n, k, dtype=torch.int32, device=points.device)
+    for start in range(0, n, rows):
+        query = work[start : start + rows]
+        best = best_id = None
+        for left in range(0, n, columns):
+            block = work[left : left + columns]
+            distance = torch.addmm(square[left : left + columns], query, block.T, alpha=-2.0)
+            low, high = max(start, left), min(start + query.size(0), left + block.size(0))
+            if low < high:  # the diagonal runs through this tile
+                own = torch.arange(low, high, device=points.device)
+                distance[own - start, own - left] = math.inf
+            value, column = distance.topk(min(keep, block.size(0)), dim=-1, largest=False)
+            column = column + left
+            if best is not None:
+                value, column = torch.cat([best, value], -1), torch.cat([best_id, column], -1)
+                value, order = value.topk(min(keep, value.size(-1)), dim=-1, largest=False)
+                column = column.gather(-1, order)
+            best, best_id = value, column
+        out[start : start + rows] = _rank(work, query, best_id, k)
+    return out, True
+
+
+def _rank(points: Tensor, query: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """The k nearest of each row's candidates by exact distance, ties by number."""
+    candidates = candidates.sort(dim=-1).values
+    distance = (points[candidates] - query.unsqueeze(1)).square().sum(-1)
+    order = distance.argsort(dim=-1, stable=True)[:, :k]
+    return candidates.gather(-1, order).int()
+
+
+def _kdtree(points: Tensor, k: int) -> tuple[Tensor, bool]:
+    if points.size(1) > 3:
+        raise ValueError(f"knn backend 'kdtree' is for d <= 3; given d = {points.size(1)}")
+    import numpy as np
+    from scipy.spatial import cKDTree
+
+    array = points.double().cpu().numpy()
+    _, index = cKDTree(array).query(array, k=k + 1, workers=-1)
+    return _drop_self(torch.from_numpy(np.ascontiguousarray(index)), k).to(points.device), True
+
+
+def _faiss(points: Tensor, k: int) -> tuple[Tensor, bool]:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "knn backend 'faiss' needs faiss; pip install 'ipar_sparse[faiss]'"
+        ) from error
+    array = points.float().cpu().contiguous().numpy()
+    n, d = array.shape
+    if n <= _FAISS_FLAT_LIMIT:
+        index, exact = faiss.IndexFlatL2(d), True
+    else:
+        lists = int(4 * math.sqrt(n))
+        index, exact = faiss.IndexIVFFlat(faiss.IndexFlatL2(d), d, lists), False
+        index.cp.seed = 0
+        index.nprobe = max(16, lists // 32)
+        stride = max(1, n // (64 * lists))
+        index.train(array[::stride])
+    index.add(array)
+    _, found = index.search(array, k + 1)
+    found = torch.from_numpy(found)
+    if not exact and bool((found < 0).any()):
+        raise ValueError(
+            f"knn backend 'faiss' found fewer than {k} neighbours for some points; "
+            "use backend='exact'"
+        )
+    return _drop_self(found, k).to(points.device), exact
+
+
+def _torch_cluster(points: Tensor, k: int) -> tuple[Tensor, bool]:
+    try:
+        import torch_cluster
+    except ImportError as error:
+        raise ImportError(
+            "knn backend 'torch_cluster' needs torch-cluster, built from source; "
+            "see the README, or use backend='exact'"
+        ) from error
+    if points.is_cuda and k + 1 > _CUDA_CLUSTER_LIMIT:
+        raise ValueError(
+            f"knn backend 'torch_cluster' finds at most {_CUDA_CLUSTER_LIMIT - 1} neighbours on "
+            f"CUDA; given k = {k}; use backend='exact'"
+        )
+    row, col = torch_cluster.knn(points, points, k + 1)
+    return _drop_self(col.view(points.size(0), k + 1), k), True
+
+
+def _drop_self(found: Tensor, k: int) -> Tensor:
+    """Remove self from rows of k + 1; the last neighbour where duplicates have displaced self."""
+    n = found.size(0)
+    own = found == torch.arange(n, device=found.device).unsqueeze(-1)
+    own[:, -1] |= ~own.any(dim=-1)
+    return found[~own].view(n, k).int()
+
+
+def _sampled_recall(points: Tensor, table: NeighborTable, sample: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randperm(points.size(0), generator=generator)[:sample].to(points.device)
+    work = points.float() - points.float().mean(dim=0, keepdim=True)
+    hits = 0
+    for chunk in rows.split(max(1, _BLOCK_ELEMENTS // points.size(0))):
+        distance = torch.cdist(work[chunk], work)
+        distance[torch.arange(chunk.numel(), device=points.device), chunk] = math.inf
+        true = distance.topk(table.k, largest=False).indices
+        found = table.index[chunk].long()
+        hits += int((found.unsqueeze(-1) == true.unsqueeze(1)).any(-1).sum())
+    return hits / (rows.numel() * table.k)
+
+
+KNN_BACKENDS: dict[str, Callable[[Tensor, int], tuple[Tensor, bool]]] = {
+    "exact": _exact,
+    "kdtree": _kdtree,
+    "faiss": _faiss,
+    "torch_cluster": _torch_cluster,
+}

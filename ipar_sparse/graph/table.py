@@ -1,0 +1,236 @@
+"""NeighborTable: a directed graph in which every destination has a row of sources."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class NeighborTable:
+    """A directed graph as a table: row i lists the sources j of the in-edges of destination i.
+
+    The layout of kNN graphs. Edge e of an unpadded table is slot ``e % k`` of row ``e // k``;
+    per-edge tensors everywhere in this package follow this row-major order, with padding slots
+    left out. In PyG's terms ``edge_index[0]`` is the source (the neighbour) and
+    ``edge_index[1]`` the destination (the node that attends).
+
+    Args:
+        index: sources (n, k), int32; -1 marks padding and is allowed only if ``padded``.
+        num_src_nodes: number of source nodes; n unless the graph is bipartite.
+        padded: whether rows may have fewer than k neighbours.
+        recall: sampled recall@k against exact search, None where the search was exact.
+        metric: the metric of the search.
+        method: the backend that found the neighbours.
+    """
+
+    index: Tensor
+    num_src_nodes: int | None = None
+    padded: bool = False
+    recall: float | None = None
+    metric: str | None = None
+    method: str | None = None
+    _cache: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.index.dim() != 2 or self.index.dtype != torch.int32:
+            raise ValueError(
+                f"NeighborTable needs an int32 table (n, k); given {self.index.dtype} of shape "
+                f"{tuple(self.index.shape)}. Build one with knn() or NeighborTable.from_edge_index."
+            )
+        if self.num_src_nodes is None:
+            self.num_src_nodes = self.index.size(0)
+        self.index = self.index.contiguous()
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of destination nodes n."""
+        return self.index.size(0)
+
+    @property
+    def k(self) -> int:
+        """Number of slots a row."""
+        return self.index.size(1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.index.device
+
+    @property
+    def num_edges(self) -> int:
+        """Number of edges E, padding left out."""
+        if not self.padded:
+            return self.index.numel()
+        return self._cached("num_edges", lambda: int(self.mask.sum()))
+
+    @property
+    def mask(self) -> Tensor:
+        """True where a slot holds an edge, (n, k)."""
+        return self._cached("mask", lambda: self.index >= 0)
+
+    @property
+    def edge_index(self) -> Tensor:
+        """PyG's edge list (2, E), int64: sources first, destinations second, row-major."""
+        return self._cached("edge_index", self._edge_index)
+
+    @property
+    def rowptr(self) -> Tensor:
+        """CSR row pointer over destinations (n + 1,), int64."""
+        return self._cached("rowptr", self._rowptr)
+
+    def reverse(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The edges sorted by source, for passes that run over a node's out-edges.
+
+        Returns:
+            ``rowptr`` (n_src + 1,), int64; ``edge`` (E,), int64: the row-major number of each
+            edge; ``dst`` (E,), int64: its destination. Stable: edges of one source keep their
+            order, so that sums over them are the same in every run.
+        """
+        return self._cached("reverse", self._reverse)
+
+    def to_table(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Per-edge values (E, ...) as (n, k, ...), ``fill`` in padding slots."""
+        shape = (self.num_nodes, self.k, *values.shape[1:])
+        if not self.padded:
+            return values.reshape(shape)
+        table = values.new_full((self.num_nodes * self.k, *values.shape[1:]), fill)
+        return table.index_copy(0, self._slots(), values).reshape(shape)
+
+    def from_table(self, table: Tensor) -> Tensor:
+        """Table values (n, k, ...) as per-edge values (E, ...)."""
+        flat = table.reshape(self.num_nodes * self.k, *table.shape[2:])
+        return flat.index_select(0, self._slots()) if self.padded else flat
+
+    def to(self, device) -> "NeighborTable":
+        """The same graph on another device (itself where it is there already)."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        return replace(self, index=self.index.to(device), _cache={})
+
+    def permute(self, perm: Tensor) -> "NeighborTable":
+        """The same graph with nodes renumbered: new node i is old node ``perm[i]``.
+
+        Args:
+            perm: a permutation of the n nodes (n,), integer.
+        """
+        if self.num_src_nodes != self.num_nodes:
+            raise ValueError("permute needs one node set; this table is bipartite")
+        perm = perm.to(self.device).long()
+        inverse = torch.empty(perm.numel() + 1, dtype=torch.int32, device=self.device)
+        inverse[perm] = torch.arange(perm.numel(), dtype=torch.int32, device=self.device)
+        inverse[-1] = -1  # so that the padding mark, read as the last entry, maps to itself
+        return replace(self, index=inverse[self.index[perm].long()], _cache={})
+
+    @classmethod
+    def from_edge_index(
+        cls, edge_index: Tensor, num_nodes: int | None = None, num_src_nodes: int | None = None
+    ) -> tuple["NeighborTable", Tensor]:
+        """A table from an edge list; rows of fewer than the largest in-degree are padded.
+
+        Args:
+            edge_index: (2, E), sources first.
+            num_nodes: number of destinations; read from the edges if left out.
+            num_src_nodes: number of sources; ``num_nodes`` if left out.
+
+        Returns:
+            The table, and the permutation (E,) that brings per-edge values into its order:
+            ``values[perm]``.
+        """
+        if edge_index.dim() != 2 or edge_index.size(0) != 2:
+            raise ValueError(f"edge_index must be (2, E); given {tuple(edge_index.shape)}")
+        src, dst = edge_index[0].long(), edge_index[1].long()
+        if num_nodes is None:
+            num_nodes = int(edge_index.max()) + 1 if edge_index.numel() else 0
+        num_src_nodes = num_nodes if num_src_nodes is None else num_src_nodes
+        if edge_index.numel():
+            for what, ids, limit in (("source", src, num_src_nodes), ("destination", dst, num_nodes)):
+                if int(ids.min()) < 0 or int(ids.max()) >= limit:
+                    raise ValueError(
+                        f"edge_index has a {what} outside 0..{limit - 1}: "
+                        f"{int(ids.min())}..{int(ids.max())}"
+                    )
+        perm = torch.argsort(dst, stable=True)
+        degree = torch.bincount(dst, minlength=num_nodes)
+        width = int(degree.max()) if degree.numel() else 0
+        start = degree.cumsum(0) - degree
+        slot = torch.arange(dst.numel(), device=dst.device) - start[dst[perm]]
+        index = torch.full((num_nodes, width), -1, dtype=torch.int32, device=dst.device)
+        index[dst[perm], slot] = src[perm].int()
+        padded = bool((degree < width).any())
+        return cls(index, num_src_nodes=num_src_nodes, padded=padded), perm
+
+    def to_coo(self, weight: Tensor | None = None) -> Tensor:
+        """Sparse COO matrix (n, n_src): entry (i, j) for an edge j -> i.
+
+        Args:
+            weight: per-edge values (E,); ones if left out.
+        """
+        weight = torch.ones(self.num_edges, device=self.device) if weight is None else weight
+        shape = (self.num_nodes, self.num_src_nodes)
+        return torch.sparse_coo_tensor(self.edge_index.flip(0), weight, shape, check_invariants=False)
+
+    def to_csr(self, weight: Tensor | None = None) -> Tensor:
+        """Sparse CSR matrix (n, n_src); columns stand in table order, not sorted by number."""
+        weight = torch.ones(self.num_edges, device=self.device) if weight is None else weight
+        return torch.sparse_csr_tensor(
+            self.rowptr,
+            self.edge_index[0],
+            weight,
+            (self.num_nodes, self.num_src_nodes),
+            check_invariants=False,
+        )
+
+    def _cached(self, name, build):
+        if name not in self._cache:
+            self._cache[name] = build()
+        return self._cache[name]
+
+    def _slots(self) -> Tensor:
+        return self._cached("slots", lambda: self.mask.flatten().nonzero().squeeze(-1))
+
+    def _edge_index(self) -> Tensor:
+        dst = torch.arange(self.num_nodes, device=self.device).unsqueeze(-1).expand_as(self.index)
+        src = self.from_table(self.index).long()
+        return torch.stack([src, self.from_table(dst)])
+
+    def _rowptr(self) -> Tensor:
+        if not self.padded:
+            return torch.arange(self.num_nodes + 1, device=self.device) * self.k
+        ends = self.mask.sum(-1).cumsum(0)
+        return torch.cat([ends.new_zeros(1), ends])
+
+    def _reverse(self) -> tuple[Tensor, Tensor, Tensor]:
+        src, dst = self.edge_index
+        edge = torch.argsort(src, stable=True)
+        ends = torch.bincount(src, minlength=self.num_src_nodes).cumsum(0)
+        return torch.cat([ends.new_zeros(1), ends]), edge, dst[edge]
+
+
+def validate_table(table: NeighborTable, *, allow_self: bool = False) -> NeighborTable:
+    """Check what every kNN backend must deliver, and pass the table on.
+
+    No self-loop, no padding unless declared, no source out of range, no duplicate in a row.
+
+    Raises:
+        ValueError: naming the first row that breaks a rule.
+    """
+    index = table.index
+    if not index.numel():
+        return table
+    rules = {"a source out of range": index >= table.num_src_nodes}
+    rules["a padding mark or negative source"] = (
+        index < -1 if table.padded else index < 0
+    )
+    if not allow_self and table.num_src_nodes == table.num_nodes:
+        row = torch.arange(table.num_nodes, dtype=torch.int32, device=index.device)
+        rules["itself as a neighbour"] = index == row.unsqueeze(-1)
+    ordered = index.sort(dim=-1).values
+    rules["a neighbour twice"] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    for what, broken in rules.items():
+        if bool(broken.any()):
+            row = int(broken.any(dim=-1).nonzero()[0])
+            raise ValueError(
+                f"neighbour table from {table.method or 'an unnamed source'}: row {row} has {what}"
+            )
+    return table

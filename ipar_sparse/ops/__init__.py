@@ -1,0 +1,198 @@
+"""The hot arithmetic behind ``nn``: one function, one signature, several backends.
+
+========== ======================================================================
+backend    what it is
+========== ======================================================================
+reference  plain gather and scatter over the edges: the definition
+chunked    blocks of destination rows, recomputed in the backward pass
+triton     fused CUDA kernels (needs Triton and a GPU)
+========== ======================================================================
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..graph import NeighborTable
+from . import chunked, reference
+from .segment import scatter_sum, segment_softmax
+
+__all__ = [
+    "ATTENTION_BACKENDS",
+    "GATE_BACKENDS",
+    "edge_attention",
+    "edge_gate",
+    "resolve_backend",
+    "scatter_sum",
+    "segment_softmax",
+]
+
+
+def _triton_attention(*args):
+    from .triton_attention import edge_attention as fused
+
+    return fused(*args)
+
+
+def _triton_gate(*args):
+    from .triton_gate import edge_gate as fused
+
+    return fused(*args)
+
+
+ATTENTION_BACKENDS: dict[str, Callable] = {
+    "reference": reference.edge_attention,
+    "chunked": chunked.edge_attention,
+    "triton": _triton_attention,
+}
+GATE_BACKENDS: dict[str, Callable] = {
+    "reference": reference.edge_gate,
+    "chunked": chunked.edge_gate,
+    "triton": _triton_gate,
+}
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported (a GPU is another question)."""
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+def resolve_backend(backend: str, sample: Tensor) -> str:
+    """The backend that ``"auto"`` stands for on this tensor's device and dtype; others as named.
+
+    Raises:
+        ValueError: if the name is unknown or the backend cannot run on this device.
+    """
+    if backend == "auto":
+        fused = sample.is_cuda and sample.dtype != torch.float64 and has_triton()
+        return "triton" if fused else "chunked"
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose from auto, {list(ATTENTION_BACKENDS)}")
+    return backend
+
+
+def edge_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor | tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    graph: NeighborTable,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Softmax attention over the in-edges of every node, with coordinates riding along.
+
+    .. math::
+        \ell_{ij}^h = \langle q_i^h, k_j^h \rangle / \sqrt{C} + b_{ij}^h, \quad
+        a_{i\cdot}^h = \operatorname{softmax}_j \ell_{ij}^h, \quad
+        o_i^h = \sum_j a_{ij}^h v_j^h, \quad
+        \delta_i^h = \sum_j a_{ij}^h (x_j - x_i)
+
+    Args:
+        q: queries (n, H, C).
+        k: keys (n_src, H, C).
+        v: values (n_src, H, C).
+        x: positions (n, D), or (sources (n_src, D), destinations (n, D)) for bipartite graphs.
+        bias: additive logits (E,), shared by the heads, or (E, H), in the graph's row-major
+            order; None for none. -inf removes an edge.
+        graph: the in-edges of every destination.
+        backend: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        ``out`` (n, H, C), ``displacement`` (n, H, D), ``lse`` (n, H): log-sum-exp of the
+        logits. A node without edges (or with all edges at -inf) gets zeros and -inf.
+
+    Raises:
+        ValueError: on shapes, dtypes or devices that do not fit together.
+    """
+    x_src, x_dst = x if isinstance(x, tuple) else (x, x)
+    _check_attention(q, k, v, x_src, x_dst, bias, graph)
+    run = ATTENTION_BACKENDS[resolve_backend(backend, q)]
+    return run(q, k, v, x_src, x_dst, bias, graph)
+
+
+def edge_gate(
+    h: Tensor,
+    graph: NeighborTable,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Score every candidate edge with an MLP of its two ends.
+
+    .. math::
+        g_{ij} = W_2\,\mathrm{relu}(W_1\,\mathrm{relu}(
+            W_0 [h_i, h_j, |h_i - h_j|, h_i \odot h_j] + b_0) + b_1) + b_2
+
+    The first two blocks of :math:`W_0` act on single nodes and are applied once a node.
+
+    Args:
+        h: embeddings (n, d).
+        graph: candidate edges; i is the destination.
+        weights: ``(W0 (M, 4d), b0 (M,), W1 (M', M), b1 (M',), W2 (G, M'), b2 (G,))``.
+        backend: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        Logits (E,) if G = 1, else (E, G), in the graph's row-major order.
+
+    Raises:
+        ValueError: on shapes or devices that do not fit together.
+    """
+    _check_gate(h, graph, weights)
+    logits = GATE_BACKENDS[resolve_backend(backend, h)](h, graph, weights)
+    return logits.squeeze(-1) if weights[4].size(0) == 1 else logits
+
+
+def _check_attention(q, k, v, x_src, x_dst, bias, graph):
+    n, n_src = graph.num_nodes, graph.num_src_nodes
+    shapes = {"q": tuple(q.shape), "k": tuple(k.shape), "v": tuple(v.shape)}
+    if q.dim() != 3 or k.shape != v.shape or k.shape[1:] != q.shape[1:]:
+        raise ValueError(f"edge_attention needs q (n, H, C) and k, v (n_src, H, C); given {shapes}")
+    if q.size(0) != n or k.size(0) != n_src:
+        raise ValueError(
+            f"edge_attention: the graph has {n} destinations and {n_src} sources; given {shapes}"
+        )
+    if x_src.dim() != 2 or x_src.size(0) != n_src or x_dst.shape != (n, x_src.size(1)):
+        raise ValueError(
+            f"edge_attention needs positions ({n_src}, D) and ({n}, D); "
+            f"given {tuple(x_src.shape)} and {tuple(x_dst.shape)}"
+        )
+    if bias is not None and bias.shape not in ((graph.num_edges,), (graph.num_edges, q.size(1))):
+        raise ValueError(
+            f"edge_attention needs a bias of shape ({graph.num_edges},) or "
+            f"({graph.num_edges}, {q.size(1)}); given {tuple(bias.shape)}"
+        )
+    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
+        raise ValueError(
+            f"edge_attention needs q, k, v of one floating dtype; "
+            f"given {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    devices = {t.device for t in (q, k, v, x_src, x_dst, graph.index)}
+    devices |= {bias.device} if bias is not None else set()
+    if len(devices) > 1:
+        raise ValueError(f"edge_attention: tensors and graph on several devices: {devices}")
+
+
+def _check_gate(h, graph, weights):
+    w0, b0, w1, b1, w2, b2 = weights
+    if h.dim() != 2 or h.size(0) != graph.num_nodes or graph.num_src_nodes != graph.num_nodes:
+        raise ValueError(
+            f"edge_gate needs embeddings ({graph.num_nodes}, d) of one node set; "
+            f"given {tuple(h.shape)} and {graph.num_src_nodes} sources"
+        )
+    if (
+        w0.size(1) != 4 * h.size(1)
+        or w1.size(1) != w0.size(0)
+        or w2.size(1) != w1.size(0)
+        or (b0.numel(), b1.numel(), b2.numel()) != (w0.size(0), w1.size(0), w2.size(0))
+    ):
+        raise ValueError(
+            f"edge_gate: weights {[tuple(w.shape) for w in weights]} do not fit "
+            f"embeddings of width {h.size(1)} (first layer: 4 x width)"
+        )
+    if len({t.device for t in (h, graph.index, *weights)}) > 1:
+        raise ValueError("edge_gate: embeddings, graph and weights must be on one device")

@@ -1,0 +1,280 @@
+"""Bounded memory in plain torch: blocks of rows, recomputed in the backward pass.
+
+Both functions keep only their inputs and per-node outputs for the backward pass. Attention runs
+its backward in two passes, by destination for queries and biases and over the reverse lists by
+source for keys and values, so that no pass scatters.
+
+Two primitives carry the attention: a product sampled at the edges (``_sddmm``) and a product of
+the edge matrix with node rows (``_spmm``). On CPU they are torch's sparse CSR kernels, which read
+neighbours in place instead of gathering them first: ten times faster than a gather and a batched
+product at k = 100 and 32 channels.
+"""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..graph import NeighborTable
+from .reference import accumulate_dtype
+
+_BLOCK_VALUES = 1 << 24  # edge values held at once by an attention pass: 64 MiB in float32
+_GATHER_VALUES = 1 << 25  # gathered node values held at once where they must be gathered
+_GATE_EDGES = 1 << 14  # edges a gate block: its (edges, 2d) features stay near the caches
+
+
+def edge_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x_src: Tensor,
+    x_dst: Tensor,
+    bias: Tensor | None,
+    graph: NeighborTable,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`ipar_sparse.ops.edge_attention`."""
+    if graph.padded:
+        # Padding becomes an edge to node 0 at -inf: one code path, and no row is special.
+        if bias is None:
+            bias = q.new_zeros(graph.num_edges)
+        bias = graph.to_table(bias, fill=-math.inf).flatten(0, 1)
+        graph = NeighborTable(graph.index.clamp(min=0), num_src_nodes=graph.num_src_nodes)
+    if not graph.num_edges:
+        zero = (q.sum() + k.sum() + v.sum()) * 0
+        out = q.new_zeros(q.shape) + zero
+        displacement = x_src.new_zeros(*q.shape[:2], x_src.size(1)) + (x_src.sum() + x_dst.sum()) * 0
+        return out, displacement, q.new_full(q.shape[:2], -math.inf)
+    return _Attention.apply(q, k, v, x_src, x_dst, bias, graph)
+
+
+def edge_gate(h: Tensor, graph: NeighborTable, weights) -> Tensor:
+    """See :func:`ipar_sparse.ops.edge_gate`; always (E, G)."""
+    return _Gate.apply(h, graph, *weights)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, x_src, x_dst, bias, graph):
+        dtype = accumulate_dtype(q.dtype)
+        channels = q.size(-1)
+        query = _heads_first(q, dtype) / math.sqrt(channels)
+        key = _heads_first(k, dtype)
+        value = torch.cat([_heads_first(v, dtype), _per_head(x_src, q.size(1), dtype)], dim=-1)
+        rowptr, col = graph.rowptr, graph.index.flatten().long()
+        total = query.new_empty(*query.shape[:2], value.size(-1))
+        lse = query.new_empty(query.shape[:2])
+        for rows, edges in _blocks(rowptr, q.size(1), query.size(-1)):
+            start = rowptr[rows.start : rows.stop + 1] - edges.start
+            logits = _sddmm(query[:, rows], key, start, col[edges], _bias(bias, edges, query))
+            logits = logits.view(q.size(1), rows.stop - rows.start, graph.k)
+            lse[:, rows] = logits.logsumexp(dim=-1)
+            weight = (logits - _finite(lse[:, rows]).unsqueeze(-1)).exp().flatten(1)
+            total[:, rows] = _spmm(weight, start, col[edges], value)
+        nonempty = torch.isfinite(lse).unsqueeze(-1)
+        displacement = total[..., channels:] - x_dst.to(dtype) * nonempty
+        ctx.save_for_backward(q, k, v, x_src, x_dst, bias, total, lse)
+        ctx.graph = graph
+        return (
+            total[..., :channels].transpose(0, 1).to(v.dtype).contiguous(),
+            displacement.transpose(0, 1).to(x_src.dtype).contiguous(),
+            lse.T.contiguous(),
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, d_displacement, d_lse):
+        q, k, v, x_src, x_dst, bias, total, lse = ctx.saved_tensors
+        graph: NeighborTable = ctx.graph
+        dtype, channels, heads = total.dtype, q.size(-1), q.size(1)
+        scale = 1 / math.sqrt(channels)
+        d_total = torch.cat(
+            [_heads_first(d_out, dtype), _heads_first(d_displacement, dtype)], dim=-1
+        )
+        nonempty = torch.isfinite(lse)
+        # Row constants ride as one more channel, so that a sampled product gives
+        # log-probabilities and logit gradients at once. The x_i part of a displacement is such a
+        # constant and drops out of the softmax gradient.
+        offset = d_lse.T.to(dtype).masked_fill(~nonempty, 0) - (d_total * total).sum(-1)
+        query = torch.cat([_heads_first(q, dtype) * scale, -_finite(lse).unsqueeze(-1)], dim=-1)
+        key = torch.cat([_heads_first(k, dtype), total.new_ones(heads, k.size(0), 1)], dim=-1)
+        d_total = torch.cat([d_total, offset.unsqueeze(-1)], dim=-1)
+        value = torch.cat(
+            [
+                _heads_first(v, dtype),
+                _per_head(x_src, heads, dtype),
+                total.new_ones(heads, v.size(0), 1),
+            ],
+            dim=-1,
+        )
+        d_query, d_bias = torch.empty_like(total[..., :channels]), None
+        if ctx.needs_input_grad[5]:
+            d_bias = torch.empty(bias.shape, dtype=dtype, device=bias.device)
+        rowptr, col = graph.rowptr, graph.index.flatten().long()
+        for rows, edges in _blocks(rowptr, heads, value.size(-1)):
+            start, column = rowptr[rows.start : rows.stop + 1] - edges.start, col[edges]
+            weight = _sddmm(query[:, rows], key, start, column, _bias(bias, edges, query)).exp_()
+            slope = weight.mul_(_sddmm(d_total[:, rows], value, start, column, None))
+            d_query[:, rows] = _spmm(slope, start, column, key[..., :channels])
+            if d_bias is not None:
+                d_bias[edges] = slope.sum(0) if bias.dim() == 1 else slope.T
+        d_query *= scale
+
+        d_key, d_value = torch.empty_like(key[..., :channels]), torch.empty_like(value[..., :-1])
+        rowptr, edge, dst = graph.reverse()
+        for rows, edges in _blocks(rowptr, heads, value.size(-1)):
+            start, column = rowptr[rows.start : rows.stop + 1] - edges.start, dst[edges]
+            own = _bias(bias, edge[edges], query)
+            weight = _sddmm(key[:, rows], query, start, column, own).exp_()
+            d_value[:, rows] = _spmm(weight, start, column, d_total[..., :-1])
+            slope = weight.mul_(_sddmm(value[:, rows], d_total, start, column, None))
+            d_key[:, rows] = _spmm(slope, start, column, query[..., :-1])
+
+        d_x_dst = -(_heads_first(d_displacement, dtype) * nonempty.unsqueeze(-1)).sum(0)
+        return (
+            d_query.transpose(0, 1).to(q.dtype),
+            d_key.transpose(0, 1).to(k.dtype),
+            d_value[..., :channels].transpose(0, 1).to(v.dtype),
+            d_value[..., channels:].sum(0).to(x_src.dtype),
+            d_x_dst.to(x_dst.dtype),
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None,
+        )
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, graph, w0, b0, w1, b1, w2, b2):
+        # Keep the weights' dtype under autocast, where h may come in half precision.
+        h = h.to(w0.dtype)
+        first, own, other = _gate_nodes(h, w0, b0)
+        logits = h.new_empty(graph.num_edges, w2.size(0))
+        for edges in range(0, graph.num_edges, _GATE_EDGES):
+            src, dst = graph.edge_index[:, edges : edges + _GATE_EDGES]
+            hidden = _gate_hidden(h, first, own, other, w1, b1, src, dst)[2]
+            logits[edges : edges + _GATE_EDGES] = torch.addmm(b2, hidden, w2.T)
+        ctx.save_for_backward(h, w0, b0, w1, b1, w2)
+        ctx.graph = graph
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_logits):
+        h, w0, b0, w1, b1, w2 = ctx.saved_tensors
+        graph: NeighborTable = ctx.graph
+        d = h.size(1)
+        first, own, other = _gate_nodes(h, w0, b0)
+        d_first, d_w1, d_w2 = torch.zeros_like(first), torch.zeros_like(w1), torch.zeros_like(w2)
+        d_b1, d_own, d_other = torch.zeros_like(b1), torch.zeros_like(own), torch.zeros_like(other)
+        d_h = torch.zeros_like(h) if ctx.needs_input_grad[0] else None
+        for edges in range(0, graph.num_edges, _GATE_EDGES):
+            src, dst = graph.edge_index[:, edges : edges + _GATE_EDGES]
+            grad = d_logits[edges : edges + _GATE_EDGES].to(h.dtype)
+            features, low, hidden = _gate_hidden(h, first, own, other, w1, b1, src, dst)
+            d_w2.addmm_(grad.T, hidden)
+            d_hidden = (grad @ w2).mul_(hidden > 0)
+            d_w1.addmm_(d_hidden.T, low)
+            d_b1 += d_hidden.sum(0)
+            d_low = (d_hidden @ w1).mul_(low > 0)
+            d_first.addmm_(d_low.T, features)
+            d_own.index_add_(0, dst, d_low)
+            d_other.index_add_(0, src, d_low)
+            if d_h is not None:
+                d_gap, d_product = (d_low @ first).split(d, dim=-1)
+                d_gap = d_gap * (h[dst] - h[src]).sign()
+                d_h.index_add_(0, dst, torch.addcmul(d_gap, d_product, h[src]))
+                d_h.index_add_(0, src, torch.addcmul(-d_gap, d_product, h[dst]))
+        if d_h is not None:
+            d_h += d_own @ w0[:, :d] + d_other @ w0[:, d : 2 * d]
+        d_w0 = torch.cat([d_own.T @ h, d_other.T @ h, d_first], dim=-1)
+        return d_h, None, d_w0, d_own.sum(0), d_w1, d_b1, d_w2, d_logits.sum(0).to(h.dtype)
+
+
+def _gate_nodes(h, w0, b0):
+    """The first layer's edge block (M, 2d) and its two per-node parts (n, M)."""
+    d = h.size(1)
+    return w0[:, 2 * d :], torch.addmm(b0, h, w0[:, :d].T), h @ w0[:, d : 2 * d].T
+
+
+def _gate_hidden(h, first, own, other, w1, b1, src, dst):
+    """Edge features (e, 2d) and the two hidden layers of the edges (src, dst)."""
+    h_i, h_j = h.index_select(0, dst), h.index_select(0, src)
+    features = torch.cat([(h_i - h_j).abs_(), h_i.mul_(h_j)], dim=-1)
+    low = torch.addmm(own.index_select(0, dst), features, first.T)
+    low = low.add_(other.index_select(0, src)).relu_()
+    return features, low, torch.addmm(b1, low, w1.T).relu_()
+
+
+def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.transpose(0, 1).to(dtype).contiguous()
+
+
+def _per_head(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).unsqueeze(0).expand(heads, -1, -1)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """Zero in place of -inf, so that -inf logits of an empty row give weight 0, not NaN."""
+    return lse.masked_fill(~torch.isfinite(lse), 0)
+
+
+def _bias(bias: Tensor | None, edges, like: Tensor) -> Tensor | None:
+    """The bias of some edges as (1 or H, e)."""
+    if bias is None:
+        return None
+    part = bias[edges].to(like.dtype)
+    return part.unsqueeze(0) if part.dim() == 1 else part.T
+
+
+def _blocks(rowptr: Tensor, heads: int, channels: int):
+    """Slices of rows and of their edges, each block under the memory budget (or one row)."""
+    budget = _BLOCK_VALUES // heads
+    if rowptr.is_cuda:
+        budget = min(budget, _GATHER_VALUES // (heads * channels))
+    n, total = rowptr.numel() - 1, int(rowptr[-1])
+    marks = torch.arange(0, total + budget, budget, device=rowptr.device)
+    cuts = torch.searchsorted(rowptr, marks.clamp(max=total), right=True).sub_(1)
+    cuts = sorted({0, n, *cuts.tolist()})
+    ends = rowptr[torch.tensor(cuts, device=rowptr.device)].tolist()
+    for (low, high), (first, last) in zip(
+        zip(cuts, cuts[1:], strict=False), zip(ends, ends[1:], strict=False), strict=True
+    ):
+        yield slice(low, high), slice(first, last)
+
+
+def _sddmm(rows: Tensor, columns: Tensor, rowptr: Tensor, col: Tensor, add: Tensor | None) -> Tensor:
+    """Products <rows_i, columns_j> at the edges of a block, plus ``add``: (H, e)."""
+    heads, e = rows.size(0), col.numel()
+    if rows.is_cuda:
+        row = torch.repeat_interleave(rowptr.diff(), output_size=e)
+        out = (rows.index_select(1, row) * columns.index_select(1, col)).sum(-1)
+        return out if add is None else out + add
+    start = rows.new_zeros(1, e) if add is None else add
+    shape = (rowptr.numel() - 1, columns.size(1))
+    out = rows.new_empty(heads, e)
+    for head in range(heads):
+        pattern = _csr(rowptr, col, start[min(head, start.size(0) - 1)].contiguous(), shape)
+        product = torch.sparse.sampled_addmm(
+            pattern, rows[head], columns[head].T, beta=0.0 if add is None else 1.0
+        )
+        out[head] = product.values()
+    return out
+
+
+def _spmm(values: Tensor, rowptr: Tensor, col: Tensor, nodes: Tensor) -> Tensor:
+    """Sums of node rows (H, m, D) weighted by the edge values (H, e): (H, rows, D)."""
+    if values.is_cuda:
+        gathered = values.unsqueeze(-1) * nodes.index_select(1, col)
+        lengths = rowptr.diff().expand(values.size(0), -1).contiguous()
+        return torch.segment_reduce(gathered, "sum", lengths=lengths, axis=1, unsafe=True)
+    shape = (rowptr.numel() - 1, nodes.size(1))
+    return torch.stack(
+        [_csr(rowptr, col, value, shape) @ node for value, node in zip(values, nodes, strict=True)]
+    )
+
+
+def _csr(rowptr: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        return torch.sparse_csr_tensor(rowptr, col, values, shape, check_invariants=False)
