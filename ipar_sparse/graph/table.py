@@ -69,6 +69,12 @@ class NeighborTable:
         return self._cached("mask", lambda: self.index >= 0)
 
     @property
+    def has_loops(self) -> bool:
+        """Whether some node is its own neighbour; never so in a kNN graph."""
+        row = torch.arange(self.num_nodes, dtype=torch.int32, device=self.device).unsqueeze(-1)
+        return self._cached("has_loops", lambda: bool((self.index == row).any()))
+
+    @property
     def edge_index(self) -> Tensor:
         """PyG's edge list (2, E), int64: sources first, destinations second, row-major."""
         return self._cached("edge_index", self._edge_index)
@@ -144,7 +150,10 @@ class NeighborTable:
             num_nodes = int(edge_index.max()) + 1 if edge_index.numel() else 0
         num_src_nodes = num_nodes if num_src_nodes is None else num_src_nodes
         if edge_index.numel():
-            for what, ids, limit in (("source", src, num_src_nodes), ("destination", dst, num_nodes)):
+            for what, ids, limit in (
+                ("source", src, num_src_nodes),
+                ("destination", dst, num_nodes),
+            ):
                 if int(ids.min()) < 0 or int(ids.max()) >= limit:
                     raise ValueError(
                         f"edge_index has a {what} outside 0..{limit - 1}: "
@@ -168,7 +177,9 @@ class NeighborTable:
         """
         weight = torch.ones(self.num_edges, device=self.device) if weight is None else weight
         shape = (self.num_nodes, self.num_src_nodes)
-        return torch.sparse_coo_tensor(self.edge_index.flip(0), weight, shape, check_invariants=False)
+        return torch.sparse_coo_tensor(
+            self.edge_index.flip(0), weight, shape, check_invariants=False
+        )
 
     def to_csr(self, weight: Tensor | None = None) -> Tensor:
         """Sparse CSR matrix (n, n_src); columns stand in table order, not sorted by number."""
@@ -219,9 +230,7 @@ def validate_table(table: NeighborTable, *, allow_self: bool = False) -> Neighbo
     if not index.numel():
         return table
     rules = {"a source out of range": index >= table.num_src_nodes}
-    rules["a padding mark or negative source"] = (
-        index < -1 if table.padded else index < 0
-    )
+    rules["a padding mark or negative source"] = index < -1 if table.padded else index < 0
     if not allow_self and table.num_src_nodes == table.num_nodes:
         row = torch.arange(table.num_nodes, dtype=torch.int32, device=index.device)
         rules["itself as a neighbour"] = index == row.unsqueeze(-1)

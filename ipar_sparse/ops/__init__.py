@@ -70,7 +70,9 @@ def resolve_backend(backend: str, sample: Tensor) -> str:
         fused = sample.is_cuda and sample.dtype != torch.float64 and has_triton()
         return "triton" if fused else "chunked"
     if backend not in ATTENTION_BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; choose from auto, {list(ATTENTION_BACKENDS)}")
+        raise ValueError(
+            f"unknown backend {backend!r}; choose from auto, {list(ATTENTION_BACKENDS)}"
+        )
     return backend
 
 
@@ -117,7 +119,7 @@ def edge_attention(
 
 def edge_gate(
     h: Tensor,
-    graph: NeighborTable,
+    edges: NeighborTable | Tensor,
     weights: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     *,
     backend: str = "auto",
@@ -132,18 +134,22 @@ def edge_gate(
 
     Args:
         h: embeddings (n, d).
-        graph: candidate edges; i is the destination.
+        edges: candidate edges as a :class:`NeighborTable` or ``edge_index`` (2, E); i is the
+            destination.
         weights: ``(W0 (M, 4d), b0 (M,), W1 (M', M), b1 (M',), W2 (G, M'), b2 (G,))``.
         backend: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"triton"``.
 
     Returns:
-        Logits (E,) if G = 1, else (E, G), in the graph's row-major order.
+        Logits (E,) if G = 1, else (E, G), in the order of the edges.
 
     Raises:
         ValueError: on shapes or devices that do not fit together.
     """
-    _check_gate(h, graph, weights)
-    logits = GATE_BACKENDS[resolve_backend(backend, h)](h, graph, weights)
+    _check_gate(h, edges, weights)
+    backend = resolve_backend(backend, h)
+    if backend == "triton" and not isinstance(edges, NeighborTable):
+        backend = "chunked"  # the fused kernel reads rows of a table
+    logits = GATE_BACKENDS[backend](h, edges, weights)
     return logits.squeeze(-1) if weights[4].size(0) == 1 else logits
 
 
@@ -177,13 +183,16 @@ def _check_attention(q, k, v, x_src, x_dst, bias, graph):
         raise ValueError(f"edge_attention: tensors and graph on several devices: {devices}")
 
 
-def _check_gate(h, graph, weights):
+def _check_gate(h, edges, weights):
     w0, b0, w1, b1, w2, b2 = weights
-    if h.dim() != 2 or h.size(0) != graph.num_nodes or graph.num_src_nodes != graph.num_nodes:
-        raise ValueError(
-            f"edge_gate needs embeddings ({graph.num_nodes}, d) of one node set; "
-            f"given {tuple(h.shape)} and {graph.num_src_nodes} sources"
-        )
+    if isinstance(edges, NeighborTable):
+        if h.dim() != 2 or not h.size(0) == edges.num_nodes == edges.num_src_nodes:
+            raise ValueError(
+                f"edge_gate needs embeddings ({edges.num_nodes}, d) of one node set; "
+                f"given {tuple(h.shape)} and {edges.num_src_nodes} sources"
+            )
+    elif edges.dim() != 2 or edges.size(0) != 2:
+        raise ValueError(f"edge_gate needs edge_index (2, E); given {tuple(edges.shape)}")
     if (
         w0.size(1) != 4 * h.size(1)
         or w1.size(1) != w0.size(0)
@@ -194,5 +203,5 @@ def _check_gate(h, graph, weights):
             f"edge_gate: weights {[tuple(w.shape) for w in weights]} do not fit "
             f"embeddings of width {h.size(1)} (first layer: 4 x width)"
         )
-    if len({t.device for t in (h, graph.index, *weights)}) > 1:
-        raise ValueError("edge_gate: embeddings, graph and weights must be on one device")
+    if len({t.device for t in (h, *weights)} | {edges.device}) > 1:
+        raise ValueError("edge_gate: embeddings, edges and weights must be on one device")

@@ -44,14 +44,19 @@ def edge_attention(
     if not graph.num_edges:
         zero = (q.sum() + k.sum() + v.sum()) * 0
         out = q.new_zeros(q.shape) + zero
-        displacement = x_src.new_zeros(*q.shape[:2], x_src.size(1)) + (x_src.sum() + x_dst.sum()) * 0
+        displacement = (
+            x_src.new_zeros(*q.shape[:2], x_src.size(1)) + (x_src.sum() + x_dst.sum()) * 0
+        )
         return out, displacement, q.new_full(q.shape[:2], -math.inf)
-    return _Attention.apply(q, k, v, x_src, x_dst, bias, graph)
+    with torch.autocast(q.device.type, enabled=False):
+        return _Attention.apply(q, k, v, x_src, x_dst, bias, graph)
 
 
-def edge_gate(h: Tensor, graph: NeighborTable, weights) -> Tensor:
+def edge_gate(h: Tensor, edges: NeighborTable | Tensor, weights) -> Tensor:
     """See :func:`ipar_sparse.ops.edge_gate`; always (E, G)."""
-    return _Gate.apply(h, graph, *weights)
+    edge_index = edges.edge_index if isinstance(edges, NeighborTable) else edges
+    with torch.autocast(h.device.type, enabled=False):
+        return _Gate.apply(h.to(weights[0].dtype), edge_index, *weights)
 
 
 class _Attention(torch.autograd.Function):
@@ -84,7 +89,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out, d_displacement, d_lse):
+    def backward(ctx, *grads):
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _Attention._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx, d_out, d_displacement, d_lse):
         q, k, v, x_src, x_dst, bias, total, lse = ctx.saved_tensors
         graph: NeighborTable = ctx.graph
         dtype, channels, heads = total.dtype, q.size(-1), q.size(1)
@@ -145,31 +155,32 @@ class _Attention(torch.autograd.Function):
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, graph, w0, b0, w1, b1, w2, b2):
-        # Keep the weights' dtype under autocast, where h may come in half precision.
-        h = h.to(w0.dtype)
+    def forward(ctx, h, edge_index, w0, b0, w1, b1, w2, b2):
         first, own, other = _gate_nodes(h, w0, b0)
-        logits = h.new_empty(graph.num_edges, w2.size(0))
-        for edges in range(0, graph.num_edges, _GATE_EDGES):
-            src, dst = graph.edge_index[:, edges : edges + _GATE_EDGES]
+        logits = h.new_empty(edge_index.size(1), w2.size(0))
+        for edges in range(0, edge_index.size(1), _GATE_EDGES):
+            src, dst = edge_index[:, edges : edges + _GATE_EDGES]
             hidden = _gate_hidden(h, first, own, other, w1, b1, src, dst)[2]
             logits[edges : edges + _GATE_EDGES] = torch.addmm(b2, hidden, w2.T)
-        ctx.save_for_backward(h, w0, b0, w1, b1, w2)
-        ctx.graph = graph
+        ctx.save_for_backward(h, edge_index, w0, b0, w1, b1, w2)
         return logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_logits):
-        h, w0, b0, w1, b1, w2 = ctx.saved_tensors
-        graph: NeighborTable = ctx.graph
+        with torch.autocast(d_logits.device.type, enabled=False):
+            return _Gate._backward(ctx, d_logits)
+
+    @staticmethod
+    def _backward(ctx, d_logits):
+        h, edge_index, w0, b0, w1, b1, w2 = ctx.saved_tensors
         d = h.size(1)
         first, own, other = _gate_nodes(h, w0, b0)
         d_first, d_w1, d_w2 = torch.zeros_like(first), torch.zeros_like(w1), torch.zeros_like(w2)
         d_b1, d_own, d_other = torch.zeros_like(b1), torch.zeros_like(own), torch.zeros_like(other)
         d_h = torch.zeros_like(h) if ctx.needs_input_grad[0] else None
-        for edges in range(0, graph.num_edges, _GATE_EDGES):
-            src, dst = graph.edge_index[:, edges : edges + _GATE_EDGES]
+        for edges in range(0, edge_index.size(1), _GATE_EDGES):
+            src, dst = edge_index[:, edges : edges + _GATE_EDGES]
             grad = d_logits[edges : edges + _GATE_EDGES].to(h.dtype)
             features, low, hidden = _gate_hidden(h, first, own, other, w1, b1, src, dst)
             d_w2.addmm_(grad.T, hidden)
@@ -243,7 +254,9 @@ def _blocks(rowptr: Tensor, heads: int, channels: int):
         yield slice(low, high), slice(first, last)
 
 
-def _sddmm(rows: Tensor, columns: Tensor, rowptr: Tensor, col: Tensor, add: Tensor | None) -> Tensor:
+def _sddmm(
+    rows: Tensor, columns: Tensor, rowptr: Tensor, col: Tensor, add: Tensor | None
+) -> Tensor:
     """Products <rows_i, columns_j> at the edges of a block, plus ``add``: (H, e)."""
     heads, e = rows.size(0), col.numel()
     if rows.is_cuda:

@@ -51,7 +51,7 @@ def edge_attention(
     return out.to(v.dtype), displacement, lse
 
 
-def edge_gate(h: Tensor, graph: NeighborTable, weights) -> Tensor:
+def edge_gate(h: Tensor, edges: NeighborTable | Tensor, weights) -> Tensor:
     """See :func:`ipar_sparse.ops.edge_gate`; always (E, G)."""
-    src, dst = graph.edge_index
+    src, dst = edges.edge_index if isinstance(edges, NeighborTable) else edges
     return gate_logits(h[dst], h[src], weights)

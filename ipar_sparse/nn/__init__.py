@@ -1,0 +1,9 @@
+"""Modules to import into a PyG model."""
+
+from .conv import IPALiteConv
+from .encoder import SharedEncoder
+from .gate import EdgeGateSoft
+from .model import IPALiteModel
+from .terms import LOGIT_TERMS
+
+__all__ = ["LOGIT_TERMS", "EdgeGateSoft", "IPALiteConv", "IPALiteModel", "SharedEncoder"]

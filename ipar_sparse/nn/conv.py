@@ -1,0 +1,207 @@
+"""IPALiteConv: attention over in-edges that moves states and coordinates."""
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import MessagePassing, inits
+from torch_geometric.typing import Adj, SparseTensor
+from torch_geometric.utils import is_sparse, to_edge_index
+
+from .. import ops
+from ..graph import NeighborTable
+from ..ops.reference import attention_logits
+from .terms import LOGIT_TERMS
+
+
+class IPALiteConv(MessagePassing):
+    r"""Frame-free 2D relative of invariant point attention (IPA-Lite block).
+
+    .. math::
+        \ell_{ij}^h &= \langle W_Q^h s_i, W_K^h s_j \rangle / \sqrt{C} + b_{ij}
+
+        a_{ij}^h &= \operatorname{softmax}_{j \in \mathcal{N}(i)} \ell_{ij}^h
+
+        x_i' &= x_i + \sum_h W_x^h \sum_j a_{ij}^h (x_j - x_i)
+
+        s_i' &= s_i + \mathrm{MLP}\bigl(\bigl[\mathrm{LayerNorm}(s_i),
+        \textstyle\bigoplus_h \sum_j a_{ij}^h W_V^h s_j\bigr]\bigr)
+
+    Attention runs over the in-edges of a node; a node without any receives zeros. The coordinate
+    update is equivariant to translation, and to rotation where :math:`W_x^h` commutes with it.
+    It starts as the identity: :math:`W_x^h` and the MLP's last layer are zero.
+
+    Given a :class:`~ipar_sparse.graph.NeighborTable`, the layer takes a fused path of bounded
+    memory; given PyG's ``edge_index``, ``SparseTensor``, ``EdgeIndex`` or a sparse tensor, or
+    where attention weights, explanations or hooks ask to see the messages, it passes messages.
+    Both paths compute the same from the same parameters.
+
+    Args:
+        channels: width of the node state.
+        heads: attention heads (default: 4).
+        head_channels: width of a head (default: 32).
+        terms: names of extra logit terms from :data:`ipar_sparse.nn.LOGIT_TERMS` (default: none).
+        pos_channels: dimension of the coordinates (default: 2).
+        backend: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"triton"`` for the fused path
+            (default: ``"auto"``).
+        **kwargs: further arguments of :class:`torch_geometric.nn.MessagePassing`.
+
+    Shapes:
+        - **input:** states (n, channels) or ((n_src, channels), (n_dst, channels)); positions
+          (n, 2) or ((n_src, 2), (n_dst, 2)); edges; edge bias (E,), (E, 1) or (E, heads),
+          optional, in the order of the edges (row-major for tables and sparse matrices)
+        - **output:** states (n_dst, channels), positions (n_dst, 2), and if asked for,
+          ``(edge_index, attention (E, heads))``
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int = 4,
+        head_channels: int = 32,
+        terms: tuple[str, ...] = (),
+        pos_channels: int = 2,
+        backend: str = "auto",
+        **kwargs,
+    ):
+        kwargs.setdefault("aggr", "add")
+        super().__init__(node_dim=0, **kwargs)
+        unknown = sorted(set(terms) - set(LOGIT_TERMS))
+        if unknown:
+            raise ValueError(f"unknown logit terms {unknown}; choose from {sorted(LOGIT_TERMS)}")
+        self.channels = channels
+        self.heads = heads
+        self.head_channels = head_channels
+        self.pos_channels = pos_channels
+        self.backend = backend
+        inner = heads * head_channels
+        self.lin_query = nn.Linear(channels, inner, bias=False)
+        self.lin_key = nn.Linear(channels, inner, bias=False)
+        self.lin_value = nn.Linear(channels, inner, bias=False)
+        self.weight_pos = nn.Parameter(torch.empty(heads, pos_channels, pos_channels))
+        self.norm = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels + inner, 2 * channels),
+            nn.GELU(),
+            nn.Linear(2 * channels, channels),
+        )
+        self.terms = nn.ModuleDict({name: LOGIT_TERMS[name](heads) for name in terms})
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draw all weights anew; the layer starts as the identity on states and positions."""
+        super().reset_parameters()
+        for module in (self.lin_query, self.lin_key, self.lin_value, self.norm, self.mlp):
+            inits.reset(module)
+        for term in self.terms.values():
+            term.reset_parameters()
+        nn.init.zeros_(self.weight_pos)
+        nn.init.zeros_(self.mlp[-1].weight)
+        nn.init.zeros_(self.mlp[-1].bias)
+
+    def forward(
+        self,
+        s: Tensor | tuple[Tensor, Tensor],
+        pos: Tensor | tuple[Tensor, Tensor],
+        edge_index: Adj | NeighborTable,
+        edge_bias: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        return_attention_weights: bool | None = None,
+    ):
+        """One round of attention; see the class for shapes."""
+        s_src, s_dst = s if isinstance(s, tuple) else (s, s)
+        pos_src, pos_dst = pos if isinstance(pos, tuple) else (pos, pos)
+        if s_dst.size(-1) != self.channels or s_src.size(-1) != self.channels:
+            raise ValueError(
+                f"{self} needs states of width {self.channels}; "
+                f"given {tuple(s_src.shape)} and {tuple(s_dst.shape)}"
+            )
+        shape = (-1, self.heads, self.head_channels)
+        query = self.lin_query(s_dst).view(shape)
+        key = self.lin_key(s_src).view(shape)
+        value = self.lin_value(s_src).view(shape)
+        if edge_bias is not None and edge_bias.dim() == 2 and edge_bias.size(1) == 1:
+            edge_bias = edge_bias.squeeze(-1)
+
+        attention = None
+        if isinstance(edge_index, NeighborTable) and not (
+            return_attention_weights or self._messages_are_watched()
+        ):
+            graph = edge_index
+            edge_bias = self._with_terms(edge_bias, s_dst, pos_src, pos_dst, graph)
+            out, displacement, _ = ops.edge_attention(
+                query, key, value, (pos_src, pos_dst), edge_bias, graph, backend=self.backend
+            )
+        else:
+            edge_index = _as_edge_index(edge_index)
+            edge_bias = self._with_terms(edge_bias, s_dst, pos_src, pos_dst, edge_index)
+            size = size or (s_src.size(0), s_dst.size(0))
+            if edge_bias is None:
+                edge_bias = pos_src.new_zeros(edge_index.size(1))
+            logits = self.edge_updater(
+                edge_index, query=(None, query), key=(key, None), edge_bias=edge_bias, size=size
+            )
+            attention, _ = ops.segment_softmax(logits, edge_index[1], size[1])
+            total = self.propagate(
+                edge_index, value=(value, None), pos=(pos_src, pos_dst), attention=attention,
+                size=size,
+            )  # fmt: skip
+            out, displacement = total.split([self.head_channels, self.pos_channels], dim=-1)
+            displacement = displacement.to(pos_dst.dtype)
+
+        # Written out, so that autocast does not round coordinates to half precision.
+        moved = self.weight_pos.to(displacement.dtype) * displacement.unsqueeze(-2)
+        pos_out = pos_dst + moved.sum(dim=(1, 3))
+        aggregated = out.reshape(-1, self.heads * self.head_channels).to(query.dtype)
+        s_out = s_dst + self.mlp(torch.cat([self.norm(s_dst), aggregated], dim=-1))
+        if return_attention_weights:
+            edge_index = (
+                edge_index.edge_index if isinstance(edge_index, NeighborTable) else edge_index
+            )
+            return s_out, pos_out, (edge_index, attention)
+        return s_out, pos_out
+
+    def edge_update(self, query_i: Tensor, key_j: Tensor, edge_bias: Tensor) -> Tensor:
+        return attention_logits(query_i, key_j, edge_bias)
+
+    def message(self, value_j: Tensor, pos_i: Tensor, pos_j: Tensor, attention: Tensor) -> Tensor:
+        moves = (pos_j - pos_i).unsqueeze(1).expand(-1, self.heads, -1)
+        dtype = torch.promote_types(attention.dtype, moves.dtype)
+        carried = torch.cat([value_j.to(dtype), moves.to(dtype)], dim=-1)
+        return attention.unsqueeze(-1).to(dtype) * carried
+
+    def _with_terms(self, bias, s, pos_src, pos_dst, edges) -> Tensor | None:
+        if not self.terms:
+            return bias
+        src, dst = edges.edge_index if isinstance(edges, NeighborTable) else edges
+        if bias is not None and bias.dim() == 1:
+            bias = bias.unsqueeze(-1)
+        for term in self.terms.values():
+            logits = term(s, pos_src, pos_dst, src, dst)
+            bias = logits if bias is None else bias + logits
+        return bias
+
+    def _messages_are_watched(self) -> bool:
+        """Whether an explainer or a hook wants to see what a fused path never forms."""
+        hooks = (
+            self._propagate_forward_pre_hooks, self._propagate_forward_hooks,
+            self._message_forward_pre_hooks, self._message_forward_hooks,
+            self._aggregate_forward_pre_hooks, self._aggregate_forward_hooks,
+            self._edge_update_forward_pre_hooks, self._edge_update_forward_hooks,
+        )  # fmt: skip
+        return bool(self.explain) or any(hooks)
+
+    def __repr__(self) -> str:
+        terms = f", terms={list(self.terms)}" if self.terms else ""
+        return (
+            f"{type(self).__name__}({self.channels}, heads={self.heads}, "
+            f"head_channels={self.head_channels}{terms})"
+        )
+
+
+def _as_edge_index(edges) -> Tensor:
+    """Any adjacency PyG knows as (2, E), sources first; sparse matrices are adj_t: (dst, src)."""
+    if isinstance(edges, NeighborTable):
+        return edges.edge_index
+    if isinstance(edges, SparseTensor) or is_sparse(edges):
+        row, col = to_edge_index(edges)[0]
+        return torch.stack([col, row])
+    return edges.as_tensor() if hasattr(edges, "as_tensor") else edges
