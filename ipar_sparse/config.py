@@ -1,0 +1,438 @@
+"""One typed configuration for a whole run, saved beside every checkpoint.
+
+What a run does is decided here and nowhere else: a preset, then a YAML file, then ``--set``
+overrides, each laid over the one before and checked as a whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError
+from .files import atomic_write
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are refused, docstrings of fields are the help text."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class DataConfig(Section):
+    """What is read from the AnnData files."""
+
+    layer: str | None = None
+    """AnnData layer that holds the expression; none = X"""
+    normalized: bool | None = None
+    """is the expression log-normalised already? none = recognise it (non-integer values)"""
+    embedding: str | None = None
+    """use this embedding instead of training the encoder, e.g. obsm:X_pca"""
+    slide_key: str | None = None
+    """obs column that tells the slides of one file apart"""
+    spatial_key: str = "spatial"
+    """obsm key of the measured positions"""
+    max_genes: Positive | None = 2000
+    """keep this many most variable genes; none = all"""
+
+    @model_validator(mode="after")
+    def _embedding_names_a_slot(self):
+        if self.embedding is not None and not self.embedding.removeprefix("obsm:"):
+            raise ValueError("embedding must name an obsm key, e.g. obsm:X_pca")
+        return self
+
+
+class EncoderConfig(Section):
+    """Stage A: the encoder from genes to the embedding, trained without labels, then frozen."""
+
+    hidden: tuple[Positive, ...] = (512, 256)
+    """widths of the hidden layers"""
+    out: Positive = 128
+    """width of the embedding"""
+    dropout: Fraction = 0.1
+    """dropout after every hidden layer"""
+    epochs: Count = 20
+    """passes over the training cells"""
+    batch_size: Positive = 512
+    """anchor cells per step"""
+    lr: Rate = 1e-3
+    """learning rate"""
+    weight_decay: Weight = 1e-4
+    """weight decay"""
+    temperature: Rate = 0.1
+    """temperature of the spatial InfoNCE loss"""
+    neighbors: Positive = 15
+    """spatial nearest neighbours that count as positives"""
+    far_quantile: Fraction = 0.5
+    """negatives lie farther away than this quantile of the distances"""
+    hard_negatives: Count = 8
+    """negatives per anchor that are near in expression but far in space"""
+    infonce_weight: Weight = 1.0
+    """weight of the spatial InfoNCE loss"""
+    invariance_weight: Weight = 25.0
+    """VICReg: weight of the distance between two views"""
+    variance_weight: Weight = 50.0
+    """VICReg: weight of the variance hinge"""
+    covariance_weight: Weight = 1.0
+    """VICReg: weight of the off-diagonal covariance"""
+    gene_dropout: Fraction = 0.2
+    """share of genes set to zero in a view"""
+    noise: Weight = 0.1
+    """standard deviation of the Gaussian noise of a view"""
+
+
+class GraphConfig(Section):
+    """Candidate graph (nearest neighbours in the embedding) and target graph (in space)."""
+
+    k: Positive = 100
+    """candidate neighbours of each cell, at most n - 1"""
+    metric: Literal["euclidean", "cosine"] = "euclidean"
+    """distance in the embedding"""
+    backend: Literal["auto", "exact", "torch_cluster", "faiss"] = "auto"
+    """how nearest neighbours are found"""
+    target_k: Positive | None = None
+    """spatial neighbours of the random walk; none = max(20, 0.15 n)"""
+    target_mode: Literal["auto", "exact", "sketch"] = "auto"
+    """walk targets in full, or sampled at the same radius; auto = exact up to 384 cells"""
+
+
+class ModelConfig(Section):
+    """The attention model from embedding to positions."""
+
+    dim: Positive = 128
+    """width of the embedding it takes; follows the data when an embedding is brought along"""
+    channels: Positive = 96
+    """width of the state of a cell"""
+    heads: Positive = 4
+    """attention heads"""
+    head_channels: Positive = 32
+    """channels of a head"""
+    recycles: Positive = 5
+    """passes through the attention block"""
+    shared: bool = True
+    """one block for all recycles, or one each"""
+    terms: tuple[str, ...] = ()
+    """extra terms of the attention logits"""
+    qk_norm: bool = False
+    """normalise queries and keys, with a learned scale"""
+    gate_heads: Positive = 1
+    """gate logits per edge: 1, or one for each head"""
+    beta: Weight = 2.0
+    """weight of the gate in the attention logits; 0 = no gate"""
+    init_noise: Weight = 0.05
+    """standard deviation of the noise on the first layout in training"""
+    backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
+    """how attention is computed"""
+    checkpoint_recycles: bool = False
+    """recompute each recycle in the backward pass, for less memory"""
+
+    @model_validator(mode="after")
+    def _gate_heads_fit(self):
+        if self.gate_heads not in (1, self.heads):
+            raise ValueError(f"gate_heads must be 1 or heads ({self.heads}), got {self.gate_heads}")
+        return self
+
+
+class TrainConfig(Section):
+    """How the gate and the model are trained."""
+
+    unit: Literal["miniset", "slide", "mixed"] = "miniset"
+    """what one step sees: a random subset of a slide, a whole slide, or both in turn"""
+    epochs: Positive = 15
+    """epochs at most"""
+    minisets: Positive = 1000
+    """minisets in the training pool, balanced over the slides"""
+    miniset_min: Annotated[int, Field(ge=8)] = 96
+    """smallest miniset, in cells"""
+    miniset_max: Annotated[int, Field(ge=8)] = 384
+    """largest miniset, in cells"""
+    val_minisets: Positive = 32
+    """minisets of the validation slides on which every epoch is scored"""
+    steps_per_epoch: Positive | None = None
+    """optimiser steps per epoch; none = every unit once"""
+    batch_size: Positive = 1
+    """minisets per step"""
+    lr: Rate = 5e-4
+    """learning rate at the start of the cosine schedule"""
+    lr_min: Weight = 1e-5
+    """learning rate at its end"""
+    weight_decay: Weight = 5e-4
+    """weight decay of AdamW"""
+    grad_clip: Rate = 1.0
+    """largest gradient norm"""
+    noise_h: Weight = 0.3
+    """augmentation: standard deviation of Gaussian noise on the embedding"""
+    dropout_h: Fraction = 0.1
+    """augmentation: share of embedding entries set to zero"""
+    edge_drop: Fraction = 0.2
+    """augmentation: share of candidate edges dropped; each cell keeps one at least"""
+    gate_steps: Count = 500
+    """steps of gate training before joint training"""
+    warmup_epochs: Count = 1
+    """epochs before the random-walk loss enters"""
+    ramp_epochs: Count = 6
+    """epochs over which its weight grows to rw_cap"""
+    rw_cap: Weight = 0.3
+    """full weight of the random-walk loss"""
+    lambda_stress: Weight = 0.1
+    """weight of the log-stress loss"""
+    lambda_gate: Weight = 0.05
+    """weight of the gate loss in joint training"""
+    lambda_rep: Weight = 0.01
+    """weight of the repulsion loss"""
+    lambda_ent: Weight = 0.01
+    """weight of the walk-entropy regulariser"""
+    lambda_long: Weight = 0.1
+    """weight of the long-range distances on whole slides"""
+    probe_rows: Positive = 256
+    """walk rows sampled per step on whole slides"""
+    patience: Positive = 4
+    """epochs without a better validation E_geo before stopping, counted once rw_cap is reached"""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """arithmetic of the forward pass"""
+    seed: Count = 0
+    """seed of everything random"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto = cuda where there is one"""
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self):
+        if self.miniset_min > self.miniset_max:
+            raise ValueError(
+                f"miniset_min ({self.miniset_min}) must not exceed miniset_max "
+                f"({self.miniset_max})"
+            )
+        if self.lr_min > self.lr:
+            raise ValueError(f"lr_min ({self.lr_min}) must not exceed lr ({self.lr})")
+        return self
+
+
+class EvalConfig(Section):
+    """How a prediction is scored."""
+
+    ks: tuple[Positive, ...] = (10, 15)
+    """neighbourhood sizes of the neighbour metrics"""
+    sample_pairs: Positive = 200_000
+    """pairs of cells sampled for the distance metrics of a large slide"""
+    sample_rows: Positive = 2_000
+    """cells sampled for the neighbour metrics of a large slide"""
+    baselines: bool = True
+    """score the baselines beside the model"""
+    seeds: Positive = 1
+    """noise seeds whose layouts are aligned into one prediction with an uncertainty"""
+
+
+class RunConfig(Section):
+    """Everything that decides what a run computes."""
+
+    preset: str = "v1"
+    """named variant that the other settings start from"""
+    data: DataConfig = DataConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    graph: GraphConfig = GraphConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _model_takes_the_embedding(self):
+        if self.data.embedding is None and self.model.dim != self.encoder.out:
+            raise ValueError(
+                f"model.dim ({self.model.dim}) must equal encoder.out ({self.encoder.out}); "
+                "set both"
+            )
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Writes ``config.yaml`` (for people) and ``config.json`` into ``folder``."""
+        values = self.model_dump(mode="json")
+        atomic_write(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        atomic_write(folder / "config.json", json.dumps(values, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> RunConfig:
+        """Reads the configuration of a run back.
+
+        Raises:
+            UserError: the folder holds no readable configuration.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder} is not a run directory: it has no config.json; "
+                "give the --out folder of `ipar-sparse train`"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); train the run again") from None
+        return _validate(values, source=str(path))
+
+    def replace(self, **sections: Mapping[str, Any]) -> RunConfig:
+        """A copy with some values changed, checked: ``config.replace(train={"epochs": 3})``."""
+        return _validate(_merge(self.model_dump(), sections), source="replace()")
+
+
+PRESETS: dict[str, dict[str, Any]] = {"v1": {}}
+"""Named variants, each the values in which it differs from the defaults."""
+
+
+def load_config(
+    path: Path | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    preset: str | None = None,
+    **sections: Mapping[str, Any],
+) -> RunConfig:
+    """Builds the configuration of a run: preset, then file, then ``sections``, then overrides.
+
+    Args:
+        path: YAML file with any part of the tree.
+        overrides: ``"train.epochs=30"`` strings; the value is read as YAML, ``none`` as null.
+        preset: name in ``PRESETS``; default: the file's ``preset``, else ``v1``.
+        **sections: values by section, e.g. ``train={"seed": 1}``.
+
+    Raises:
+        UserError: unknown key (the nearest is suggested), bad value, unreadable file.
+    """
+    given: dict[str, Any] = _read_yaml(path) if path is not None else {}
+    given = _merge(given, sections)
+    for text in overrides:
+        given = _merge(given, _parse_override(text))
+    name = preset or given.get("preset") or "v1"
+    if name not in PRESETS:
+        raise UserError(
+            f"unknown preset {name!r}{_suggest(str(name), PRESETS)}; known: {', '.join(PRESETS)}"
+        )
+    return _validate(_merge(_merge(PRESETS[name], given), {"preset": name}), source=path)
+
+
+def describe() -> list[tuple[str, str, str, str]]:
+    """Every setting as (key, type, default, what it is)."""
+    rows = []
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.default, Section):
+            for key, leaf in type(field.default).model_fields.items():
+                rows.append((f"{name}.{key}", *_field_row(leaf)))
+        else:
+            rows.append((name, *_field_row(field)))
+    return rows
+
+
+def _field_row(field) -> tuple[str, str, str]:
+    default = field.default
+    shown = list(default) if isinstance(default, tuple) else default
+    text = yaml.safe_dump(shown, default_flow_style=True).removesuffix("...\n").strip()
+    return _type_name(field.annotation), "none" if default is None else text, field.description
+
+
+def _type_name(annotation) -> str:
+    origin, args = getattr(annotation, "__origin__", None), getattr(annotation, "__args__", ())
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is tuple:
+        return f"list of {_type_name(args[0])}"
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        return _type_name(annotation.__origin__)
+    if args:  # a union
+        return " | ".join(_type_name(a) for a in args)
+    return {"NoneType": "none", "str": "text", "float": "number", "bool": "true | false"}.get(
+        annotation.__name__, annotation.__name__
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise UserError(f"config file {path} is not valid YAML{line}; correct it") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(
+            f"config file {path} must hold sections such as `train:` with keys under them, "
+            f"not a {type(values).__name__}"
+        )
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, raw = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set takes section.key=value, e.g. train.epochs=30; got {text!r}")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise UserError(f"--set {key}: the value {raw!r} is not valid YAML") from None
+    if isinstance(value, str) and value.lower() == "none":
+        value = None
+    for part in reversed(parts):
+        value = {part: value}
+    return value
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(below, value) if both else value
+    return merged
+
+
+def _validate(values: Mapping[str, Any], source) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, source)) from None
+
+
+def _explain(error: ValidationError, source) -> str:
+    first, *others = error.errors()
+    where = f" in {source}" if source else ""
+    more = f" (and {len(others)} more)" if others else ""
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [row[0] for row in describe()]
+        return f"unknown config key {key}{where}{_suggest(key, known)}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        section = f"config section {key}" if key else "config"
+        return f"{section}{where}: {message}{more}"
+    if first["type"] == "model_type":
+        return (
+            f"config section {key}{where} needs keys under it, e.g. {key}.KEY=VALUE; "
+            f"given {first['input']!r}{more}"
+        )
+    expected = message.removeprefix("Input should be ").split(", unable to parse")[0]
+    expected = expected.replace("a valid tuple", "a list, e.g. [10, 15]")
+    return f"config key {key}{where}: given {first['input']!r}, expected {expected}{more}"
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:
+        leaf = name.rsplit(".", 1)[-1]
+        leaves = {row.rsplit(".", 1)[-1]: row for row in reversed(known)}
+        close = [leaves[k] for k in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]}?" if close else "; `ipar-sparse config` lists them all"

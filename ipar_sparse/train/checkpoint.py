@@ -1,0 +1,275 @@
+"""Checkpoints: one safetensors file each, whose header carries everything else as JSON.
+
+One file means one rename, so weights, optimiser and position in the run cannot disagree. A digest
+over names, shapes and bytes tells a damaged file from a good one before anything is restored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..files import atomic_write
+
+BEST = "model.safetensors"
+"""Weights of the best validated epoch: what prediction uses."""
+LAST = "last.safetensors"
+"""Weights and trainer state of the last finished epoch: what ``--resume`` uses."""
+
+_FORMAT = "ipar_sparse.checkpoint"
+_VERSION = 1
+
+
+def save_checkpoint(
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    meta: Mapping[str, Any],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    generators: Mapping[str, torch.Generator | np.random.Generator] | None = None,
+) -> None:
+    """Writes a checkpoint in one atomic step; what stood there survives any failure.
+
+    Args:
+        path: file to write, e.g. ``run / LAST``.
+        modules: name -> module; parameters are stored as ``name.parameter``.
+        meta: anything JSON can hold (epoch, step, gene list, scores, ...).
+        optimizer: stored bit for bit if given.
+        generators: stored if given, together with the global random states of torch (CPU and
+            CUDA), numpy and Python; pass ``{}`` for the global ones alone.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written to.
+    """
+    tensors = {
+        f"{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+    document: dict[str, Any] = {"meta": dict(meta), "modules": list(modules)}
+    if optimizer is not None:
+        document["optimizer"] = _pack_optimizer(optimizer, tensors)
+    if generators is not None:
+        document["random"] = _pack_random(generators, tensors)
+    # Tied parameters share storage, which safetensors refuses: every entry gets its own.
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    text = json.dumps(document)
+    header = {
+        "format": _FORMAT,
+        "version": str(_VERSION),
+        "document": text,
+        "sha256": _digest(text, tensors),
+    }
+    atomic_write(path, save(tensors, metadata=header))
+
+
+def load_checkpoint(
+    path: Path,
+    modules: Mapping[str, nn.Module] | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    generators: Mapping[str, torch.Generator | np.random.Generator] | None = None,
+) -> dict[str, Any]:
+    """Checks a checkpoint and restores from it whatever is passed in, in place.
+
+    Nothing is changed unless the whole file is sound and holds all that is asked for; the global
+    random states are restored when ``generators`` is given.
+
+    Returns:
+        The ``meta`` it was saved with.
+
+    Raises:
+        UserError: the file is missing, truncated, altered, foreign, of a newer format, or does
+            not fit the modules.
+    """
+    document, tensors = _read(Path(path))
+    states = {name: _state_of(name, module, tensors, path) for name, module in
+              (modules or {}).items()}
+    for part, wanted in (("optimizer", optimizer), ("random", generators)):
+        if wanted is not None and part not in document:
+            raise UserError(
+                f"{path} holds weights only, so training cannot go on from it; "
+                f"use {LAST} of the run, or train again with --overwrite"
+            )
+    if optimizer is not None:
+        try:
+            optimizer.load_state_dict(_unpack_optimizer(document["optimizer"], tensors))
+        except ValueError as error:
+            raise UserError(
+                f"{path} does not fit the configuration: {error}; "
+                "use the config.json it was trained with"
+            ) from None
+    for name, state in states.items():
+        modules[name].load_state_dict(state)
+    if generators is not None:
+        _restore_random(document["random"], generators, tensors)
+    return document["meta"]
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The ``meta`` of a checkpoint, without reading its tensors.
+
+    Raises:
+        UserError: the file is missing, truncated or foreign.
+    """
+    return _open(Path(path))[0]["meta"]
+
+
+def find_checkpoint(run: Path) -> Path:
+    """The checkpoint to predict with: the best one, or the last if none was validated yet.
+
+    Raises:
+        UserError: the run has no checkpoint.
+    """
+    for name in (BEST, LAST):
+        if (Path(run) / name).is_file():
+            return Path(run) / name
+    raise UserError(
+        f"{run} holds no checkpoint ({BEST}); give the --out folder of a training run, "
+        "or train it first"
+    )
+
+
+def _open(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; give the --out folder of a training run")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header, names = file.metadata() or {}, list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is truncated or not a checkpoint ({error}); "
+            "restore it from a copy or train again"
+        ) from None
+    if header.get("format") != _FORMAT:
+        raise UserError(
+            f"{path} is a safetensors file but not a checkpoint of ipar_sparse; "
+            "give the --out folder of `ipar-sparse train`"
+        )
+    if int(header["version"]) > _VERSION:
+        raise UserError(
+            f"{path} has checkpoint format {header['version']}, this version reads up to "
+            f"{_VERSION}; upgrade ipar_sparse"
+        )
+    return json.loads(header["document"]), header, names
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    document, header, names = _open(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in names}
+    if _digest(header["document"], tensors) != header["sha256"]:
+        raise UserError(
+            f"{path} is damaged: its checksum does not match; restore it from a copy or train again"
+        )
+    return document, tensors
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _state_of(
+    name: str, module: nn.Module, tensors: Mapping[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    prefix = f"{name}."
+    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    expected = module.state_dict()
+    problems = [f"{k} is missing" for k in expected if k not in state]
+    problems += [f"{k} is not part of the model" for k in state if k not in expected]
+    problems += [
+        f"{k} has shape {tuple(state[k].shape)} instead of {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    if problems:
+        raise UserError(
+            f"{path} does not fit the configuration: {name}.{problems[0]}; "
+            "use the config.json it was trained with"
+        )
+    return state
+
+
+def _pack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict:
+    state = optimizer.state_dict()
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value
+            else:
+                scalars.setdefault(str(index), {})[key] = value
+    return {"scalars": scalars, "param_groups": state["param_groups"]}
+
+
+def _unpack_optimizer(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict:
+    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in packed["scalars"].items()}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            state.setdefault(int(index), {})[key] = value
+    groups = [
+        {k: tuple(v) if k == "betas" else v for k, v in group.items()}
+        for group in packed["param_groups"]
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _pack_random(generators: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    tensors["random/torch"] = torch.get_rng_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"random/cuda/{index}"] = state
+    kind, keys, *rest = np.random.get_state()
+    packed: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "generators": {},
+    }
+    for name, generator in generators.items():
+        if isinstance(generator, torch.Generator):
+            tensors[f"random/generator/{name}"] = generator.get_state()
+        else:
+            packed["generators"][name] = _jsonable(generator.bit_generator.state)
+    return packed
+
+
+def _restore_random(
+    packed: Mapping[str, Any], generators: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    torch.set_rng_state(tensors["random/torch"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if f"random/cuda/{index}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"random/cuda/{index}"], index)
+    version, internal, gauss = packed["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = packed["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    for name, generator in generators.items():
+        if isinstance(generator, torch.Generator):
+            generator.set_state(tensors[f"random/generator/{name}"])
+        else:
+            generator.bit_generator.state = packed["generators"][name]
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _jsonable(v) for k, v in value.items()}
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
