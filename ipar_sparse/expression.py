@@ -1,0 +1,242 @@
+"""From counts to the encoder's input, without ever densifying a slide."""
+
+import numpy as np
+from scipy import sparse
+
+from .errors import UserError
+
+
+def log_normalize(counts, target_sum=1e4, totals=None):
+    """Scale every cell to the same total, then take log(1 + x).
+
+        y_ig = log(1 + target_sum * c_ig / sum_g c_ig)
+
+    Args:
+        counts: (n, G) sparse matrix of non-negative counts; left unchanged.
+        target_sum: total every cell is scaled to.
+        totals: (n,) library sizes; the row sums of `counts` by default. Give them when `counts`
+            holds only some of the genes.
+
+    Returns:
+        (n, G) float32 CSR with the sparsity of `counts`; cells with no counts stay zero.
+    """
+    counts = sparse.csr_matrix(counts)
+    if totals is None:
+        totals = counts.sum(axis=1)
+    totals = np.asarray(totals, dtype=np.float64).ravel()
+    scale = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
+    data = counts.data.astype(np.float32)
+    data *= np.repeat(scale.astype(np.float32), np.diff(counts.indptr))
+    np.log1p(data, out=data)
+    return sparse.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape)
+
+
+def match_genes(slides, genes=None):
+    """Genes to use over several slides, matched by name.
+
+    Args:
+        slides: list of `Slide`.
+        genes: the genes of a trained run; without it, the genes all slides share.
+
+    Returns:
+        genes: the shared genes in the first slide's order, or the given list itself.
+        missing: with `genes`, those that some slide lacks; without, those of the first slide that
+            some other slide lacks.
+
+    Raises:
+        UserError: if some slide has none of the genes, or no gene is on all slides.
+    """
+    wanted = [str(g) for g in (slides[0].genes if genes is None else genes)]
+    partner = slides[0].name if genes is None else "the trained model"
+    shared = set(wanted)
+    for slide in slides:
+        own = {str(g) for g in slide.genes}
+        if not own & set(wanted):
+            raise UserError(_no_shared_genes(partner, wanted, slide))
+        shared &= own
+    if genes is None and not shared:
+        names = ", ".join(slide.name for slide in slides)
+        raise UserError(
+            f"no gene is present in all of {names}, though some pairs share genes; "
+            "leave out the slide that was measured with another panel"
+        )
+    missing = [g for g in wanted if g not in shared]
+    return [g for g in wanted if g in shared] if genes is None else wanted, missing
+
+
+def _no_shared_genes(partner, wanted, slide):
+    own = [str(g) for g in slide.genes]
+    message = (
+        f"{slide.name}: shares no gene with {partner} "
+        f"(genes such as {', '.join(own[:3]) or 'none'} against {', '.join(wanted[:3]) or 'none'})"
+    )
+    folded = {g.lower(): g for g in wanted}
+    same = next((g for g in own if g.lower() in folded), None)
+    if same is not None:
+        return f"{message}; {same} and {folded[same.lower()]} differ in letter case: make it equal"
+    stems = {g.split(".")[0]: g for g in wanted}
+    same = next((g for g in own if g.split(".")[0] in stems), None)
+    if same is not None:
+        return f"{message}; {same} differs in its version suffix: strip it from var_names"
+    return f"{message}; put the same kind of gene name (symbols or Ensembl ids) into var_names"
+
+
+def select_genes(slides, genes, n_top):
+    """The most variable genes, given how strongly they are expressed.
+
+    On each slide the log variance of the log-normalised expression is compared with genes of
+    similar mean: z = (log var - trend) / spread, trend and spread being the median and the median
+    absolute deviation in 20 quantile bins of the mean, interpolated. A gene's score is its rank
+    averaged over slides, so that no slide dominates (after Seurat's and scanpy's dispersion
+    selection).
+
+    Args:
+        slides: training slides, raw or log-normalised.
+        genes: candidate genes, present on every slide.
+        n_top: how many to keep; all are kept if there are no more than that.
+
+    Returns:
+        The chosen genes, most variable first. Ties keep the order of `genes`.
+    """
+    if n_top < 1:
+        raise ValueError(f"n_top is {n_top}, expected at least 1")
+    score = np.zeros(len(genes))
+    for slide in slides:
+        z = _standardised_variance(*_mean_and_variance(normalized_expression(slide, genes)))
+        order = np.argsort(-z, kind="stable")
+        rank = np.empty(len(genes))
+        rank[order] = np.arange(len(genes))
+        _average_ties(z, order, rank)
+        score += rank
+    chosen = np.argsort(score, kind="stable")[:n_top]
+    return [str(genes[i]) for i in chosen]
+
+
+def _average_ties(z, order, rank):
+    starts = np.flatnonzero(np.r_[True, np.diff(z[order]) != 0])
+    lengths = np.diff(np.r_[starts, len(order)])
+    rank[order] = np.repeat(starts + (lengths - 1) / 2, lengths)
+
+
+def _column_sums(x, power=1, block=1 << 22):
+    # scipy adds float32 columns in float32, which loses digits over a million rows
+    total = np.zeros(x.shape[1])
+    for start in range(0, len(x.data), block):
+        part = slice(start, start + block)
+        values = x.data[part].astype(np.float64) ** power
+        total += np.bincount(x.indices[part], weights=values, minlength=x.shape[1])
+    return total
+
+
+def _mean_and_variance(x):
+    n = max(x.shape[0], 1)
+    mean = _column_sums(x) / n
+    return mean, np.maximum(_column_sums(x, power=2) / n - mean**2, 0.0)
+
+
+def _standardised_variance(mean, variance, bins=20):
+    z = np.full(len(mean), -np.inf)
+    varying = np.flatnonzero(variance > 1e-12)
+    if len(varying) == 0:
+        return z
+    order = varying[np.argsort(mean[varying], kind="stable")]
+    log_var = np.log(variance)[order]
+    groups = np.array_split(np.arange(len(order)), max(1, min(bins, len(order) // 10)))
+    centre = np.array([g.mean() for g in groups])
+    trend = np.array([np.median(log_var[g]) for g in groups])
+    spread = np.array([np.median(np.abs(log_var[g] - np.median(log_var[g]))) for g in groups])
+    place = np.arange(len(order))
+    residual = log_var - np.interp(place, centre, trend)
+    z[order] = residual / np.maximum(np.interp(place, centre, spread), 1e-6)
+    return z
+
+
+def normalized_expression(slide, genes):
+    """Log-normalised expression of some genes; library sizes count all genes of the slide.
+
+    Args:
+        slide: a `Slide` with expression.
+        genes: G gene names; those the slide lacks become zero columns.
+
+    Returns:
+        (n, G) float32 CSR.
+    """
+    if slide.expression is None:
+        raise UserError(f"{slide.name}: has no expression, only an embedding")
+    matrix = _take_columns(slide.expression, slide.genes, genes)
+    if slide.normalized:
+        return matrix
+    return log_normalize(matrix, totals=slide.expression.sum(axis=1))
+
+
+def _take_columns(matrix, own, wanted):
+    target = {str(g): j for j, g in enumerate(wanted)}
+    if len(target) != len(wanted):
+        raise ValueError(f"genes has {len(wanted) - len(target)} repeated names, expected unique")
+    place = np.array([target.get(str(g), -1) for g in own], dtype=np.int64)
+    keep = np.flatnonzero(place >= 0)
+    taken = matrix[:, keep]
+    taken = sparse.csr_matrix(
+        (taken.data, place[keep].astype(taken.indices.dtype)[taken.indices], taken.indptr),
+        shape=(matrix.shape[0], len(wanted)),
+    )
+    taken.sort_indices()
+    return taken
+
+
+class Expression:
+    """One slide's log-normalised expression of a gene list, handed out as centred dense rows.
+
+        x_ig = y_ig - mean_i y_ig
+
+    The mean runs over the cells that have counts. Empty cells and missing genes come out as zero,
+    the average cell, rather than as a cell that switched every gene off.
+
+    Args:
+        matrix: (n, G) float32 CSR of log-normalised values.
+        genes: the G gene names of its columns.
+        empty: (n,) bool, cells without counts; none by default.
+    """
+
+    def __init__(self, matrix, genes, empty=None):
+        self.matrix = sparse.csr_matrix(matrix)
+        self.genes = [str(g) for g in genes]
+        n, num_genes = self.matrix.shape
+        if num_genes != len(self.genes):
+            raise ValueError(f"matrix has {num_genes} columns but {len(self.genes)} genes named")
+        self.empty = np.zeros(n, dtype=bool) if empty is None else np.asarray(empty, dtype=bool)
+        filled = max(int((~self.empty).sum()), 1)
+        self.mean = (_column_sums(self.matrix) / filled).astype(np.float32)
+
+    @classmethod
+    def from_slide(cls, slide, genes):
+        """Restrict a slide to `genes`, in that order.
+
+        Raises:
+            UserError: if the slide has none of them, or no expression.
+        """
+        matrix = normalized_expression(slide, genes)
+        match_genes([slide], genes)
+        return cls(matrix, genes, slide.empty)
+
+    @property
+    def shape(self):
+        return self.matrix.shape
+
+    def rows(self, index=None):
+        """Dense, centred rows.
+
+        Args:
+            index: (m,) row numbers, or None for all rows: then memory is n * G * 4 bytes.
+
+        Returns:
+            (m, G) float32.
+        """
+        index = np.arange(self.shape[0]) if index is None else np.asarray(index)
+        dense = self.matrix[index].toarray()
+        dense -= self.mean
+        dense[self.empty[index]] = 0.0
+        return dense
+
+    def __repr__(self):
+        return f"Expression({self.shape[0]} cells, {self.shape[1]} genes)"
