@@ -184,7 +184,7 @@ def _lay_down(place, rng):
 def _sample_counts(program, features, rng):
     num_genes = len(program.baseline)
     n = len(features)
-    batch = rng.normal(0, 0.2, num_genes) + rng.normal(0, 0.3)
+    batch = rng.normal(0, 0.2, num_genes) + rng.normal(0, 0.2)
     library = rng.normal(0, 0.3, n)
     dropout = 0.05 + 0.25 * rng.beta(2, 5, num_genes)
     offset = (program.baseline + batch).astype(np.float32)
@@ -259,7 +259,7 @@ def _gene_blocks(genes, shares, rng):
 
 
 def _baseline(genes, rng):
-    return rng.normal(-0.9, 1.3, genes), rng.lognormal(-1.5, 0.4, genes)
+    return rng.normal(-0.6, 1.2, genes), rng.lognormal(-1.5, 0.4, genes)
 
 
 def _signed(size, low, high, rng):
