@@ -48,6 +48,8 @@ class DataConfig(Section):
     """obsm key of the measured positions"""
     max_genes: Positive | None = 2000
     """keep this many most variable genes; none = all"""
+    cache: str | None = None
+    """folder of cached graphs and targets; none = $IPAR_SPARSE_CACHE or the user's cache folder"""
 
     @model_validator(mode="after")
     def _embedding_names_a_slot(self):

@@ -69,7 +69,7 @@ def save_checkpoint(
         "format": _FORMAT,
         "version": str(_VERSION),
         "document": text,
-        "sha256": _digest(text, tensors),
+        "sha256": digest(text, tensors),
     }
     atomic_write(path, save(tensors, metadata=header))
 
@@ -169,20 +169,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     document, header, names = _open(path)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in names}
-    if _digest(header["document"], tensors) != header["sha256"]:
+    if digest(header["document"], tensors) != header["sha256"]:
         raise UserError(
             f"{path} is damaged: its checksum does not match; restore it from a copy or train again"
         )
     return document, tensors
 
 
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over ``text`` and the names, dtypes, shapes and bytes of contiguous CPU tensors."""
+    running = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         value = tensors[name]
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        running.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        running.update(value.reshape(-1).view(torch.uint8).numpy())
+    return running.hexdigest()
 
 
 def _state_of(
