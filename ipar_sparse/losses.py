@@ -1,0 +1,269 @@
+"""What a predicted layout is charged for: random walk, stress, repulsion, entropy, gate.
+
+Every function takes positions in the unit-RMS gauge (see :func:`ipar_sparse.gauge_fix`) unless
+it says otherwise, works in their dtype, and never waits for the device.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .gauge import gauge_fix
+from .graph import NeighborTable
+from .targets import SlideTarget, StressTarget, WalkTarget, gate_target
+
+__all__ = [
+    "e_geo",
+    "gate_loss",
+    "log_stress_loss",
+    "repulsion_loss",
+    "rw_kl_loss",
+    "walk_entropy_loss",
+]
+
+STRESS_WEIGHT = 0.1  # of L_stress beside L_RW, in E_geo and in training
+_LOG_FLOOR = 1e-8
+_DENSE_LIMIT = 1536  # up to here n x n products beat sparse ones
+_BLOCK_ELEMENTS = 1 << 24  # walk entries held at once when all rows of a large graph are wanted
+
+
+def rw_kl_loss(
+    pos: Tensor,
+    walk: WalkTarget,
+    probe_rows: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Divergence of the predicted random walk from the reference one.
+
+    .. math::
+        \sum_s 0.5^{s-1} \, \frac1n \sum_i
+        \mathrm{KL}\!\left(T_\mathrm{ref}^s[i,:] \,\|\, T_\mathrm{pred}^s[i,:]\right)
+
+    with logarithms clamped at 1e-8. In a batch of graphs the mean runs over the rows of all of
+    them, each with its own number of steps.
+
+    Args:
+        pos: positions (n, 2).
+        walk: the reference walk.
+        probe_rows: rows drawn without replacement, an unbiased estimate of the mean over rows;
+            all rows if left out.
+        generator: source of the probe rows.
+
+    Returns:
+        A scalar; 0 at the true positions.
+    """
+    if probe_rows is not None and probe_rows < 1:
+        raise ValueError(f"probe_rows must be at least 1; given {probe_rows}")
+    n = walk.num_nodes
+    # products of probabilities lose the small ones in half precision
+    with torch.autocast(pos.device.type, enabled=False):
+        values = walk.transition(pos)
+        if probe_rows is not None and probe_rows < n:
+            rows = _random_rows(n, probe_rows, generator, pos.device)
+            return _probe_kl(values, walk, rows) / probe_rows
+        if max(walk.sizes) <= _DENSE_LIMIT:
+            return _dense_kl(values, walk)
+        rows = torch.arange(n, device=pos.device).split(max(1, _BLOCK_ELEMENTS // n))
+        return sum(_probe_kl(values, walk, block) for block in rows) / n
+
+
+def log_stress_loss(pos: Tensor, stress: StressTarget) -> Tensor:
+    r"""Variance of log-distance ratios: distances are compared up to one common scale.
+
+    .. math::
+        r_e = \log d_\mathrm{pred}(e) - \log d_\mathrm{target}(e), \quad
+        \frac1M \sum_e (r_e - \bar r)^2
+
+    The mean :math:`\bar r` is the optimal log-scale. In a batch every graph has its own, and the
+    graphs' losses are averaged. Distances are clamped at 1e-8.
+
+    Args:
+        pos: positions (n, 2), any scale.
+        stress: the target distances.
+    """
+    first, second = stress.edge_index
+    square = (pos.index_select(0, first) - pos.index_select(0, second)).square().sum(-1)
+    ratio = 0.5 * square.clamp(min=1e-16).log() - stress.dist.log().to(pos.dtype)
+    if stress.num_graphs == 1:
+        return (ratio - ratio.mean()).square().mean() if ratio.numel() else ratio.sum()
+    scale = _graph_mean(ratio, stress.edge_batch, stress.num_graphs)
+    residual = (ratio - scale.index_select(0, stress.edge_batch)).square()
+    return _graph_mean(residual, stress.edge_batch, stress.num_graphs).mean()
+
+
+def repulsion_loss(
+    pos: Tensor,
+    generator: torch.Generator | None = None,
+    num_pairs: int = 256,
+    sizes: tuple[int, ...] | None = None,
+) -> Tensor:
+    r"""Mean of :math:`\exp(-\|x_i - x_j\|^2 / 0.01)` over random pairs of distinct nodes.
+
+    Args:
+        pos: positions (n, 2).
+        generator: source of the pairs.
+        num_pairs: pairs drawn in each graph.
+        sizes: number of nodes of each graph; one graph if left out.
+    """
+    sizes = (pos.size(0),) if sizes is None else sizes
+    device = generator.device if generator is not None else pos.device
+    uniform = torch.rand(2, len(sizes), num_pairs, generator=generator, device=device)
+    uniform = uniform.to(pos.device, torch.float64)
+    size = torch.tensor(sizes, dtype=torch.float64).unsqueeze(-1).to(pos.device, non_blocking=True)
+    start = size.cumsum(0) - size
+    first = (uniform[0] * size).floor()
+    second = (first + 1 + (uniform[1] * (size - 1)).floor()).remainder(size)
+    pairs = torch.stack([first + start, second + start]).long().view(2, -1)
+    square = (pos.index_select(0, pairs[0]) - pos.index_select(0, pairs[1])).square().sum(-1)
+    alone = (size == 1).expand(-1, num_pairs).reshape(-1)
+    return (-square / 0.01).exp().masked_fill(alone, 0.0).mean()
+
+
+def walk_entropy_loss(pos: Tensor, walk: WalkTarget) -> Tensor:
+    r"""Minus the mean row entropy of the predicted one-step walk, logarithms clamped at 1e-8.
+
+    Args:
+        pos: positions (n, 2).
+        walk: the walk whose edges and widths are used.
+    """
+    values = walk.transition(pos)
+    return (values * values.clamp(min=_LOG_FLOOR).log()).sum() / walk.num_nodes
+
+
+def gate_loss(
+    gate_logits: Tensor,
+    graph: NeighborTable,
+    walk: WalkTarget | None = None,
+    step: int = 1,
+    *,
+    probability: Tensor | None = None,
+) -> Tensor:
+    r"""KL(p || q) between the reference walk and the gate over each node's candidates.
+
+    p is the reference walk restricted to the candidates and renormalised, q the softmax of the
+    raw gate logits. Averaged over the nodes that have a true neighbour among their candidates.
+
+    Args:
+        gate_logits: raw logits (E,), or (E, heads), in the graph's edge order.
+        graph: the candidates.
+        walk: the reference walk.
+        step: its power.
+        probability: p (E,) where it is known already, from
+            :func:`ipar_sparse.targets.gate_target` or a mixture of several.
+    """
+    if probability is None:
+        if walk is None:
+            raise ValueError("gate_loss needs a walk, or the probability of each candidate edge")
+        probability = gate_target(graph, walk, step)
+    if gate_logits.size(0) != graph.num_edges or probability.size(0) != graph.num_edges:
+        raise ValueError(
+            f"gate_loss needs one logit and one probability an edge ({graph.num_edges}); given "
+            f"{gate_logits.size(0)} and {probability.size(0)}"
+        )
+    logits = gate_logits.unsqueeze(-1) if gate_logits.dim() == 1 else gate_logits
+    log_q = graph.to_table(logits, fill=-torch.inf).log_softmax(dim=1)
+    p = graph.to_table(probability.to(logits.dtype)).unsqueeze(-1)
+    term = p * (p.clamp(min=torch.finfo(p.dtype).tiny).log() - log_q)
+    divergence = torch.where(p > 0, term, 0.0).sum(1)
+    overlap = (p > 0).any(1).to(p.dtype)
+    return (divergence.mean(-1) * overlap.squeeze(-1)).sum() / overlap.sum().clamp(min=1)
+
+
+def e_geo(
+    pos: Tensor,
+    target: SlideTarget,
+    probe_rows: int | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """The evaluation metric E_geo = L_RW + 0.1 L_stress and its two parts.
+
+    Args:
+        pos: positions (n, 2), any units; brought into the unit-RMS gauge here.
+        target: what the layout should be.
+        probe_rows: see :func:`rw_kl_loss`.
+        generator: source of the probe rows.
+
+    Returns:
+        Scalars ``e_geo``, ``l_rw``, ``l_stress``.
+    """
+    pos = gauge_fix(pos, target.batch, target.num_graphs)
+    l_rw = rw_kl_loss(pos, target.walk, probe_rows, generator)
+    l_stress = log_stress_loss(pos, target.stress)
+    return {"e_geo": l_rw + STRESS_WEIGHT * l_stress, "l_rw": l_rw, "l_stress": l_stress}
+
+
+def _random_rows(n: int, count: int, generator, device) -> Tensor:
+    source = generator.device if generator is not None else device
+    rows = torch.randperm(n, generator=generator, device=source)[:count]
+    return rows.to(device, non_blocking=True)
+
+
+def _graph_mean(values: Tensor, batch: Tensor, num_graphs: int) -> Tensor:
+    total = values.new_zeros(num_graphs).index_add(0, batch, values)
+    count = values.new_zeros(num_graphs).index_add(0, batch, torch.ones_like(values))
+    return total / count.clamp(min=1)
+
+
+def _dense_kl(values: Tensor, walk: WalkTarget) -> Tensor:
+    reference = walk.reference_powers(values.dtype)
+    step = walk.dense(values)
+    power, total = step, 0.0
+    for s in range(1, walk.steps + 1):
+        if s > 1:
+            power = power @ step
+        divergence = _kl(reference[s - 1], power, dim=-1)
+        weight = (walk.row_steps >= s).to(values.dtype) * (0.5 ** (s - 1) / walk.num_nodes)
+        total = total + (divergence * walk.dense_row_weight(weight)).sum()
+    return total
+
+
+def _probe_kl(values: Tensor, walk: WalkTarget, rows: Tensor) -> Tensor:
+    """Sum over probe rows of the divergence, every row carried as one column of (n, m)."""
+    reference = walk.reference(values.dtype)
+    start = values.new_zeros(walk.num_nodes, rows.numel())
+    start.scatter_(0, rows.unsqueeze(0), 1.0)
+    row_steps = walk.row_steps.index_select(0, rows)
+    predicted = expected = start
+    total = 0.0
+    for s in range(1, walk.steps + 1):
+        predicted = _WalkStep.apply(values, predicted, walk)
+        with torch.no_grad():
+            expected = _WalkStep.apply(reference, expected, walk)
+        weight = (row_steps >= s).to(values.dtype) * 0.5 ** (s - 1)
+        total = total + (_kl(expected, predicted, dim=0) * weight).sum()
+    return total
+
+
+def _kl(p: Tensor, q: Tensor, dim: int) -> Tensor:
+    return (p * (p.clamp(min=_LOG_FLOOR).log() - q.clamp(min=_LOG_FLOOR).log())).sum(dim)
+
+
+class _WalkStep(torch.autograd.Function):
+    """One step of m walks, T^T Y for Y (n, m); T and its transpose share one CSR pattern."""
+
+    @staticmethod
+    def forward(ctx, values, state, walk):
+        ctx.walk = walk
+        ctx.save_for_backward(values, state)
+        return _csr(walk, values.index_select(0, walk.transposed)) @ state
+
+    @staticmethod
+    def backward(ctx, grad):
+        walk = ctx.walk
+        values, state = ctx.saved_tensors
+        matrix = _csr(walk, values)
+        grad_values = grad_state = None
+        if ctx.needs_input_grad[0]:
+            sampled = torch.sparse.sampled_addmm(matrix, state, grad.t(), beta=0.0)
+            grad_values = sampled.values()
+        if ctx.needs_input_grad[1]:
+            grad_state = matrix @ grad
+        return grad_values, grad_state, None
+
+
+def _csr(walk: WalkTarget, values: Tensor) -> Tensor:
+    size = (walk.num_nodes, walk.num_nodes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its CSR layout a beta, once a process
+        return torch.sparse_csr_tensor(walk.rowptr, walk.col, values, size, check_invariants=False)
