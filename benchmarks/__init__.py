@@ -1,1 +1,1 @@
-"""Measurements, side by side in one run: importable as `ipar_sparse.benchmarks`."""
+"""Dense against sparse: the reference implementation, and the commands that time it."""

@@ -153,9 +153,6 @@ class IPALiteConv(MessagePassing):
         aggregated = out.reshape(-1, self.heads * self.head_channels).to(query.dtype)
         s_out = s_dst + self.mlp(torch.cat([self.norm(s_dst), aggregated], dim=-1))
         if return_attention_weights:
-            edge_index = (
-                edge_index.edge_index if isinstance(edge_index, NeighborTable) else edge_index
-            )
             return s_out, pos_out, (edge_index, attention)
         return s_out, pos_out
 

@@ -259,12 +259,14 @@ def _sddmm(
 ) -> Tensor:
     """Products <rows_i, columns_j> at the edges of a block, plus ``add``: (H, e)."""
     heads, e = rows.size(0), col.numel()
-    if rows.is_cuda:
+    shape = (rowptr.numel() - 1, columns.size(1))
+    # torch's sampled product refuses patterns with more entries than the matrix has places, as
+    # edges repeated many times make them.
+    if rows.is_cuda or e > shape[0] * shape[1]:
         row = torch.repeat_interleave(rowptr.diff(), output_size=e)
         out = (rows.index_select(1, row) * columns.index_select(1, col)).sum(-1)
         return out if add is None else out + add
     start = rows.new_zeros(1, e) if add is None else add
-    shape = (rowptr.numel() - 1, columns.size(1))
     out = rows.new_empty(heads, e)
     for head in range(heads):
         pattern = _csr(rowptr, col, start[min(head, start.size(0) - 1)].contiguous(), shape)

@@ -474,17 +474,17 @@ def _backward_src_kernel(
     sum0 = tl.sum(d_x0, 0)
     sum1 = tl.sum(d_x1, 0)
     if partial < 0:
-        to = source * HEADS * C + inner
-        tl.store(d_k_ptr + to, d_k.to(d_k_ptr.dtype.element_ty), mask=head_mask[:, None])
-        tl.store(d_v_ptr + to, d_v.to(d_v_ptr.dtype.element_ty), mask=head_mask[:, None])
+        own = source * HEADS * C + inner
+        tl.store(d_k_ptr + own, d_k.to(d_k_ptr.dtype.element_ty), mask=head_mask[:, None])
+        tl.store(d_v_ptr + own, d_v.to(d_v_ptr.dtype.element_ty), mask=head_mask[:, None])
         tl.store(d_x_src_ptr + source * 2, sum0)
         tl.store(d_x_src_ptr + source * 2 + 1, sum1)
     else:
-        to = partial_ptr + partial * (2 * HEADS * C + 2)
-        tl.store(to + inner, d_k, mask=head_mask[:, None])
-        tl.store(to + HEADS * C + inner, d_v, mask=head_mask[:, None])
-        tl.store(to + 2 * HEADS * C, sum0)
-        tl.store(to + 2 * HEADS * C + 1, sum1)
+        part = partial_ptr + partial * (2 * HEADS * C + 2)
+        tl.store(part + inner, d_k, mask=head_mask[:, None])
+        tl.store(part + HEADS * C + inner, d_v, mask=head_mask[:, None])
+        tl.store(part + 2 * HEADS * C, sum0)
+        tl.store(part + 2 * HEADS * C + 1, sum1)
 
 
 @triton.jit

@@ -1,0 +1,179 @@
+"""NeighborTable and the kNN backends: one contract, whatever finds the neighbours."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ipar_sparse.graph import NeighborTable, knn, knn_candidates, validate_table
+from ipar_sparse.graph import knn as knn_fn
+
+
+def plain_knn(points, k, metric="euclidean"):
+    """Sorted neighbour distances by the definition, n x n."""
+    points = points.double()
+    if metric == "cosine":
+        points = torch.nn.functional.normalize(points, dim=-1)
+    distance = (points.unsqueeze(1) - points.unsqueeze(0)).square().sum(-1)
+    distance.fill_diagonal_(torch.inf)
+    return distance, distance.sort(dim=-1).values[:, :k]
+
+
+def available(backend):
+    module = {"faiss": "faiss", "torch_cluster": "torch_cluster"}.get(backend)
+    if module:
+        pytest.importorskip(module)
+    return backend
+
+
+BACKENDS = [
+    "exact",
+    "kdtree",
+    "faiss",
+    pytest.param("torch_cluster", marks=pytest.mark.ext),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_backends_find_the_nearest(backend, metric):
+    torch.manual_seed(0)
+    points = torch.randn(211, 3 if backend == "kdtree" else 24)
+    table = knn(points, 13, metric=metric, backend=available(backend))
+    distance, nearest = plain_knn(points, 13, metric)
+    found = distance.gather(-1, table.index.long()).sort(dim=-1).values
+    torch.testing.assert_close(found, nearest, rtol=1e-5, atol=1e-6)
+    assert table.index.dtype == torch.int32
+    assert table.method == backend and table.metric == metric
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_duplicate_points_keep_k_neighbours_and_never_self(backend):
+    points = torch.randn(6, 3).repeat_interleave(20, dim=0)
+    table = knn(points, 30, backend=available(backend))
+    assert table.index.shape == (120, 30)
+    validate_table(table)
+    distance, nearest = plain_knn(points, 30)
+    found = distance.gather(-1, table.index.long()).sort(dim=-1).values
+    torch.testing.assert_close(found, nearest, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 40), k=st.integers(1, 60), d=st.integers(1, 5), grid=st.booleans())
+def test_exact_search_on_odd_sizes_and_ties(n, k, d, grid):
+    points = torch.randn(n, d, generator=torch.Generator().manual_seed(n * 61 + k))
+    points = points.round() if grid else points
+    table = knn(points, k, backend="exact")
+    assert table.index.shape == (n, min(k, n - 1))
+    distance, nearest = plain_knn(points, table.k)
+    found = distance.gather(-1, table.index.long())
+    torch.testing.assert_close(found, nearest, rtol=1e-5, atol=1e-6)
+
+
+def test_exact_search_in_blocks_is_the_search_in_one(monkeypatch):
+    import sys
+
+    module = sys.modules["ipar_sparse.graph.knn"]
+    points = torch.randn(300, 8)
+    whole = knn(points, 7, backend="exact").index
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 2048)
+    assert torch.equal(knn(points, 7, backend="exact").index, whole)
+
+
+def test_neighbours_far_from_the_origin_survive_float32():
+    points = torch.randn(200, 16) + 1000.0
+    distance, nearest = plain_knn(points, 10)
+    found = distance.gather(-1, knn(points, 10, backend="exact").index.long())
+    torch.testing.assert_close(found, nearest, rtol=1e-4, atol=1e-4)
+
+
+def test_permuting_points_permutes_the_table():
+    points, perm = torch.randn(80, 6), torch.randperm(80)
+    table = knn(points, 9).permute(perm)
+    assert torch.equal(table.index.sort().values, knn(points[perm], 9).index.sort().values)
+
+
+def test_approximate_search_reports_its_recall(monkeypatch):
+    import sys
+
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(sys.modules["ipar_sparse.graph.knn"], "_FAISS_FLAT_LIMIT", 1000)
+    points = torch.randn(3000, 8)
+    table = knn(points, 10, backend="faiss")
+    distance, _ = plain_knn(points, 10)
+    true = distance.topk(10, largest=False).indices
+    hits = (table.index.long().unsqueeze(-1) == true.unsqueeze(1)).any(-1).float().mean(-1)
+    assert 0.5 < table.recall <= 1.0
+    assert table.recall == pytest.approx(hits.mean().item(), abs=4 * hits.std().item() / 1000**0.5)
+    assert knn(points, 10, backend="exact").recall is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"points": torch.zeros(4)}, r"\(n, d\)"),
+        ({"points": torch.zeros(4, 2, dtype=torch.int64)}, "floating"),
+        ({"k": 0}, "k >= 1"),
+        ({"metric": "manhattan"}, "manhattan"),
+        ({"backend": "magic"}, "magic"),
+        ({"points": torch.tensor([[0.0], [float("nan")], [1.0]])}, "point 1"),
+        ({"points": torch.zeros(9, 4), "backend": "kdtree"}, "d <= 3"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        knn(**{"points": torch.randn(9, 2), "k": 3, **arguments})
+
+
+def test_candidates_default_to_a_hundred():
+    assert knn_candidates(torch.randn(150, 8)).k == 100
+    assert knn_candidates(torch.randn(30, 8)).k == 29
+    assert knn_fn is knn
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1], [1]], "row 1 has itself"),
+        ([[1], [2]], "row 1 has a source out of range"),
+        ([[1], [-1]], "row 1 has a padding mark"),
+        ([[1, 2], [2, 2], [0, 1]], "row 1 has a neighbour twice"),
+    ],
+)
+def test_validator_names_the_broken_row(rows, message):
+    with pytest.raises(ValueError, match=message):
+        validate_table(NeighborTable(torch.tensor(rows, dtype=torch.int32)))
+
+
+def test_edge_index_is_row_major_and_round_trips():
+    torch.manual_seed(1)
+    edge_index = torch.randint(0, 12, (2, 50))
+    values = torch.randn(50)
+    table, perm = NeighborTable.from_edge_index(edge_index, 12)
+    assert table.padded and table.num_edges == 50
+    assert torch.equal(table.edge_index, edge_index[:, perm])
+    assert bool((table.edge_index[1].diff() >= 0).all())
+    dense = torch.zeros(12, 12).index_put_((edge_index[1], edge_index[0]), values, accumulate=True)
+    torch.testing.assert_close(table.to_coo(values[perm]).to_dense(), dense)
+    csr = table.to_csr(values[perm])
+    torch.testing.assert_close(csr @ torch.eye(12), dense)
+    laid_out = table.to_table(values[perm], fill=7.0)
+    assert torch.equal(table.from_table(laid_out), values[perm])
+    assert int((laid_out == 7.0).sum()) == table.num_nodes * table.k - 50
+
+
+def test_reverse_lists_hold_every_edge_by_source():
+    table = knn(torch.randn(60, 4), 7)
+    rowptr, edge, dst = table.reverse()
+    src = table.edge_index[0]
+    for j in range(60):
+        mine = edge[rowptr[j] : rowptr[j + 1]]
+        assert bool((src[mine] == j).all())
+        assert bool((mine.diff() > 0).all())
+    assert torch.equal(table.edge_index[1][edge], dst)
+    assert torch.equal(edge.sort().values, torch.arange(table.num_edges))
+
+
+def test_edges_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"source outside 0\.\.2"):
+        NeighborTable.from_edge_index(torch.tensor([[3], [0]]), 3)
