@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import anndata
@@ -137,7 +137,7 @@ def write_slide(slide, path, *, compression="gzip", overwrite=True):
     _check_suffix(path)
     with _replacing(path, overwrite) as temp:
         if path.suffix == ".zarr":
-            adata.write_zarr(temp)
+            _write_zarr(adata, temp)
         else:
             adata.write_h5ad(temp, compression=compression)
 
@@ -266,17 +266,23 @@ def _open(path, mode="r"):
                 "adata.write_h5ad, see data/README.md"
             )
         yield store
-    except UserError:
+    except BaseException as error:
+        with suppress(RuntimeError):  # a full disk fails again on closing
+            _close(store)
+        if mode == "r" and isinstance(error, (OSError, KeyError, EOFError)):
+            raise UserError(
+                f"{path}: is damaged ({_first_line(error)}); copy or export it again"
+            ) from error
         raise
-    except (OSError, KeyError, EOFError) as error:
-        if mode != "r":
-            raise
-        raise UserError(
-            f"{path}: is damaged ({_first_line(error)}); copy or export it again"
-        ) from error
-    finally:
-        if isinstance(store, h5py.File):
-            store.close()
+    try:
+        _close(store)
+    except RuntimeError as error:
+        raise OSError(_first_line(error)) from error
+
+
+def _close(store):
+    if isinstance(store, h5py.File):
+        store.close()
 
 
 def _why_unreadable(path, error):
@@ -604,7 +610,9 @@ def _replacing(out, overwrite):
 
 
 def _os_reason(error):
-    return error.strerror or _first_line(error)
+    if isinstance(error, shutil.Error):  # copytree gathers (source, target, message)
+        return error.args[0][0][2]
+    return os.strerror(error.errno) if error.errno else _first_line(error)
 
 
 def _sync(path, deep=True):
@@ -621,9 +629,15 @@ def _copy(source, temp, as_zarr):
     if source.is_dir() == as_zarr:
         (shutil.copytree if as_zarr else shutil.copyfile)(source, temp)
     elif as_zarr:
-        anndata.io.read_h5ad(source).write_zarr(temp)
+        _write_zarr(anndata.io.read_h5ad(source), temp)
     else:
         anndata.io.read_zarr(source).write_h5ad(temp)
+
+
+def _write_zarr(adata, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which zarr version is written is anndata's choice
+        adata.write_zarr(path)
 
 
 def _consolidate(path):
@@ -631,7 +645,7 @@ def _consolidate(path):
     import zarr
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # zarr 3 warns that consolidation is an extension
         zarr.consolidate_metadata(str(path))
 
 
