@@ -215,8 +215,7 @@ class TrainConfig(Section):
     def _ranges_are_ordered(self):
         if self.miniset_min > self.miniset_max:
             raise ValueError(
-                f"miniset_min ({self.miniset_min}) must not exceed miniset_max "
-                f"({self.miniset_max})"
+                f"miniset_min ({self.miniset_min}) must not exceed miniset_max ({self.miniset_max})"
             )
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min ({self.lr_min}) must not exceed lr ({self.lr})")
@@ -321,6 +320,28 @@ def load_config(
             f"unknown preset {name!r}{_suggest(str(name), PRESETS)}; known: {', '.join(PRESETS)}"
         )
     return _validate(_merge(_merge(PRESETS[name], given), {"preset": name}), source=path)
+
+
+def resolve_device(name: str):
+    """The torch device of a name; ``auto`` is the GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(
+            f"device {name!r} is not available here; use cpu"
+            + (", cuda" if torch.cuda.is_available() else "")
+            + " or auto"
+        ) from None
+    return device
 
 
 def describe() -> list[tuple[str, str, str, str]]:

@@ -94,8 +94,9 @@ def load_checkpoint(
             not fit the modules.
     """
     document, tensors = _read(Path(path))
-    states = {name: _state_of(name, module, tensors, path) for name, module in
-              (modules or {}).items()}
+    states = {
+        name: _state_of(name, module, tensors, path) for name, module in (modules or {}).items()
+    }
     for part, wanted in (("optimizer", optimizer), ("random", generators)):
         if wanted is not None and part not in document:
             raise UserError(

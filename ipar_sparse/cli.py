@@ -1,0 +1,847 @@
+"""The command line: what a person types, and every message they get back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+from . import __version__
+from .errors import UserError
+
+try:
+    import typer
+except ModuleNotFoundError:
+    print("the command line needs: pip install 'ipar_sparse[cli]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .slide import Slide
+
+EXTRAS = {
+    "anndata": "cli",
+    "jinja2": "cli",
+    "matplotlib": "cli",
+    "pydantic": "cli",
+    "rich": "cli",
+    "safetensors": "cli",
+    "sklearn": "cli",
+    "tensorboard": "cli",
+    "yaml": "cli",
+    "faiss": "faiss",
+    "umap": "umap",
+}
+"""Module that may be missing -> the extra that brings it."""
+
+INPUTS = "inputs.json"
+"""Which files a run was trained on, so that ``--resume`` finds them again."""
+
+
+class Stopped(Exception):
+    """Ctrl-C, with what the user should know about it."""
+
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Predict where cells lie in a tissue from their gene expression alone.\n\n"
+        "Train on slides whose positions are known, then place cells of a slide that has none. "
+        "Slides are AnnData files (.h5ad or .zarr) with positions in obsm\\['spatial'].\n\n"
+        "[bold]A first try, with simulated slides:[/bold]\n\n"
+        "  ipar-sparse simulate slides --slides 4\n\n"
+        "  ipar-sparse train slides/cortex1.h5ad slides/cortex2.h5ad --val slides/cortex3.h5ad "
+        "--out run\n\n"
+        "  ipar-sparse evaluate run slides/cortex4.h5ad --out report"
+    ),
+)
+
+
+class Tissue(str, Enum):
+    """Kinds of simulated tissue."""
+
+    cortex = "cortex"
+    lobules = "lobules"
+
+
+def _flag(names: str, text: str, panel: str, metavar: str | None = None, **rest: Any):
+    """An option that is not required, under a heading of the help."""
+    return typer.Option(
+        *names.split(),
+        help=text,
+        rich_help_panel=panel,
+        metavar=metavar,
+        show_default=False,
+        **rest,
+    )
+
+
+READING, RUNNING, OUTPUT = "Reading the slides", "Running", "Output"
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")]
+Cells = Annotated[
+    Path, typer.Argument(metavar="CELLS", help="AnnData file (.h5ad or .zarr) with the cells.")
+]
+OutFile = Annotated[
+    Path,
+    typer.Option(
+        "--out", "-o", metavar="FILE", help="Copy of the input to write, with the results in it."
+    ),
+]
+OutFolder = Annotated[
+    Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write into.")
+]
+Overwrite = Annotated[bool, _flag("--overwrite", "Replace earlier output.", OUTPUT)]
+Layer = Annotated[
+    str | None,
+    _flag("--layer", "Layer that holds the expression. [dim]Default: X[/dim]", READING, "NAME"),
+]
+Normalized = Annotated[
+    bool | None,
+    _flag(
+        "--normalized/--counts",
+        "Is the expression log-normalised, or raw counts? "
+        "[dim]Default: counts if all values are whole numbers[/dim]",
+        READING,
+    ),
+]
+SlideKey = Annotated[
+    str | None,
+    _flag("--slide-key", "obs column that tells the slides of one file apart.", READING, "NAME"),
+]
+Embedding = Annotated[
+    str | None,
+    _flag(
+        "--embedding",
+        "Use this embedding instead of training an encoder, e.g. obsm:X_pca.",
+        READING,
+        "obsm:KEY",
+    ),
+]
+Device = Annotated[
+    str | None,
+    _flag(
+        "--device",
+        "cpu, cuda, cuda:1, ... [dim]Default: auto, a GPU where there is one[/dim]",
+        RUNNING,
+        "NAME",
+    ),
+]
+Seeds = Annotated[
+    int | None,
+    _flag(
+        "--seeds",
+        "Predict N times from different noise and tell how much each cell moves. "
+        "[dim]Default: 1[/dim]",
+        RUNNING,
+        "N",
+        min=1,
+    ),
+]
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the whole traceback of an error.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write the slides to.")],
+    tissue: Annotated[
+        Tissue,
+        typer.Option(
+            help="cortex: layers and a gradient, so that expression tells the position. "
+            "lobules: liver-like zones that repeat, so that it tells only part of it."
+        ),
+    ] = Tissue.cortex,
+    slides: Annotated[int, typer.Option(min=1, metavar="N", help="How many slides.")] = 3,
+    spots: Annotated[int, typer.Option(min=1, metavar="N", help="Spots on each slide.")] = 1500,
+    genes: Annotated[int, typer.Option(min=50, metavar="N", help="Genes measured.")] = 1200,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Another seed, other slides.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make slides of a simulated tissue, to try things out."""
+    from .io import write_slide
+    from .simulate import simulate as make_slides
+    from .train.logs import Progress
+
+    _folder(out, f"--out {out}")
+    paths = [out / f"{tissue.value}{i + 1}.h5ad" for i in range(slides)]
+    standing = [path.name for path in paths if path.exists()]
+    if standing and not overwrite:
+        raise UserError(f"{out} holds {standing[0]} already; pass --overwrite or another folder")
+    with _removed_on_failure(out, paths), Progress() as progress:
+        with progress.task("Simulating"):
+            made = make_slides(tissue.value, slides=slides, spots=spots, genes=genes, seed=seed)
+        for slide, path in zip(progress.track(made, "Writing"), paths, strict=True):
+            write_slide(slide, path, overwrite=overwrite)
+    _say(f"{slides} {tissue.value} slides of {spots} spots and {genes} genes in {out}")
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder of the run.")],
+    slides: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="SLIDE...",
+            help="AnnData files (.h5ad or .zarr) with measured positions, to train on.",
+            show_default=False,
+        ),
+    ] = None,
+    val: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="SLIDE",
+            help="Slide that decides when to stop; can be given more than once. "
+            "[dim]Default: the last training slide is kept for this[/dim]",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        _flag(
+            "--config",
+            "YAML file with settings; `ipar-sparse config` lists them.",
+            RUNNING,
+            "FILE",
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        _flag("--set", "One setting, e.g. train.epochs=30; can be repeated.", RUNNING, "KEY=VALUE"),
+    ] = None,
+    preset: Annotated[
+        str | None, _flag("--preset", "Named variant to start from.", RUNNING, "NAME")
+    ] = None,
+    embedding: Embedding = None,
+    layer: Layer = None,
+    normalized: Normalized = None,
+    slide_key: SlideKey = None,
+    seed: Annotated[
+        int | None,
+        _flag("--seed", "Seed of everything random. [dim]Default: 0[/dim]", RUNNING, "N", min=0),
+    ] = None,
+    device: Device = None,
+    resume: Annotated[
+        bool, _flag("--resume", "Go on with the run in --out where it stopped.", OUTPUT)
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train on slides whose positions are known."""
+    given = {
+        "--config": config,
+        "--set": overrides,
+        "--preset": preset,
+        "--seed": seed,
+        "--embedding": embedding,
+        "--layer": layer,
+        "--normalized/--counts": normalized,
+        "--slide-key": slide_key,
+    }
+    if resume:
+        _check_resume(out, overwrite, [name for name, value in given.items() if value is not None])
+        if not slides:
+            slides, val = _recorded_inputs(out)
+    if not slides:
+        raise UserError(
+            "give at least one slide to train on, e.g. ipar-sparse train A.h5ad "
+            "--val B.h5ad --out RUN"
+        )
+    _check_no_leak(slides, val or [])
+    if not resume:
+        _check_run_folder(out, overwrite)
+
+    from .config import RunConfig, load_config, resolve_device
+
+    if resume:
+        settings = RunConfig.load(out)
+        if device is not None:
+            settings = settings.replace(train={"device": device})
+    else:
+        data = {
+            "embedding": embedding,
+            "layer": layer,
+            "normalized": normalized,
+            "slide_key": slide_key,
+        }
+        sections = {"data": data, "train": {"seed": seed, "device": device}}
+        sections = {
+            name: {k: v for k, v in values.items() if v is not None}
+            for name, values in sections.items()
+        }
+        settings = load_config(config, overrides or [], preset=preset, **sections)
+    resolve_device(settings.train.device)
+
+    train_slides = _read(slides, settings, require_pos=True, min_cells=settings.train.miniset_min)
+    if val:
+        val_slides = _read(val, settings, require_pos=True, min_cells=settings.train.miniset_min)
+    elif len(train_slides) > 1:
+        *train_slides, last = train_slides
+        val_slides = [last]
+        _note(f"no --val given: {last.name} is kept out of training and decides when to stop")
+    else:
+        raise UserError(
+            f"{slides[0]} is one slide, and one more is needed to decide when to stop; "
+            "give it as --val"
+        )
+
+    from .train.trainer import fit
+
+    with _run_folder(out, resume):
+        if not resume:
+            settings.save(out)
+            record = {
+                "train": [str(p.absolute()) for p in slides],
+                "val": [str(p.absolute()) for p in val or []],
+            }
+            (out / INPUTS).write_text(json.dumps(record, indent=2) + "\n")
+        try:
+            fit(train_slides, val_slides, settings, out, resume=resume)
+        except KeyboardInterrupt:
+            raise Stopped(_what_is_left(out)) from None
+    _say(f"trained: {out}\nnext: ipar-sparse evaluate {out} SLIDE.h5ad --out DIR")
+
+
+@app.command()
+def predict(
+    run: Run,
+    cells: Cells,
+    out: OutFile,
+    seeds: Seeds = None,
+    layer: Layer = None,
+    normalized: Normalized = None,
+    slide_key: SlideKey = None,
+    embedding: Embedding = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Place cells: positions go to obsm['X_ipar'] of a copy of the file."""
+    from .keys import Keys
+
+    _infer(
+        run,
+        cells,
+        out,
+        keys=(Keys.PREDICTION, Keys.EMBEDDING),
+        seeds=seeds,
+        device=device,
+        overwrite=overwrite,
+        layer=layer,
+        normalized=normalized,
+        slide_key=slide_key,
+        embedding=embedding,
+    )
+
+
+@app.command()
+def embed(
+    run: Run,
+    cells: Cells,
+    out: OutFile,
+    layer: Layer = None,
+    normalized: Normalized = None,
+    slide_key: SlideKey = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Embed cells with the trained encoder alone, to obsm['X_ipar_embedding'] of a copy."""
+    from .keys import Keys
+
+    _infer(
+        run,
+        cells,
+        out,
+        keys=(Keys.EMBEDDING,),
+        device=device,
+        overwrite=overwrite,
+        layer=layer,
+        normalized=normalized,
+        slide_key=slide_key,
+    )
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    slide: Annotated[
+        Path,
+        typer.Argument(
+            help="AnnData file with measured positions, of a slide that was not trained on."
+        ),
+    ],
+    out: OutFolder,
+    seeds: Seeds = None,
+    baselines: Annotated[
+        bool,
+        _flag("--baselines/--no-baselines", "Score simple methods beside the model.", RUNNING),
+    ] = True,
+    layer: Layer = None,
+    normalized: Normalized = None,
+    slide_key: SlideKey = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Score a prediction against measured positions: metrics.json, report.html, figures."""
+    predictor, settings = _predictor(run, device, layer, normalized, slide_key)
+    _folder(out, "--out")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"{out} exists and is not empty; pass --overwrite or another --out")
+    slides = _read([slide], settings, require_pos=True)
+    _warn_if_seen(run, slide)
+
+    from .train.evaluate import evaluate_slide
+
+    for one in slides:
+        folder = out if len(slides) == 1 else out / one.name
+        with _removed_on_failure(folder, []):
+            evaluate_slide(predictor, one, folder)
+        _say(f"{one.name}: {folder / 'report.html'}")
+
+
+@app.command()
+def benchmark(
+    out: OutFolder,
+    sizes: Annotated[str, typer.Option(help="Numbers of cells, with commas.")] = "384,1300,5000",
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Time the dense against the sparse form on this machine, with memory."""
+    from .config import resolve_device
+
+    numbers = _sizes(sizes)
+    _folder(out, "--out")
+    target = resolve_device(device or "auto")
+
+    from .benchmarks import run as run_benchmark
+
+    run_benchmark(sizes=numbers, out=out, device=target)
+
+
+@app.command()
+def info(run: Run) -> None:
+    """Show what a run was trained on, how, and how far it got."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .config import RunConfig
+    from .train.checkpoint import LAST, find_checkpoint, read_meta
+
+    settings = RunConfig.load(run)
+    best = find_checkpoint(run)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for role, paths in _inputs(run).items():
+        table.add_row({"train": "trained on", "val": "validated on"}[role], "\n".join(paths))
+    for title, path in (("weights", best), ("last state", run / LAST)):
+        if path.is_file():
+            facts = {k: v for k, v in read_meta(path).items() if isinstance(v, (int, float, str))}
+            lines = [path.name, *(f"{key} {_short(value)}" for key, value in facts.items())]
+            table.add_row(title, "\n".join(lines))
+    changed = _differences(settings.model_dump(mode="json"), RunConfig().model_dump(mode="json"))
+    table.add_row("settings", "\n".join(changed) or "all defaults")
+    Console().print(table)
+
+
+@app.command(name="config")
+def config_(
+    search: Annotated[
+        str, typer.Argument(help="Show only settings with this in their name.", show_default=False)
+    ] = "",
+) -> None:
+    """List every setting for --set and --config, with its default."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .config import describe
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("setting", "default", "values", "what it is"):
+        table.add_column(name, overflow="fold")
+    rows = [row for row in describe() if search in row[0]]
+    if not rows:
+        raise UserError(f"no setting has {search!r} in its name; `ipar-sparse config` lists all")
+    for key, kind, default, text in rows:
+        table.add_row(key, default, kind, text)
+    Console().print(table)
+
+
+def main() -> NoReturn:
+    """Entry point of the ``ipar-sparse`` command."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(argv: list[str]) -> int:
+    """Runs one command line and returns its exit code: 0, 2 for a mistake, 130 for ctrl-C."""
+    debug = "--debug" in argv
+    if "--version" in argv:
+        print(__version__)
+        return 0
+    arguments = [a for a in argv if a != "--debug"] or ["--help"]
+    try:
+        if not {"-h", "--help"} & set(arguments):
+            _quiet_libraries()
+        code = typer.main.get_command(app).main(
+            arguments, prog_name="ipar-sparse", standalone_mode=False
+        )
+    except Exception as error:
+        if debug:
+            raise
+        return _report(error)
+    if code == 130:
+        _say("stopped; nothing half-written was left", stream=sys.stderr)
+    return code or 0
+
+
+def _report(error: Exception) -> int:
+    code, text = 2, None
+    if isinstance(error, UserError):
+        text = str(error)
+    elif isinstance(error, Stopped):
+        code, text = 130, str(error)
+    elif hasattr(error, "format_message"):  # a mistake found by the parser
+        context = getattr(error, "ctx", None)
+        where = f" (see `{context.command_path} --help`)" if context else ""
+        text = f"{error.format_message().rstrip('.')}{where}"
+    elif isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
+        extra = EXTRAS[error.name.split(".")[0]]
+        text = f"{error.name} is not installed: pip install 'ipar_sparse[{extra}]'"
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        code, text = (
+            1,
+            (
+                "out of memory; try --device cpu, --set train.unit=miniset, "
+                "--set model.checkpoint_recycles=true or fewer cells"
+            ),
+        )
+    else:
+        code, text = (
+            1,
+            (
+                f"unexpected {type(error).__name__}: {error}; this is a fault of the program: "
+                "run again with --debug and report what it prints"
+            ),
+        )
+    _say(f"error: {' '.join(text.split())}" if code != 130 else text, stream=sys.stderr)
+    return code
+
+
+def _quiet_libraries() -> None:
+    import warnings
+
+    from .train.logs import setup_logging
+
+    setup_logging()
+    for category in (FutureWarning, DeprecationWarning, ImportWarning):
+        warnings.simplefilter("ignore", category)
+
+
+def _say(text: str, stream=None) -> None:
+    print(text, file=stream or sys.stdout, flush=True)
+
+
+def _note(text: str) -> None:
+    _say(f"note: {text}", stream=sys.stderr)
+
+
+def _folder(path: Path, option: str) -> None:
+    """A path that is to be a folder must not be a file, nor lie below one."""
+    for part in (path, *path.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise UserError(f"{option}: {part} is a file, not a folder; choose another")
+            if not os.access(part, os.W_OK):
+                raise UserError(f"{option}: {part} cannot be written to; choose another")
+            return
+
+
+def _check_run_folder(out: Path, overwrite: bool) -> None:
+    _folder(out, "--out")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(
+            f"{out} exists; pass --resume to go on with it, --overwrite to start anew, "
+            "or another --out"
+        )
+    if not (out / "config.json").is_file():
+        raise UserError(
+            f"{out} is not a run directory, so it is not overwritten; choose another --out"
+        )
+
+
+def _check_resume(out: Path, overwrite: bool, given: list[str]) -> None:
+    from .train.checkpoint import LAST
+
+    if overwrite:
+        raise UserError("--resume and --overwrite exclude each other; leave one out")
+    if given:
+        raise UserError(
+            f"--resume goes on with the saved settings; leave out {', '.join(given)}, "
+            "or start anew with --overwrite"
+        )
+    if not (out / LAST).is_file():
+        raise UserError(
+            f"{out} holds no run to resume ({LAST} is missing); leave out --resume to start one"
+        )
+
+
+def _check_no_leak(slides: list[Path], val: list[Path]) -> None:
+    seen = {path.resolve() for path in slides}
+    if len(seen) < len(slides):
+        raise UserError("a slide is given twice to train on; give each once")
+    for path in val:
+        if path.resolve() in seen:
+            raise UserError(
+                f"{path} is given both to train on and as --val, so its score would mean nothing; "
+                "leave it out of one"
+            )
+
+
+def _inputs(run: Path) -> dict[str, list[str]]:
+    try:
+        return json.loads((run / INPUTS).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _recorded_inputs(run: Path) -> tuple[list[Path], list[Path]]:
+    recorded = _inputs(run)
+    if not recorded.get("train"):
+        raise UserError(f"{run / INPUTS} is missing; give the slides and --val as before")
+    return [Path(p) for p in recorded["train"]], [Path(p) for p in recorded["val"]]
+
+
+def _read(
+    paths: list[Path], settings: RunConfig, *, require_pos: bool, min_cells: int = 1
+) -> list[Slide]:
+    from .io import read_slides
+    from .train.logs import Progress
+
+    data, slides = settings.data, []
+    with Progress() as progress:
+        for path in progress.track(paths, "Reading"):
+            slides += read_slides(
+                path,
+                slide_key=data.slide_key,
+                layer=None if data.layer == "X" else data.layer,
+                normalized=data.normalized,
+                embedding=data.embedding,
+                spatial_key=data.spatial_key,
+                require_pos=require_pos,
+                min_cells=min_cells,
+            )
+    names = [slide.name for slide in slides]
+    for number, slide in enumerate(slides, start=1):
+        if names.count(slide.name) > 1:
+            slide.name = f"{slide.name}-{number}"
+        for text in slide.notes:
+            _note(text if slide.name in text else f"{slide.name}: {text}")
+    return slides
+
+
+@contextmanager
+def _removed_on_failure(folder: Path, paths: list[Path]) -> Iterator[None]:
+    """Takes back what a failed command made: new files among ``paths``, and a new folder."""
+    new_folder = not folder.exists()
+    new = [path for path in paths if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        if new_folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _run_folder(out: Path, resume: bool) -> Iterator[None]:
+    """The folder of a run; a run that dies before its first checkpoint leaves what was there."""
+    from .train.checkpoint import BEST, LAST
+
+    if resume:
+        yield
+        return
+    aside = out.with_name(f".{out.name}.{os.getpid()}.old")
+    new_folder = not out.exists()
+    if not new_folder:
+        os.replace(out, aside)
+    out.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        if not any((out / name).is_file() for name in (BEST, LAST)):
+            shutil.rmtree(out, ignore_errors=True)
+            if not new_folder:
+                os.replace(aside, out)
+        raise
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _what_is_left(out: Path) -> str:
+    from .train.checkpoint import LAST
+
+    if not (out / LAST).is_file():
+        return "stopped before the first checkpoint; nothing was left behind"
+    return (
+        f"stopped; {out} holds a usable checkpoint: go on with "
+        f"`ipar-sparse train --out {out} --resume`, or predict with it"
+    )
+
+
+def _predictor(run: Path, device, layer, normalized, slide_key, embedding=None):
+    """The trained model, and its settings with what the user says about the new file."""
+    from .config import RunConfig, resolve_device
+    from .train.checkpoint import find_checkpoint
+
+    settings = RunConfig.load(run)
+    find_checkpoint(run)
+    if embedding is not None and settings.data.embedding is None:
+        raise UserError(
+            f"{run} was trained with its own encoder, so --embedding cannot be used; leave it out"
+        )
+    given = {
+        "layer": layer,
+        "normalized": normalized,
+        "slide_key": slide_key,
+        "embedding": embedding,
+    }
+    settings = settings.replace(data={k: v for k, v in given.items() if v is not None})
+    target = resolve_device(device or "auto")
+
+    from .train.predict import Predictor
+
+    return Predictor.load(run, target), settings
+
+
+def _infer(
+    run: Path,
+    cells: Path,
+    out: Path,
+    *,
+    keys: tuple[str, ...],
+    device: str | None,
+    overwrite: bool,
+    layer: str | None,
+    normalized: bool | None,
+    slide_key: str | None,
+    embedding: str | None = None,
+    seeds: int | None = None,
+) -> None:
+    from .io import check_output, in_file_order, write_predictions
+    from .keys import Keys
+    from .train.logs import Progress
+
+    wants_pos = Keys.PREDICTION in keys
+    _folder(out.parent, "--out")
+    columns = (Keys.UNCERTAINTY,) if wants_pos and seeds and seeds > 1 else ()
+    predictor, settings = _predictor(run, device, layer, normalized, slide_key, embedding)
+    if not wants_pos and settings.data.embedding is not None:
+        raise UserError(
+            f"{run} was trained on the embedding {settings.data.embedding}, so it has no encoder; "
+            "use that embedding as it is"
+        )
+    check_output(cells, out, overwrite=overwrite, obsm=keys, obs=(*columns, Keys.EMPTY))
+    slides = _read([cells], settings, require_pos=False)
+    results: list[Any] = []
+    with Progress() as progress:
+        for slide in progress.track(slides, "Predicting" if wants_pos else "Embedding"):
+            results.append(
+                predictor.predict(slide, seeds=seeds or settings.eval.seeds)
+                if wants_pos
+                else predictor.embed(slide)
+            )
+    empty = [slide.empty for slide in slides]
+    obs: dict[str, Any] = {}
+    if any(flags.any() for flags in empty):
+        obs[Keys.EMPTY] = in_file_order(slides, empty, fill=False)
+    if wants_pos:
+        embeddings = [result.embedding for result in results]
+        pos = in_file_order(slides, [result.pos for result in results])
+        if columns:
+            spread = [result.uncertainty for result in results]
+            obs[Keys.UNCERTAINTY] = in_file_order(slides, spread)
+    else:
+        embeddings, pos = results, None
+    write_predictions(
+        cells,
+        out,
+        pos=pos,
+        embedding=in_file_order(slides, embeddings),
+        obs=obs,
+        uns=_provenance(run, settings, slides, results if wants_pos else []),
+        overwrite=overwrite,
+    )
+    where = " and ".join(f"obsm[{key!r}]" for key in keys)
+    _say(f"{sum(slide.num_cells for slide in slides)} cells in {out}, {where}")
+
+
+def _provenance(
+    run: Path, settings: RunConfig, slides: list[Slide], predictions: list
+) -> dict[str, Any]:
+    graphs = {
+        slide.name: {
+            "k": prediction.graph.k,
+            "metric": prediction.graph.metric,
+            "method": prediction.graph.method,
+            "recall": 1.0 if prediction.graph.recall is None else prediction.graph.recall,
+        }
+        for slide, prediction in zip(slides, predictions, strict=False)
+    }
+    return {
+        "version": __version__,
+        "run": str(run),
+        "config": json.dumps(settings.model_dump(mode="json")),
+        "graphs": graphs,
+    }
+
+
+def _warn_if_seen(run: Path, slide: Path) -> None:
+    for role, paths in _inputs(run).items():
+        if str(slide.absolute()) in paths:
+            does = {"train": "was trained on", "val": "decided when to stop training"}[role]
+            _note(f"{slide} {does}: these scores say nothing about unseen slides")
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        numbers = [int(float(part)) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 2:
+        raise UserError(f"--sizes takes numbers of cells with commas, e.g. 384,1300; got {text!r}")
+    return numbers
+
+
+def _differences(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> list[str]:
+    rows = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += _differences(value, defaults[key], f"{prefix}{key}.")
+        elif value != defaults[key]:
+            rows.append(f"{prefix}{key} = {value}")
+    return rows
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
