@@ -113,7 +113,8 @@ def select_genes(slides, genes, n_top):
 
 
 def _average_ties(z, order, rank):
-    starts = np.flatnonzero(np.r_[True, np.diff(z[order]) != 0])
+    ranked = z[order]
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
     lengths = np.diff(np.r_[starts, len(order)])
     rank[order] = np.repeat(starts + (lengths - 1) / 2, lengths)
 
@@ -140,7 +141,7 @@ def _standardised_variance(mean, variance, bins=20):
     if len(varying) == 0:
         return z
     order = varying[np.argsort(mean[varying], kind="stable")]
-    log_var = np.log(variance)[order]
+    log_var = np.log(variance[order])
     groups = np.array_split(np.arange(len(order)), max(1, min(bins, len(order) // 10)))
     centre = np.array([g.mean() for g in groups])
     trend = np.array([np.median(log_var[g]) for g in groups])

@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 
 from .slide import Slide
 
-CHUNK = 1 << 21  # expression values held densely at a time
+CHUNK = 1 << 19  # expression values held densely at a time
 SPACING = 100.0  # micrometres between neighbouring spots where density is average
 CELL_KINDS = 3
 
@@ -119,6 +119,7 @@ def _cut_slide(name, program, spots, rng):
         genes=np.array([f"Gene{g + 1:04d}" for g in range(counts.shape[1])]),
         cell_names=np.array([f"{name}_{i + 1:07d}" for i in range(spots)]),
         pos=_lay_down(place, rng),
+        empty=np.diff(counts.indptr) == 0,
         obs=obs,
     )
 
@@ -202,12 +203,21 @@ def _sample_counts(program, features, rng):
         indices.append(column)
         lengths.append(np.bincount(row, minlength=len(rate)))
     indptr = np.r_[0, np.cumsum(np.concatenate(lengths))]
-    del lengths
-    data = np.concatenate(data)
-    indices = np.concatenate(indices)
+    data, indices = _joined(data), _joined(indices)
     if indptr[-1] < 2**31:
         indptr = indptr.astype(np.int32)
     return sparse.csr_matrix((data, indices, indptr), shape=(n, num_genes))
+
+
+def _joined(parts):
+    """Concatenate, freeing each part once it is copied."""
+    out = np.empty(sum(len(part) for part in parts), dtype=parts[0].dtype)
+    end = len(out)
+    while parts:
+        part = parts.pop()
+        out[end - len(part) : end] = part
+        end -= len(part)
+    return out
 
 
 def _negative_binomial(mean, dispersion, dropout, rng):
