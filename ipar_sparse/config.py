@@ -67,10 +67,10 @@ class EncoderConfig(Section):
     """width of the embedding"""
     dropout: Fraction = 0.1
     """dropout after every hidden layer"""
-    epochs: Count = 20
-    """passes over the training cells"""
+    steps: Count = 1000
+    """optimiser steps; 0 = leave the encoder untrained"""
     batch_size: Positive = 512
-    """anchor cells per step"""
+    """anchor cells per step, all of one slide"""
     lr: Rate = 1e-3
     """learning rate"""
     weight_decay: Weight = 1e-4
@@ -165,7 +165,7 @@ class TrainConfig(Section):
     val_minisets: Positive = 32
     """minisets of the validation slides on which every epoch is scored"""
     steps_per_epoch: Positive | None = None
-    """optimiser steps per epoch; none = every unit once"""
+    """optimiser steps per epoch; none = every miniset once, or 100 on whole slides"""
     batch_size: Positive = 1
     """minisets per step"""
     lr: Rate = 5e-4
@@ -182,6 +182,8 @@ class TrainConfig(Section):
     """augmentation: share of embedding entries set to zero"""
     edge_drop: Fraction = 0.2
     """augmentation: share of candidate edges dropped; each cell keeps one at least"""
+    gate_noise: bool = False
+    """whether the gate sees the augmented embedding in joint training, as the model does"""
     gate_steps: Count = 500
     """steps of gate training before joint training"""
     warmup_epochs: Count = 1
