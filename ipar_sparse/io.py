@@ -451,7 +451,7 @@ def _check_values(matrix, normalized, cell_names, genes, where, notes):
             remedy = (
                 "remove the cell or the gene"
                 if problem == "not finite"
-                else "give raw counts (--layer) or say --normalized if they are to be used as is"
+                else "choose a layer with raw counts, or pass --normalized to use them as they are"
             )
             raise UserError(
                 f"{where}: values are {problem}, first {matrix.data[at]:g} at cell {cell}, "
@@ -460,11 +460,14 @@ def _check_values(matrix, normalized, cell_names, genes, where, notes):
         whole = whole and bool(np.all(values == np.rint(values)))
         top = max(top, float(values.max()))
     if normalized is None and not whole:
-        notes.append("values are not whole numbers: taken as log-normalised and used as they are")
+        notes.append(
+            "values are not whole numbers: taken as log-normalised and used as they are "
+            "(--counts if they are counts)"
+        )
         if top > LOG_CEILING:
             notes.append(
-                f"values reach {top:.0f}, too high for logarithms: if they are scaled counts, "
-                "say that they are not normalised"
+                f"values reach {top:.0f}, too high for logarithms: "
+                "pass --counts unless they are meant to be used as they are"
             )
     return not whole if normalized is None else bool(normalized)
 

@@ -94,6 +94,11 @@ def simulate(tissue, *, slides=3, spots=1500, genes=1200, seed=0):
     Raises:
         ValueError: for an unknown tissue, or a size below 1 slide, 1 spot or 50 genes.
     """
+    return list(iter_slides(tissue, slides=slides, spots=spots, genes=genes, seed=seed))
+
+
+def iter_slides(tissue, *, slides=3, spots=1500, genes=1200, seed=0):
+    """As `simulate`, one slide at a time: at 10^6 spots one slide is about 3 GB."""
     if tissue not in TISSUES:
         raise ValueError(f"tissue is {tissue!r}, expected one of {', '.join(TISSUES)}")
     for name, value, least in (("slides", slides, 1), ("spots", spots, 1), ("genes", genes, 50)):
@@ -101,10 +106,9 @@ def simulate(tissue, *, slides=3, spots=1500, genes=1200, seed=0):
             raise ValueError(f"{name} is {value}, expected at least {least}")
     code = list(TISSUES).index(tissue)
     program = TISSUES[tissue](genes, np.random.default_rng([code, genes]))
-    return [
-        _cut_slide(f"{tissue}{i + 1}", program, spots, np.random.default_rng([seed, code, i]))
-        for i in range(slides)
-    ]
+    for i in range(slides):
+        rng = np.random.default_rng([seed, code, i])
+        yield _cut_slide(f"{tissue}{i + 1}", program, spots, rng)
 
 
 def _cut_slide(name, program, spots, rng):

@@ -21,9 +21,10 @@ from ipar_sparse.io import (
     write_slide,
 )
 from ipar_sparse.keys import Keys
+from ipar_sparse.simulate import simulate
 from ipar_sparse.slide import Slide
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
 N, G = 40, 12
 
 
@@ -405,7 +406,7 @@ except UserError as error:
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=ROOT,
     )
     assert done.returncode == 2, done.stderr
     assert "could not be written" in done.stdout and "File too large" in done.stdout
@@ -442,13 +443,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=ROOT,
     )
     stored = 8 * n * per_cell / 1024
     assert int(done.stdout) < 4 * stored + 100_000  # dense would be 2,400,000
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="real slides are not at ../shared/data")
 @pytest.mark.parametrize(
     ("file", "cells", "genes", "normalized", "column"),
     [
@@ -458,8 +458,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
         ("mouse_mpfc_starmap/BZ5", 1049, 166, False, "layer"),
     ],
 )
-def test_real_slides(file, cells, genes, normalized, column):
-    (slide,) = read_slides(SHARED / f"{file}.h5ad", require_pos=True)
+def test_real_slides(real_slides, file, cells, genes, normalized, column):
+    (slide,) = read_slides(real_slides / f"{file}.h5ad", require_pos=True)
     assert slide.expression.shape == (cells, genes)
     assert slide.normalized is normalized and column in slide.obs
     assert slide.pos.std(axis=0).min() > 0
@@ -472,3 +472,81 @@ def test_slide_checks_its_shapes():
     slide = Slide("a", matrix, np.array(["g", "h"]), np.array(["x", "y"]))
     assert list(slide.empty) == [False, True] and list(slide.rows) == [0, 1]
     assert repr(slide) == "Slide('a', 2 cells, 2 genes (counts), without positions)"
+
+
+def write_10x_matrix(path, counts, genes, barcodes):
+    """As Space Ranger and Xenium write it: features x barcodes, CSC."""
+    with h5py.File(path, "w") as f:
+        group = f.create_group("matrix")
+        matrix = sparse.csc_matrix(counts.T.astype(np.int32))
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(matrix, name)
+        group["shape"] = matrix.shape
+        group["barcodes"] = np.array(barcodes, dtype="S")
+        features = group.create_group("features")
+        features["id"] = np.array([f"ENSG{i}" for i in range(len(genes))], dtype="S")
+        features["name"] = np.array(genes, dtype="S")
+        kinds = ["Gene Expression"] * (len(genes) - 1) + ["Negative Control Probe"]
+        features["feature_type"] = np.array(kinds, dtype="S")
+
+
+def vendor_files(folder, kind, adata):
+    """The files a vendor's software leaves, rows of the position table in another order."""
+    counts, cells, genes = adata.X.toarray(), list(adata.obs_names), list(adata.var_names)
+    x, y = adata.obsm["spatial"].T
+    order = np.random.default_rng(0).permutation(N)
+    if kind == "Visium":
+        (folder / "spatial").mkdir()
+        write_10x_matrix(folder / "filtered_feature_bc_matrix.h5", counts, genes, cells)
+        pd.DataFrame(
+            {
+                "barcode": cells,
+                "in_tissue": 1,
+                "array_row": 0,
+                "array_col": 0,
+                "pxl_row_in_fullres": y,
+                "pxl_col_in_fullres": x,
+            }
+        ).iloc[order].to_csv(folder / "spatial" / "tissue_positions.csv", index=False)
+        return genes[:-1]
+    if kind == "Xenium":
+        write_10x_matrix(folder / "cell_feature_matrix.h5", counts, genes, cells)
+        frame = pd.DataFrame({"cell_id": cells, "x_centroid": x, "y_centroid": y})
+        frame.iloc[order].to_csv(folder / "cells.csv.gz", index=False)
+        return genes[:-1]
+    genes = [*genes[:-1], "Blank-1"]
+    frame = pd.DataFrame(counts, index=pd.Index(cells, name="cell"), columns=genes)
+    frame.to_csv(folder / "cell_by_gene.csv")
+    frame = pd.DataFrame({"EntityID": cells, "fov": 0, "center_x": x, "center_y": y})
+    frame.iloc[order].to_csv(folder / "cell_metadata.csv", index=False)
+    return genes[:-1]
+
+
+@pytest.mark.parametrize("kind", ["Visium", "Xenium", "MERFISH"])
+def test_conversion_recipes_of_the_data_page_work(tmp_path, kind):
+    page = (ROOT / "data" / "README.md").read_text()
+    blocks = {
+        title.split()[0]: body.split("```python\n")[1].split("```")[0]
+        for title, body in (part.split("\n", 1) for part in page.split("\n### ")[1:])
+        if "```python" in body
+    }
+    adata = make()
+    genes = vendor_files(tmp_path, kind, adata)
+    code = "" if kind == "MERFISH" else blocks["Counts"]
+    subprocess.run([sys.executable, "-c", code + blocks[kind]], cwd=tmp_path, check=True)
+    (slide,) = read_slides(tmp_path / f"{kind.lower()}.h5ad", require_pos=True)
+    assert list(slide.genes) == genes and list(slide.cell_names) == list(adata.obs_names)
+    np.testing.assert_array_equal(slide.expression.toarray(), adata.X.toarray()[:, :-1])
+    np.testing.assert_allclose(slide.pos, adata.obsm["spatial"])
+
+
+def test_sample_in_the_repository_is_what_the_command_makes():
+    files = sorted((ROOT / "data" / "sample").glob("*.h5ad"))
+    assert sum(f.stat().st_size for f in files) < 900_000
+    slides = simulate("cortex", slides=3, spots=500, genes=300, seed=0)
+    assert [f.stem for f in files] == [s.name for s in slides]
+    for file, slide in zip(files, slides, strict=True):
+        (back,) = read_slides(file, require_pos=True)
+        assert (back.expression != slide.expression).nnz == 0
+        np.testing.assert_allclose(back.pos, slide.pos)
+        np.testing.assert_array_equal(back.obs["layer"], slide.obs["layer"])
