@@ -699,13 +699,14 @@ def _run_folder(out: Path, resume: bool) -> Iterator[None]:
 
 
 def _what_is_left(out: Path) -> str:
-    from .train.checkpoint import LAST
+    from .train.checkpoint import BEST, LAST
 
     if not (out / LAST).is_file():
         return "stopped before the first checkpoint; nothing was left behind"
+    use = ", or predict with it as it is" if (out / BEST).is_file() else ""
     return (
-        f"stopped; {out} holds a usable checkpoint: go on with "
-        f"`ipar-sparse train --out {out} --resume`, or predict with it"
+        f"stopped; {out} holds all that was done so far: "
+        f"go on with `ipar-sparse train --out {out} --resume`{use}"
     )
 
 

@@ -1,0 +1,5 @@
+"""``python -m ipar_sparse`` is the ``ipar-sparse`` command."""
+
+from .cli import main
+
+main()
