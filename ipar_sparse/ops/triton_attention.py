@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from ..graph import NeighborTable
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_DEPTH = 8  # edges a lane holds in registers: two 16-byte reads each, all in flight at once
 _CHUNK = 256  # out-edges a program of the source pass takes on: about twice the mean at k = 100
 
 
@@ -100,8 +101,8 @@ class _EdgeAttention(torch.autograd.Function):
         d_x_src = torch.empty_like(x_src)
         d_x_dst = torch.empty_like(x_dst)
         d_bias = torch.empty_like(bias) if ctx.needs_input_grad[5] else None
-        # What an edge needs of its destination beside q and d_out, in one aligned row: per head
-        # (norm, softmax offset, d_displacement, bias offset), then the position.
+        # What an edge needs of its destination beside q and d_out, in one aligned row: (norm,
+        # delta) per head, d_displacement per head, the position, the bias offset per head.
         info = torch.empty(n, shape.info, dtype=torch.float32, device=device)
         d_out = _rows(d_out)
         if n:
@@ -123,7 +124,7 @@ class _EdgeAttention(torch.autograd.Function):
             _backward_src_kernel[(plan.num_tasks,)](
                 q, k, v, x_src, plan.edge, bias, d_out, info, plan.task,
                 d_k, d_v, d_x_src, partial,
-                graph.k, q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), scale,
+                *division(max(graph.k, 1)), q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), scale,
                 INFO=shape.info, **shape.tile,
             )  # fmt: skip
             if plan.num_heavy:
@@ -200,15 +201,23 @@ class _Shape:
     def of(cls, q: Tensor, bias: Tensor | None) -> "_Shape":
         heads, channels = q.shape[1:]
         padded = triton.next_power_of_2(heads)
-        row_bytes = padded * channels * q.element_size()
-        # A warp reads 512 bytes at once; four such reads of keys and of values are in flight.
-        warps = min(max(row_bytes // 512, 1), 8)
-        block = min(max(4096 * warps // row_bytes, 4), 32)
+        width, vector = padded * channels, 16 // q.element_size()
+        warps = min(max(width // (32 * vector), 1), 8)
+        # Edges that lie side by side in the lanes; each keeps its own running sums, so that
+        # lanes meet once a row and not once a tile.
+        side = max(32 * warps * vector // width, 1)
+        block = max(_DEPTH * side, 4)
         kind = 0 if bias is None else bias.dim()
-        tile = {"HEADS": heads, "H": padded, "C": channels, "BLOCK": block, "BIAS": kind}
-        prepare = {"HEADS": heads, "H": padded, "C": channels}
-        prepare["ROWS"] = max(1, 2048 // (padded * channels))
-        return cls({**tile, "num_warps": warps}, prepare, triton.next_power_of_2(5 * padded + 2))
+        layout = {"HEADS": heads, "H": padded, "C": channels}
+        tile = {**layout, "R": block // side, "P": side, "BIAS": kind, "num_warps": warps}
+        prepare = {**layout, "ROWS": max(1, 2048 // width)}
+        return cls(tile, prepare, triton.next_power_of_2(5 * padded + 2))
+
+
+def division(divisor: int) -> tuple[int, int]:
+    """Multiplier m and shift s with x // divisor = ((2 x m) >> 32) >> s for 0 <= x < 2^31."""
+    shift = (divisor - 1).bit_length()
+    return -(-(1 << (31 + shift)) // divisor), shift
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -218,8 +227,17 @@ def _rows(x: Tensor) -> Tensor:
 
 @triton.jit
 def _gather(ptr, rows, stride, inner, mask):
-    offset = rows.to(tl.int64)[:, None, None] * stride + inner[None, :, :]
+    offset = rows.to(tl.int64)[:, None] * stride + inner[None, :]
     return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_pair(ptr, mask):
+    """Two neighbouring floats by one load of 64 bits."""
+    pair = tl.load(ptr, mask=mask, other=0)
+    low = pair.to(tl.int32).to(tl.float32, bitcast=True)
+    high = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return low, high
 
 
 @triton.jit
@@ -237,20 +255,43 @@ def _load_bias(ptr, edge, heads, valid, head_mask, HEADS: tl.constexpr, BIAS: tl
 
 
 @triton.jit
+def _dot_heads(row, tile, EDGES: tl.constexpr, H: tl.constexpr, C: tl.constexpr):
+    """Products of one row (H C,) with every edge of a tile (edges, H C), per head."""
+    return tl.sum(tl.reshape(row[None, :] * tile, [EDGES, H, C]), 2)
+
+
+@triton.jit
+def _spread(x, R: tl.constexpr, P: tl.constexpr, H: tl.constexpr, C: tl.constexpr):
+    """Per-head weights (edges, H) as (R, P, H C), to multiply a tile."""
+    wide = tl.broadcast_to(x[:, :, None], [R * P, H, C])
+    return tl.reshape(wide, [R, P, H * C])
+
+
+@triton.jit
+def _fold(x, R: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
+    """Sum of (edges, W) over the edges that one lane holds: (P, W)."""
+    return tl.sum(tl.reshape(x, [R, P, W]), 0)
+
+
+@triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, x_src_ptr, x_dst_ptr, table_ptr, bias_ptr,
     out_ptr, displacement_ptr, lse_ptr, norm_ptr,
     K, q_stride, k_stride, v_stride, scale,
     HEADS: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
-    BLOCK: tl.constexpr, BIAS: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
+    EDGES: tl.constexpr = R * P
+    W: tl.constexpr = H * C
     row = tl.program_id(0).to(tl.int64)
-    slots = tl.arange(0, BLOCK)
+    slots = tl.arange(0, EDGES)
     heads = tl.arange(0, H)
     head_mask = heads < HEADS
-    inner = heads[:, None] * C + tl.arange(0, C)[None, :]
-    q = tl.load(q_ptr + row * q_stride + inner, mask=head_mask[:, None], other=0.0)
+    inner = tl.arange(0, W)
+    inner_mask = inner < HEADS * C
+    q = tl.load(q_ptr + row * q_stride + inner, mask=inner_mask, other=0.0)
     q = q.to(tl.float32) * (scale * _LOG2E)
+    pair = tl.pointer_type(tl.int64)
     x0 = tl.load(x_dst_ptr + row * 2)
     x1 = tl.load(x_dst_ptr + row * 2 + 1)
     first = row * K
@@ -258,55 +299,62 @@ def _forward_kernel(
     offset = tl.zeros([H], tl.float32)
     if BIAS > 0:
         offset = tl.full([H], float("-inf"), tl.float32)
-        for start in range(0, K, BLOCK):
-            slot = start + slots
+        for start in range(0, K, 128):
+            slot = start + tl.arange(0, 128)
             bias = _load_bias(bias_ptr, first + slot, heads, slot < K, head_mask, HEADS, BIAS)
             offset = tl.maximum(offset, tl.max(bias, 0))
         offset = tl.where(offset == float("-inf"), 0.0, offset)
 
-    top = tl.full([H], float("-inf"), tl.float32)
-    total = tl.zeros([H], tl.float32)
-    move0 = tl.zeros([H], tl.float32)
-    move1 = tl.zeros([H], tl.float32)
-    out = tl.zeros([H, C], tl.float32)
-    for start in range(0, K, BLOCK):
+    top = tl.full([P, H], float("-inf"), tl.float32)
+    total = tl.zeros([P, H], tl.float32)
+    move0 = tl.zeros([P, H], tl.float32)
+    move1 = tl.zeros([P, H], tl.float32)
+    out = tl.zeros([P, W], tl.float32)
+    for start in range(0, K, EDGES):
         slot = start + slots
         source = tl.load(table_ptr + first + slot, mask=slot < K, other=-1)
         valid = source >= 0
-        mask = valid[:, None, None] & head_mask[None, :, None]
+        mask = valid[:, None] & inner_mask[None, :]
         key = _gather(k_ptr, source, k_stride, inner, mask)
         value = _gather(v_ptr, source, v_stride, inner, mask)
-        y0 = tl.load(x_src_ptr + source.to(tl.int64) * 2, mask=valid, other=0.0) - x0
-        y1 = tl.load(x_src_ptr + source.to(tl.int64) * 2 + 1, mask=valid, other=0.0) - x1
-        logit = tl.sum(q[None, :, :] * key, 2)
+        y0, y1 = _load_pair(x_src_ptr.to(pair, bitcast=True) + source.to(tl.int64), valid)
+        logit = _dot_heads(q, key, EDGES, H, C)
         if BIAS > 0:
             bias = _load_bias(bias_ptr, first + slot, heads, valid, head_mask, HEADS, BIAS)
             logit += (bias - offset[None, :]) * _LOG2E
         logit = tl.where(valid[:, None], logit, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logit, 0))
+        folded = tl.reshape(logit, [R, P, H])
+        new_top = tl.maximum(top, tl.max(folded, 0))
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(logit - finite[None, :])
+        weight = tl.reshape(tl.exp2(folded - finite[None, :, :]), [EDGES, H])
         decay = tl.exp2(top - finite)
-        total = total * decay + tl.sum(weight, 0)
-        move0 = move0 * decay + tl.sum(weight * y0[:, None], 0)
-        move1 = move1 * decay + tl.sum(weight * y1[:, None], 0)
-        out = out * decay[:, None] + tl.sum(weight[:, :, None] * value, 0)
+        total = total * decay + _fold(weight, R, P, H)
+        move0 = move0 * decay + _fold(weight * (y0 - x0)[:, None], R, P, H)
+        move1 = move1 * decay + _fold(weight * (y1 - x1)[:, None], R, P, H)
+        wide = tl.reshape(tl.broadcast_to(decay[:, :, None], [P, H, C]), [P, W])
+        spread = _spread(weight, R, P, H, C)
+        out = out * wide + tl.sum(spread * tl.reshape(value, [R, P, W]), 0)
         top = new_top
 
+    highest = tl.max(top, 0)
+    finite = tl.where(highest == float("-inf"), 0.0, highest)
+    decay = tl.exp2(top - finite[None, :])
+    total = tl.sum(total * decay, 0)
     empty = total == 0.0
     inverse = 1.0 / tl.where(empty, 1.0, total)
-    norm = tl.where(empty, float("inf"), top + tl.log2(total))
+    move0 = tl.sum(move0 * decay, 0) * inverse
+    move1 = tl.sum(move1 * decay, 0) * inverse
+    wide = tl.reshape(tl.broadcast_to((decay * inverse[None, :])[:, :, None], [P, H, C]), [P, W])
+    out = tl.sum(out * wide, 0)
+    norm = tl.where(empty, float("inf"), highest + tl.log2(total))
     lse = tl.where(empty, float("-inf"), norm / _LOG2E + offset)
     node = row * HEADS + heads
     tl.store(lse_ptr + node, lse, mask=head_mask)
     tl.store(norm_ptr + node * 2, norm, mask=head_mask)
     tl.store(norm_ptr + node * 2 + 1, offset, mask=head_mask)
-    tl.store(displacement_ptr + node * 2, move0 * inverse, mask=head_mask)
-    tl.store(displacement_ptr + node * 2 + 1, move1 * inverse, mask=head_mask)
-    out = out * inverse[:, None]
-    tl.store(
-        out_ptr + row * HEADS * C + inner, out.to(out_ptr.dtype.element_ty), mask=head_mask[:, None]
-    )
+    tl.store(displacement_ptr + node * 2, move0, mask=head_mask)
+    tl.store(displacement_ptr + node * 2 + 1, move1, mask=head_mask)
+    tl.store(out_ptr + row * HEADS * C + inner, out.to(out_ptr.dtype.element_ty), mask=inner_mask)
 
 
 @triton.jit
@@ -320,30 +368,32 @@ def _prepare_kernel(
     inside = row < N
     heads = tl.arange(0, H)
     head_mask = heads < HEADS
-    inner = heads[:, None] * C + tl.arange(0, C)[None, :]
-    mask = inside[:, None, None] & head_mask[None, :, None]
+    inner = tl.arange(0, H * C)
+    mask = inside[:, None] & (inner < HEADS * C)[None, :]
     out = _gather(out_ptr, row, HEADS * C, inner, mask)
     d_out = _gather(d_out_ptr, row, d_out_stride, inner, mask)
     node = row[:, None] * HEADS + heads[None, :]
     mask = inside[:, None] & head_mask[None, :]
     norm = tl.load(norm_ptr + node * 2, mask=mask, other=float("inf"))
     offset = tl.load(norm_ptr + node * 2 + 1, mask=mask, other=0.0)
+    full = mask & (norm != float("inf"))
     move0 = tl.load(displacement_ptr + node * 2, mask=mask, other=0.0)
     move1 = tl.load(displacement_ptr + node * 2 + 1, mask=mask, other=0.0)
-    full = mask & (norm != float("inf"))
     d_move0 = tl.load(d_displacement_ptr + node * 2, mask=full, other=0.0)
     d_move1 = tl.load(d_displacement_ptr + node * 2 + 1, mask=full, other=0.0)
     d_lse = tl.load(d_lse_ptr + node, mask=full, other=0.0)
-    delta = tl.sum(out * d_out, 2) + move0 * d_move0 + move1 * d_move1 - d_lse
-    slot = info_ptr + row[:, None] * INFO + heads[None, :]
-    tl.store(slot, norm, mask=mask)
-    tl.store(slot + H, delta, mask=mask)
-    tl.store(slot + 2 * H, d_move0, mask=mask)
-    tl.store(slot + 3 * H, d_move1, mask=mask)
-    tl.store(slot + 4 * H, offset, mask=mask)
-    last = info_ptr + row * INFO + 5 * H
-    tl.store(last, tl.load(x_dst_ptr + row * 2, mask=inside, other=0.0), mask=inside)
-    tl.store(last + 1, tl.load(x_dst_ptr + row * 2 + 1, mask=inside, other=0.0), mask=inside)
+    delta = tl.sum(tl.reshape(out * d_out, [ROWS, H, C]), 2)
+    delta += move0 * d_move0 + move1 * d_move1 - d_lse
+    base = info_ptr + row * INFO
+    slot = base[:, None] + 2 * heads[None, :]
+    tl.store(slot, norm, mask=inside[:, None])
+    tl.store(slot + 1, delta, mask=inside[:, None])
+    tl.store(slot + 2 * H, d_move0, mask=inside[:, None])
+    tl.store(slot + 2 * H + 1, d_move1, mask=inside[:, None])
+    tl.store(base + 4 * H, tl.load(x_dst_ptr + row * 2, mask=inside, other=0.0), mask=inside)
+    x1 = tl.load(x_dst_ptr + row * 2 + 1, mask=inside, other=0.0)
+    tl.store(base + 4 * H + 1, x1, mask=inside)
+    tl.store(base[:, None] + 4 * H + 2 + heads[None, :], offset, mask=inside[:, None])
     # The weights of a row sum to one, so the destination's own share needs no pass over edges.
     tl.store(d_x_dst_ptr + row * 2, -tl.sum(d_move0, 1), mask=inside)
     tl.store(d_x_dst_ptr + row * 2 + 1, -tl.sum(d_move1, 1), mask=inside)
@@ -354,47 +404,50 @@ def _backward_dst_kernel(
     q_ptr, k_ptr, v_ptr, x_src_ptr, table_ptr, bias_ptr, d_out_ptr, info_ptr,
     d_q_ptr, d_bias_ptr,
     K, q_stride, k_stride, v_stride, d_out_stride, scale,
-    HEADS: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
-    BLOCK: tl.constexpr, BIAS: tl.constexpr, INFO: tl.constexpr, NEED_BIAS: tl.constexpr,
+    HEADS: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+    BIAS: tl.constexpr, INFO: tl.constexpr, NEED_BIAS: tl.constexpr,
 ):  # fmt: skip
+    EDGES: tl.constexpr = R * P
+    W: tl.constexpr = H * C
     row = tl.program_id(0).to(tl.int64)
-    slots = tl.arange(0, BLOCK)
+    slots = tl.arange(0, EDGES)
     heads = tl.arange(0, H)
     head_mask = heads < HEADS
-    inner = heads[:, None] * C + tl.arange(0, C)[None, :]
-    q = tl.load(q_ptr + row * q_stride + inner, mask=head_mask[:, None], other=0.0)
+    inner = tl.arange(0, W)
+    inner_mask = inner < HEADS * C
+    q = tl.load(q_ptr + row * q_stride + inner, mask=inner_mask, other=0.0)
     q = q.to(tl.float32) * (scale * _LOG2E)
-    d_out = tl.load(d_out_ptr + row * d_out_stride + inner, mask=head_mask[:, None], other=0.0)
+    d_out = tl.load(d_out_ptr + row * d_out_stride + inner, mask=inner_mask, other=0.0)
     d_out = d_out.to(tl.float32)
     info = info_ptr + row * INFO
-    norm = tl.load(info + heads, mask=head_mask, other=float("inf"))
-    delta = tl.load(info + H + heads, mask=head_mask, other=0.0)
-    d_move0 = tl.load(info + 2 * H + heads, mask=head_mask, other=0.0)
-    d_move1 = tl.load(info + 3 * H + heads, mask=head_mask, other=0.0)
-    offset = tl.load(info + 4 * H + heads, mask=head_mask, other=0.0)
-    x0 = tl.load(info + 5 * H)
-    x1 = tl.load(info + 5 * H + 1)
+    norm = tl.load(info + 2 * heads)
+    delta = tl.load(info + 2 * heads + 1)
+    d_move0 = tl.load(info + 2 * H + 2 * heads)
+    d_move1 = tl.load(info + 2 * H + 2 * heads + 1)
+    x0 = tl.load(info + 4 * H)
+    x1 = tl.load(info + 4 * H + 1)
+    offset = tl.load(info + 4 * H + 2 + heads)
+    pair = tl.pointer_type(tl.int64)
     first = row * K
-    d_q = tl.zeros([H, C], tl.float32)
-    for start in range(0, K, BLOCK):
+    d_q = tl.zeros([P, W], tl.float32)
+    for start in range(0, K, EDGES):
         slot = start + slots
         source = tl.load(table_ptr + first + slot, mask=slot < K, other=-1)
         valid = source >= 0
-        mask = valid[:, None, None] & head_mask[None, :, None]
+        mask = valid[:, None] & inner_mask[None, :]
         key = _gather(k_ptr, source, k_stride, inner, mask)
         value = _gather(v_ptr, source, v_stride, inner, mask)
-        y0 = tl.load(x_src_ptr + source.to(tl.int64) * 2, mask=valid, other=0.0) - x0
-        y1 = tl.load(x_src_ptr + source.to(tl.int64) * 2 + 1, mask=valid, other=0.0) - x1
-        logit = tl.sum(q[None, :, :] * key, 2)
+        y0, y1 = _load_pair(x_src_ptr.to(pair, bitcast=True) + source.to(tl.int64), valid)
+        logit = _dot_heads(q, key, EDGES, H, C)
         if BIAS > 0:
             bias = _load_bias(bias_ptr, first + slot, heads, valid, head_mask, HEADS, BIAS)
             logit += (bias - offset[None, :]) * _LOG2E
-        logit = tl.where(valid[:, None] & head_mask[None, :], logit, float("-inf"))
-        weight = tl.exp2(logit - norm[None, :])
-        slope = tl.sum(d_out[None, :, :] * value, 2) - delta[None, :]
-        slope += d_move0[None, :] * y0[:, None] + d_move1[None, :] * y1[:, None]
-        slope *= weight
-        d_q += tl.sum(slope[:, :, None] * key, 0)
+        logit = tl.where(valid[:, None], logit, float("-inf"))
+        slope = _dot_heads(d_out, value, EDGES, H, C) - delta[None, :]
+        slope += d_move0[None, :] * (y0 - x0)[:, None] + d_move1[None, :] * (y1 - x1)[:, None]
+        slope *= tl.exp2(logit - norm[None, :])
+        spread = _spread(slope, R, P, H, C)
+        d_q += tl.sum(spread * tl.reshape(key, [R, P, W]), 0)
         if NEED_BIAS:
             if BIAS == 1:
                 d_bias = tl.sum(slope, 1).to(d_bias_ptr.dtype.element_ty)
@@ -405,84 +458,83 @@ def _backward_dst_kernel(
                     slope.to(d_bias_ptr.dtype.element_ty),
                     mask=(slot < K)[:, None] & head_mask[None, :],
                 )
-    tl.store(
-        d_q_ptr + row * HEADS * C + inner,
-        (d_q * scale).to(d_q_ptr.dtype.element_ty),
-        mask=head_mask[:, None],
-    )
+    d_q = tl.sum(d_q, 0) * scale
+    tl.store(d_q_ptr + row * HEADS * C + inner, d_q.to(d_q_ptr.dtype.element_ty), mask=inner_mask)
 
 
 @triton.jit
 def _backward_src_kernel(
     q_ptr, k_ptr, v_ptr, x_src_ptr, edge_ptr, bias_ptr, d_out_ptr, info_ptr, task_ptr,
     d_k_ptr, d_v_ptr, d_x_src_ptr, partial_ptr,
-    K, q_stride, k_stride, v_stride, d_out_stride, scale,
-    HEADS: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
-    BLOCK: tl.constexpr, BIAS: tl.constexpr, INFO: tl.constexpr,
+    multiplier, shift, q_stride, k_stride, v_stride, d_out_stride, scale,
+    HEADS: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+    BIAS: tl.constexpr, INFO: tl.constexpr,
 ):  # fmt: skip
+    EDGES: tl.constexpr = R * P
+    W: tl.constexpr = H * C
     task = task_ptr + tl.program_id(0).to(tl.int64) * 4
     source = tl.load(task).to(tl.int64)
     begin = tl.load(task + 1)
     end = tl.load(task + 2)
     partial = tl.load(task + 3).to(tl.int64)
-    slots = tl.arange(0, BLOCK)
+    slots = tl.arange(0, EDGES)
     heads = tl.arange(0, H)
     head_mask = heads < HEADS
-    inner = heads[:, None] * C + tl.arange(0, C)[None, :]
-    key = tl.load(k_ptr + source * k_stride + inner, mask=head_mask[:, None], other=0.0)
+    inner = tl.arange(0, W)
+    inner_mask = inner < HEADS * C
+    key = tl.load(k_ptr + source * k_stride + inner, mask=inner_mask, other=0.0)
     key = key.to(tl.float32) * (scale * _LOG2E)
-    value = tl.load(v_ptr + source * v_stride + inner, mask=head_mask[:, None], other=0.0)
+    value = tl.load(v_ptr + source * v_stride + inner, mask=inner_mask, other=0.0)
     value = value.to(tl.float32)
     x0 = tl.load(x_src_ptr + source * 2)
     x1 = tl.load(x_src_ptr + source * 2 + 1)
-    d_k = tl.zeros([H, C], tl.float32)
-    d_v = tl.zeros([H, C], tl.float32)
-    d_x0 = tl.zeros([H], tl.float32)
-    d_x1 = tl.zeros([H], tl.float32)
-    for start in range(begin, end, BLOCK):
+    pair = tl.pointer_type(tl.int64)
+    d_k = tl.zeros([P, W], tl.float32)
+    d_v = tl.zeros([P, W], tl.float32)
+    d_x0 = tl.zeros([P, H], tl.float32)
+    d_x1 = tl.zeros([P, H], tl.float32)
+    for start in range(begin, end, EDGES):
         place = start + slots
         valid = place < end
         edge = tl.load(edge_ptr + place, mask=valid, other=0)
-        row = edge // K
-        mask = valid[:, None, None] & head_mask[None, :, None]
+        row = tl.umulhi(edge.to(tl.uint32) * 2, multiplier.to(tl.uint32)) >> shift
+        row = row.to(tl.int64)
+        mask = valid[:, None] & inner_mask[None, :]
         q = _gather(q_ptr, row, q_stride, inner, mask)
         d_out = _gather(d_out_ptr, row, d_out_stride, inner, mask)
-        info = info_ptr + row.to(tl.int64)[:, None] * INFO + heads[None, :]
-        mask = valid[:, None] & head_mask[None, :]
-        norm = tl.load(info, mask=mask, other=float("inf"))
-        delta = tl.load(info + H, mask=mask, other=0.0)
-        d_move0 = tl.load(info + 2 * H, mask=mask, other=0.0)
-        d_move1 = tl.load(info + 3 * H, mask=mask, other=0.0)
-        last = info_ptr + row.to(tl.int64) * INFO + 5 * H
-        y0 = x0 - tl.load(last, mask=valid, other=0.0)
-        y1 = x1 - tl.load(last + 1, mask=valid, other=0.0)
-        logit = tl.sum(key[None, :, :] * q, 2)
+        info = info_ptr.to(pair, bitcast=True) + row * (INFO // 2)
+        norm, delta = _load_pair(info[:, None] + heads[None, :], valid[:, None])
+        d_move0, d_move1 = _load_pair(info[:, None] + H + heads[None, :], valid[:, None])
+        y0, y1 = _load_pair(info + 2 * H, valid)
+        logit = _dot_heads(key, q, EDGES, H, C)
         if BIAS > 0:
-            offset = tl.load(info + 4 * H, mask=mask, other=0.0)
+            at = info_ptr + (row * INFO + 4 * H + 2)[:, None] + heads[None, :]
+            offset = tl.load(at, mask=valid[:, None], other=0.0)
             edge = edge.to(tl.int64)
             bias = _load_bias(bias_ptr, edge, heads, valid, head_mask, HEADS, BIAS)
             logit += (bias - offset) * _LOG2E
-        weight = tl.exp2(tl.where(mask, logit, float("-inf")) - norm)
-        slope = tl.sum(value[None, :, :] * d_out, 2) - delta
-        slope += d_move0 * y0[:, None] + d_move1 * y1[:, None]
+        weight = tl.exp2(tl.where(valid[:, None], logit - norm, float("-inf")))
+        slope = _dot_heads(value, d_out, EDGES, H, C) - delta
+        slope += d_move0 * (x0 - y0)[:, None] + d_move1 * (x1 - y1)[:, None]
         slope *= weight
-        d_k += tl.sum(slope[:, :, None] * q, 0)
-        d_v += tl.sum(weight[:, :, None] * d_out, 0)
-        d_x0 += tl.sum(weight * d_move0, 0)
-        d_x1 += tl.sum(weight * d_move1, 0)
-    d_k = d_k * scale
-    sum0 = tl.sum(d_x0, 0)
-    sum1 = tl.sum(d_x1, 0)
+        d_k += tl.sum(_spread(slope, R, P, H, C) * tl.reshape(q, [R, P, W]), 0)
+        d_v += tl.sum(_spread(weight, R, P, H, C) * tl.reshape(d_out, [R, P, W]), 0)
+        d_x0 += _fold(weight * d_move0, R, P, H)
+        d_x1 += _fold(weight * d_move1, R, P, H)
+    d_k = tl.sum(d_k, 0) * scale
+    d_v = tl.sum(d_v, 0)
+    sum0 = tl.sum(tl.sum(d_x0, 0), 0)
+    sum1 = tl.sum(tl.sum(d_x1, 0), 0)
     if partial < 0:
         own = source * HEADS * C + inner
-        tl.store(d_k_ptr + own, d_k.to(d_k_ptr.dtype.element_ty), mask=head_mask[:, None])
-        tl.store(d_v_ptr + own, d_v.to(d_v_ptr.dtype.element_ty), mask=head_mask[:, None])
+        tl.store(d_k_ptr + own, d_k.to(d_k_ptr.dtype.element_ty), mask=inner_mask)
+        tl.store(d_v_ptr + own, d_v.to(d_v_ptr.dtype.element_ty), mask=inner_mask)
         tl.store(d_x_src_ptr + source * 2, sum0)
         tl.store(d_x_src_ptr + source * 2 + 1, sum1)
     else:
         part = partial_ptr + partial * (2 * HEADS * C + 2)
-        tl.store(part + inner, d_k, mask=head_mask[:, None])
-        tl.store(part + HEADS * C + inner, d_v, mask=head_mask[:, None])
+        tl.store(part + inner, d_k, mask=inner_mask)
+        tl.store(part + HEADS * C + inner, d_v, mask=inner_mask)
         tl.store(part + 2 * HEADS * C, sum0)
         tl.store(part + 2 * HEADS * C + 1, sum1)
 
