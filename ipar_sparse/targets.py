@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
+from scipy.spatial import cKDTree
 from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 
@@ -26,11 +27,19 @@ __all__ = [
     "collate",
     "default_k",
     "default_steps",
-    "gauge_fix",
     "gate_target",
+    "gauge_fix",
+    "target_graph",
 ]
 
-EXACT_LIMIT = 384  # the largest miniset: up to here a target is the definition, edge for edge
+MINISET_LIMIT = 384  # the largest miniset: up to here a target is the definition, edge for edge
+EXACT_LIMIT = 8192  # beyond, all neighbours within 0.15 n are refused: O(n^2) pairs
+PARTNERS = 32  # neighbours a node keeps of its 0.15 n nearest; with 213 as many as a miniset's
+_SCALE_FACTOR = 8  # between the densities at which multiscale pairs are sampled
+_SCALE_PARTNERS = 6
+_RING = (20, 60)  # percentiles of all pairwise distances
+_SMALLEST_SUBSET = 32
+_ROWS = 1 << 16  # nodes whose neighbour coordinates are held at once
 
 
 def default_k(num_nodes: int) -> int:
@@ -206,16 +215,21 @@ class SlideTarget(_Tensors):
     Args:
         pos: true positions (n, 2), unit-RMS gauge, float64.
         walk: the random walk.
-        stress: the distances.
+        stress: the distances of E_geo.
         batch: graph of each node (n,), int64.
+        ptr: first node of each graph, and the end (graphs + 1,), int64.
         sizes: number of nodes of each graph.
+        multiscale: equally many pairs at every scale from the nearest neighbour upwards, for
+            :func:`ipar_sparse.losses.log_stress_loss`; whole slides only, not part of E_geo.
     """
 
     pos: Tensor
     walk: WalkTarget
     stress: StressTarget
     batch: Tensor
+    ptr: Tensor
     sizes: tuple[int, ...]
+    multiscale: StressTarget | None = None
 
     @property
     def num_graphs(self) -> int:
@@ -298,29 +312,61 @@ def build_stress_target(
         landmarks: number of landmarks, default max(8, n // 16).
     """
     pos = _reference(pos)
-    return _multiscale_stress(pos, _neighbors(pos, k), seed, ring, landmarks)
+    return _family_pairs(pos, _neighbors(pos, k), seed, ring, landmarks)
 
 
-def build_target(pos, *, seed: int = 0) -> SlideTarget:
-    """All targets of one miniset.
+def build_target(
+    pos,
+    *,
+    seed: int = 0,
+    mode: str = "auto",
+    partners: int = PARTNERS,
+    multiscale: bool | None = None,
+) -> SlideTarget:
+    """All targets of one miniset or one whole slide.
+
+    ``"exact"`` keeps every neighbour within 0.15 n: the definition, O(n^2) pairs. ``"sketch"``
+    keeps the same reach with O(n) pairs: each node gets the nearest of a random subset of the
+    slide, so many that they are a random sample of its 0.15 n nearest. Its ring partners and
+    landmarks are as many a node as those of a miniset of 384, so that E_geo means the same at
+    every n. ``"auto"`` is exact up to 384 nodes.
 
     Args:
         pos: positions (n, 2), any units, finite.
         seed: of every random choice.
+        mode: ``"auto"``, ``"exact"`` or ``"sketch"``.
+        partners: neighbours a node in a sketch.
+        multiscale: whether to add multiscale pairs; with a sketch if left out.
 
     Raises:
-        ValueError: on positions that are not a finite (n, 2) matrix.
+        ValueError: on positions that are not a finite (n, 2) matrix, an unknown mode, or an exact
+            target of more than 8192 nodes.
     """
     pos = _reference(pos)
     n = len(pos)
-    neighbors = _neighbors(pos)
+    sketch = _is_sketch(n, mode)
+    neighbors = _sketch_neighbors(pos, partners, seed) if sketch else _neighbors(pos)
+    multiscale = sketch if multiscale is None else multiscale
     return SlideTarget(
         pos=pos,
-        walk=walk_from_neighbors(pos, neighbors),
-        stress=_multiscale_stress(pos, neighbors, seed),
+        walk=walk_from_neighbors(pos, neighbors, sampled=neighbors.shape[1] < default_k(n)),
+        stress=_family_pairs(pos, neighbors, seed),
         batch=torch.zeros(n, dtype=torch.int64),
+        ptr=torch.tensor([0, n]),
         sizes=(n,),
+        multiscale=_balanced_pairs(pos, seed) if multiscale else None,
     )
+
+
+def target_graph(
+    pos, *, seed: int = 0, mode: str = "auto", partners: int = PARTNERS
+) -> NeighborTable:
+    """The neighbour lists a target of the same arguments is built on, as a graph to attend on."""
+    pos = _reference(pos)
+    sketch = _is_sketch(len(pos), mode)
+    neighbors = _sketch_neighbors(pos, partners, seed) if sketch else _neighbors(pos)
+    method = "sketch" if sketch else "kdtree"
+    return NeighborTable(torch.from_numpy(neighbors).int(), metric="euclidean", method=method)
 
 
 def collate(targets: Sequence[SlideTarget]) -> SlideTarget:
@@ -334,14 +380,19 @@ def collate(targets: Sequence[SlideTarget]) -> SlideTarget:
         return targets[0]
     sizes = tuple(n for target in targets for n in target.sizes)
     graph = _offsets(target.num_graphs for target in targets)
+    node = _offsets(len(target.pos) for target in targets)
+    ends = [target.ptr[1:] + s for target, s in zip(targets, node, strict=True)]
+    extras = [target.multiscale for target in targets]
     return SlideTarget(
         pos=torch.cat([target.pos for target in targets]),
         walk=_collate_walks([target.walk for target in targets]),
-        stress=_collate_stress([target.stress for target in targets], targets),
+        stress=_collate_stress([target.stress for target in targets], node),
         batch=torch.cat(
             [target.batch + s for target, s in zip(targets, graph, strict=True)]
         ),
+        ptr=torch.cat([targets[0].ptr[:1], *ends]),
         sizes=sizes,
+        multiscale=None if None in extras else _collate_stress(extras, node),
     )
 
 
@@ -372,9 +423,6 @@ def gate_target(graph: NeighborTable, walk: WalkTarget, step: int = 1) -> Tensor
     return weight / torch.where(total > 0, total, torch.ones_like(total))[dst]
 
 
-_ROWS = 1 << 16  # nodes whose neighbour coordinates are held at once
-
-
 def _reference(pos) -> Tensor:
     pos = torch.as_tensor(pos).detach().to("cpu", torch.float64)
     if pos.dim() != 2 or pos.size(1) != 2 or not len(pos):
@@ -392,17 +440,69 @@ def _neighbors(pos: Tensor, k: int | None = None) -> np.ndarray:
     return knn(pos, k, backend="kdtree").index.numpy()
 
 
+def _is_sketch(n: int, mode: str) -> bool:
+    if mode not in ("auto", "exact", "sketch"):
+        raise ValueError(f"unknown mode {mode!r}; choose 'auto', 'exact' or 'sketch'")
+    if mode == "exact" and n > EXACT_LIMIT:
+        raise ValueError(
+            f"an exact target of {n} nodes needs O(n^2) pairs; use mode='sketch' beyond "
+            f"{EXACT_LIMIT}"
+        )
+    return mode == "sketch" or (mode == "auto" and n > MINISET_LIMIT)
+
+
+def _sketch_neighbors(pos: Tensor, partners: int, seed: int) -> np.ndarray:
+    """A random sample, one list a node, of its 0.15 n nearest; all of them where n is small."""
+    n = len(pos)
+    groups = max(1, default_k(n) // max(partners, 1))
+    rng = np.random.default_rng([seed, 1])
+    return _subset_neighbors(pos.numpy(), default_k(n) // groups, groups, rng)
+
+
+def _subset_neighbors(xy: np.ndarray, k: int, groups: int, rng) -> np.ndarray:
+    """For each node its k nearest in one of ``groups`` random parts of the slide, (n, k).
+
+    The k nearest of a random n / groups nodes are a random k of the k * groups nearest.
+    """
+    if groups == 1:
+        return _neighbors(torch.from_numpy(xy), k)
+    n = len(xy)
+    index = np.empty((n, k), dtype=np.int64)
+    members = np.array_split(rng.permutation(n), groups)
+    askers = np.array_split(rng.permutation(n), groups)
+    for member, asker in zip(members, askers, strict=True):
+        found = member[cKDTree(xy[member]).query(xy[asker], k + 1)[1]]
+        own = found == asker[:, None]
+        own[:, -1] |= ~own.any(-1)
+        index[asker] = found[~own].reshape(len(asker), k)
+    return index
+
+
+def _balanced_pairs(pos: Tensor, seed: int) -> StressTarget:
+    n = len(pos)
+    rng = np.random.default_rng([seed, 2])
+    lists, groups = [], 1
+    while groups == 1 or n // groups >= _SMALLEST_SUBSET:
+        k = min(_SCALE_PARTNERS, n - 1)
+        lists.append(_directed(_subset_neighbors(pos.numpy(), k, groups, rng)))
+        groups *= _SCALE_FACTOR
+    return _stress_from_pairs(pos, np.concatenate(lists, axis=1))
+
+
 def _directed(index: np.ndarray) -> np.ndarray:
     n, k = index.shape
     return np.stack([index.reshape(-1).astype(np.int64), np.repeat(np.arange(n), k)])
 
 
-def _multiscale_stress(
+def _family_pairs(
     pos: Tensor, neighbors: np.ndarray, seed: int, ring: int = 10, landmarks: int | None = None
 ) -> StressTarget:
     xy = pos.numpy()
-    landmarks = max(8, len(pos) // 16) if landmarks is None else landmarks
-    pairs = [_directed(neighbors), _ring_pairs(xy, ring, seed), _landmark_pairs(xy, landmarks)]
+    exact = neighbors.shape[1] >= default_k(len(pos))
+    if landmarks is None:
+        landmarks = max(8, (len(pos) if exact else MINISET_LIMIT) // 16)
+    partners = _ring_pairs if exact else _sampled_ring_pairs
+    pairs = [_directed(neighbors), partners(xy, ring, seed), _landmark_pairs(xy, landmarks)]
     return _stress_from_pairs(pos, np.concatenate(pairs, axis=1))
 
 
@@ -412,7 +512,7 @@ def _ring_pairs(xy: np.ndarray, partners: int, seed: int) -> np.ndarray:
         return np.empty((2, 0), dtype=np.int64)
     rng = np.random.default_rng(seed)
     condensed = pdist(xy)
-    low, high = np.percentile(condensed, [20, 60])
+    low, high = np.percentile(condensed, _RING)
     distance = squareform(condensed)
     inside = (distance >= low) & (distance <= high)
     np.fill_diagonal(inside, False)
@@ -422,6 +522,24 @@ def _ring_pairs(xy: np.ndarray, partners: int, seed: int) -> np.ndarray:
     src, dst = chosen.reshape(-1), np.repeat(np.arange(n), take)
     keep = inside[dst, src]
     return np.stack([src[keep], dst[keep]])
+
+
+def _sampled_ring_pairs(xy: np.ndarray, partners: int, seed: int) -> np.ndarray:
+    """Ring partners by rejection: the first so many of random draws that lie in the ring."""
+    n = len(xy)
+    rng = np.random.default_rng([seed, 3])
+    first, second = rng.integers(0, n, (2, 200_000))
+    sample = np.sqrt(np.square(xy[first] - xy[second]).sum(-1))[first != second]
+    low, high = np.percentile(sample, _RING)
+    pairs = []
+    for start in range(0, n, _ROWS):
+        dst = np.arange(start, min(n, start + _ROWS))
+        src = rng.integers(0, n, (len(dst), 6 * partners))
+        distance = np.sqrt(np.square(xy[src] - xy[dst, None]).sum(-1))
+        inside = (distance >= low) & (distance <= high)
+        row, slot = np.nonzero(inside & (inside.cumsum(1) <= partners))
+        pairs.append(np.stack([src[row, slot], dst[row]]))
+    return np.concatenate(pairs, axis=1)
 
 
 def _landmark_pairs(xy: np.ndarray, count: int) -> np.ndarray:
@@ -473,8 +591,7 @@ def _collate_walks(walks: Sequence[WalkTarget]) -> WalkTarget:
     )
 
 
-def _collate_stress(stresses: Sequence[StressTarget], targets) -> StressTarget:
-    node = _offsets(len(target.pos) for target in targets)
+def _collate_stress(stresses: Sequence[StressTarget], node: list[int]) -> StressTarget:
     graph = _offsets(stress.num_graphs for stress in stresses)
     return StressTarget(
         edge_index=torch.cat([s.edge_index + o for s, o in zip(stresses, node, strict=True)], -1),
