@@ -403,6 +403,7 @@ def evaluate(
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} exists and is not empty; pass --overwrite or another --out")
     slides = _read([slide], settings, require_pos=True)
+    _tell_notes(slides)
     _warn_if_seen(run, slide)
 
     from .train.evaluate import evaluate_slide
@@ -651,9 +652,13 @@ def _read(
     for number, slide in enumerate(slides, start=1):
         if names.count(slide.name) > 1:
             slide.name = f"{slide.name}-{number}"
+    return slides
+
+
+def _tell_notes(slides: list[Slide]) -> None:
+    for slide in slides:
         for text in slide.notes:
             _note(text if slide.name in text else f"{slide.name}: {text}")
-    return slides
 
 
 @contextmanager
@@ -755,8 +760,9 @@ def _infer(
 
     wants_pos = Keys.PREDICTION in keys
     _folder(out.parent, "--out")
-    columns = (Keys.UNCERTAINTY,) if wants_pos and seeds and seeds > 1 else ()
     predictor, settings = _predictor(run, device, layer, normalized, slide_key, embedding)
+    seeds = seeds or settings.eval.seeds
+    columns = (Keys.UNCERTAINTY,) if wants_pos and seeds > 1 else ()
     if not wants_pos and settings.data.embedding is not None:
         raise UserError(
             f"{run} was trained on the embedding {settings.data.embedding}, so it has no encoder; "
@@ -764,13 +770,12 @@ def _infer(
         )
     check_output(cells, out, overwrite=overwrite, obsm=keys, obs=(*columns, Keys.EMPTY))
     slides = _read([cells], settings, require_pos=False)
+    _tell_notes(slides)
     results: list[Any] = []
     with Progress() as progress:
         for slide in progress.track(slides, "Predicting" if wants_pos else "Embedding"):
             results.append(
-                predictor.predict(slide, seeds=seeds or settings.eval.seeds)
-                if wants_pos
-                else predictor.embed(slide)
+                predictor.predict(slide, seeds=seeds) if wants_pos else predictor.embed(slide)
             )
     empty = [slide.empty for slide in slides]
     obs: dict[str, Any] = {}

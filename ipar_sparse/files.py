@@ -59,7 +59,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _explain(error: OSError, path: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(
             f"no space left on the disk while writing {path}; what was there before is intact; "
             "free some space and try again"

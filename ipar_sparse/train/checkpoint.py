@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ BEST = "model.safetensors"
 """Weights of the best validated epoch: what prediction uses."""
 LAST = "last.safetensors"
 """Weights and trainer state of the last finished epoch: what ``--resume`` uses."""
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = "ipar_sparse.checkpoint"
 _VERSION = 1
@@ -133,9 +136,11 @@ def find_checkpoint(run: Path) -> Path:
     Raises:
         UserError: the run has no checkpoint.
     """
-    for name in (BEST, LAST):
-        if (Path(run) / name).is_file():
-            return Path(run) / name
+    if (best := Path(run) / BEST).is_file():
+        return best
+    if (last := Path(run) / LAST).is_file():
+        logger.warning("%s was stopped before any weights were validated: not fully trained", run)
+        return last
     raise UserError(
         f"{run} holds no checkpoint ({BEST}); give the --out folder of a training run, "
         "or train it first"
