@@ -596,7 +596,8 @@ def _replacing(out, overwrite):
         if out.is_dir():  # a folder cannot be replaced in one step
             os.replace(out, aside)
         os.replace(temp, out)
-        _sync(out.parent, deep=False)
+        with suppress(OSError):  # not every file system can sync a folder
+            _sync(out.parent, deep=False)
     except OSError as error:
         raise UserError(
             f"{out}: could not be written ({_os_reason(error)}); "

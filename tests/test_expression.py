@@ -118,7 +118,7 @@ def test_expression_needs_expression():
 def test_selection_finds_the_variable_genes(normalized):
     rng = np.random.default_rng(0)
     n, num_genes, variable = 500, 200, 20
-    rate = np.exp(rng.normal(0.5, 0.8, num_genes)) * np.ones((n, 1))
+    rate = np.exp(rng.normal(1.5, 0.5, num_genes)) * np.ones((n, 1))
     chosen = rng.permutation(num_genes)[:variable]
     rate[:, chosen] *= np.exp(1.0 * rng.normal(size=(n, variable)))
     slides = [slide_of(rng.poisson(rate), name=name) for name in "ab"]
@@ -141,6 +141,12 @@ def test_selection_ignores_constant_genes_and_small_sets():
     counts[:, 1] = np.arange(30)
     s = slide_of(counts)
     assert set(select_genes([s], list(s.genes), 2)) == {"g0", "g1"}  # the others never vary
+    levels = np.tile([[0.0, 1, 5], [2, 1, 0]], (4, 1))
+    assert select_genes([slide_of(levels, normalized=True)], ["g0", "g1", "g2"], 3) == [
+        "g2",
+        "g0",
+        "g1",
+    ]
     assert sorted(select_genes([s], list(s.genes), 100)) == sorted(s.genes)
     assert select_genes([slide_of(np.zeros((3, 2)))], ["g0", "g1"], 1) == ["g0"]
     with pytest.raises(ValueError, match="n_top is 0"):
