@@ -111,7 +111,9 @@ def umap_layout(h, *, seed: int = 0, n_neighbors: int = 15) -> np.ndarray:
     try:
         from umap import UMAP
     except ImportError as error:
-        raise ImportError("the UMAP baseline needs umap-learn; pip install umap-learn") from error
+        raise ImportError(
+            "the UMAP baseline needs umap-learn; pip install 'ipar_sparse[umap]'"
+        ) from error
     x = _embedding(h)
     n_neighbors = min(n_neighbors, len(x) - 1)
     with warnings.catch_warnings():
@@ -241,9 +243,9 @@ def run_baselines(
 ) -> dict[str, np.ndarray]:
     """Lay one slide out by every baseline that the given material allows.
 
-    Under a minute for 20,000 cells of 128 dimensions and k = 100 on two cores, UMAP aside. A baseline
-    whose linear algebra or memory fails is left out, with a warning in the log: it must not take
-    a report down with it.
+    Under a minute for 20,000 cells of 128 dimensions and k = 100 on two cores, UMAP aside. A
+    baseline whose linear algebra or memory fails is left out, with a warning in the log: it must
+    not take a report down with it.
 
     Args:
         h: embedding of the slide's cells (n, d), tensor or array.

@@ -94,6 +94,7 @@ METRICS: dict[str, MetricInfo] = {
     ),
 }
 
+_BY_LOWER_NAME = {name.lower(): info for name, info in METRICS.items()}
 _SUFFIX = {"hgate": "gated candidates", "tedge": "true neighbours"}
 
 
@@ -105,7 +106,7 @@ def metric_info(name: str) -> MetricInfo:
     """
     stem, _, k = name.partition("@")
     match = re.fullmatch(r"(.+)_(hgate|tedge)", stem)
-    base = METRICS.get(match[1] if match else stem)
+    base = _BY_LOWER_NAME.get((match[1] if match else stem).lower())
     if base is None:
         return MetricInfo(name, "", None, "")
     label = f"{base.label}, {_SUFFIX[match[2]]}" if match else base.label

@@ -1,0 +1,32 @@
+"""Figures. Every function takes data, draws on the axes it is given (or new ones), returns Axes.
+
+Colours stay apart for colour-blind readers, aspect is equal wherever axes are tissue, and every
+function works from 50 cells to millions: beyond 200,000 a random part is drawn, and it says so.
+"""
+
+from .curves import loss_curves, recycle_curves
+from .layouts import (
+    AttentionFocus,
+    attention_focus,
+    layout,
+    layout_pair,
+    position_colors,
+    trajectory,
+    uncertainty_map,
+)
+from .scores import distance_density, metric_bars, uncertainty_calibration
+
+__all__ = [
+    "AttentionFocus",
+    "attention_focus",
+    "distance_density",
+    "layout",
+    "layout_pair",
+    "loss_curves",
+    "metric_bars",
+    "position_colors",
+    "recycle_curves",
+    "trajectory",
+    "uncertainty_calibration",
+    "uncertainty_map",
+]

@@ -1,0 +1,138 @@
+"""Scores as figures: bars against baselines, distance against distance, calibration."""
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ..metrics import metric_info
+from ..points import as_layout, sample_pairs, unit_gauge
+from .style import INK, MODEL, MUTED, OTHER, VARIANT, new_axes, tidy
+
+_PAIRS = 200_000
+
+
+def metric_bars(
+    table: Mapping[str, Mapping[str, float]],
+    metric: str,
+    *,
+    model: str | None = None,
+    variants: Collection[str] = (),
+    floor: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """One metric for every method; whiskers span two standard errors where it was sampled.
+
+    Args:
+        table: method to its metrics by flat name.
+        metric: the metric shown; methods without it are left out.
+        model: the method in strong colour.
+        variants: methods that are forms of the model, in a lighter tone of its colour.
+        floor: the method (true coordinates) that is drawn as a line, not as a bar.
+    """
+    names = [m for m in table if m != floor and np.isfinite(table[m].get(metric, np.nan))]
+    ax = tidy(new_axes(ax, (4.2, 0.6 + 0.32 * max(len(names), 1))))
+    ax.grid(axis="y", visible=False)
+    values = np.array([table[m][metric] for m in names])
+    errors = np.array([2 * (table[m].get(f"{metric}_se") or 0.0) for m in names])
+    colors = [MODEL if m == model else VARIANT if m in variants else OTHER for m in names]
+    places = np.arange(len(names))
+    ax.barh(places, values, color=colors, height=0.72)
+    if errors.any():
+        ax.errorbar(values, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
+    span = max(np.abs(values).max(initial=0.0), 1e-12)
+    for place, value in zip(places, values, strict=True):
+        ax.annotate(
+            f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1g}",
+            (max(value, 0.0) + errors[place], place),
+            xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK,
+        )  # fmt: skip
+    reference = table.get(floor, {}).get(metric) if floor else None
+    if reference is not None and np.isfinite(reference):
+        ax.axvline(reference, color=INK, lw=1.1, ls="--")
+        span = max(span, abs(reference))
+    chance_name = metric.replace("@", "_chance@")
+    chance = next((m[chance_name] for m in table.values() if chance_name in m), None)
+    if chance_name != metric and chance is not None:
+        ax.axvline(chance, color=MUTED, lw=1.1, ls=":")
+    ax.set_yticks(places, names)
+    ax.invert_yaxis()
+    ax.set_xlim(min(0.0, values.min(initial=0.0) - errors.max(initial=0.0)), 1.18 * span)
+    info = metric_info(metric)
+    arrow = f"{info.better} is better" if info.better else ""
+    ax.set_title(info.label, fontsize=10, color=INK, loc="left")
+    ax.set_xlabel(arrow, fontsize=8.5, color=MUTED)
+    return ax
+
+
+def distance_density(
+    pred, true, *, ax: Axes | None = None, seed: int = 0, title: str | None = None
+) -> Axes:
+    """Predicted against true distance of pairs of cells; a perfect map is the diagonal.
+
+    Both in units of the tissue's root-mean-square radius; the prediction has its best scale. All
+    pairs on small slides, else 200,000 drawn ones.
+
+    Args:
+        pred: predicted layout (n, 2).
+        true: measured layout (n, 2).
+        seed: of the drawn pairs.
+    """
+    x, y = unit_gauge(as_layout(pred)), unit_gauge(as_layout(true))
+    if len(x) * (len(x) - 1) // 2 <= _PAIRS:
+        first, second = np.triu_indices(len(x), 1)
+    else:
+        first, second = sample_pairs(len(x), _PAIRS, np.random.default_rng(seed))
+    d = np.linalg.norm(x[first] - x[second], axis=1)
+    delta = np.linalg.norm(y[first] - y[second], axis=1)
+    d = d * ((d * delta).sum() / max(np.square(d).sum(), 1e-300))
+    ax = tidy(new_axes(ax))
+    top = 1.02 * max(d.max(initial=0.0), delta.max(initial=0.0), 1e-12)
+    drawn = ax.hexbin(
+        delta, d, gridsize=55, bins="log", mincnt=1, extent=(0, top, 0, top), cmap="cividis_r",
+        linewidths=0.1,
+    )  # fmt: skip
+    ax.plot([0, top], [0, top], color="#D55E00", lw=1.4, ls="--", label="perfect map")
+    ax.set_xlim(0, top)
+    ax.set_ylim(0, top)
+    ax.set_aspect("equal")
+    ax.set_xlabel("true distance (tissue radii)")
+    ax.set_ylabel("predicted distance")
+    ax.legend(fontsize=8, frameon=False, loc="upper left")
+    bar = ax.get_figure().colorbar(drawn, ax=ax, shrink=0.75, pad=0.02, aspect=25)
+    bar.set_label("pairs of cells", fontsize=9)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, length=2)
+    if title:
+        ax.set_title(title, fontsize=10.5, color=INK)
+    return ax
+
+
+def uncertainty_calibration(
+    uncertainty, error, *, ax: Axes | None = None, bins: int = 10
+) -> Axes:
+    """Does a cell that says it is uncertain lie farther off? Mean error in bins of equal size.
+
+    Args:
+        uncertainty: spread of each cell (n,).
+        error: its distance from the measured position after alignment (n,), same unit.
+        bins: number of bins, fewer on few cells.
+    """
+    uncertainty, error = np.asarray(uncertainty, float), np.asarray(error, float)
+    if uncertainty.shape != error.shape or uncertainty.ndim != 1:
+        raise ValueError(
+            f"uncertainty_calibration needs two values a cell; given {uncertainty.shape} "
+            f"and {error.shape}"
+        )
+    ax = tidy(new_axes(ax))
+    parts = np.array_split(np.argsort(uncertainty), max(1, min(bins, len(error) // 5)))
+    spread = [uncertainty[part].mean() for part in parts]
+    mean = np.array([error[part].mean() for part in parts])
+    sem = np.array([error[part].std() / np.sqrt(len(part)) for part in parts])
+    ax.errorbar(spread, mean, yerr=2 * sem, fmt="o-", ms=4, color=MODEL, lw=1.3, capsize=2)
+    ax.set_xlim(left=0)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("uncertainty (tissue radii)")
+    ax.set_ylabel("mean error (tissue radii)")
+    ax.set_title("Is it calibrated?", fontsize=10.5, color=INK)
+    return ax
