@@ -249,7 +249,9 @@ def _open(path, mode="r"):
         import zarr
 
         try:
-            store = zarr.open_group(str(path), mode=mode, use_consolidated=False)
+            # keys may have been added since the store was consolidated; zarr 2 does not look there
+            fresh = {} if zarr.__version__.startswith("2.") else {"use_consolidated": False}
+            store = zarr.open_group(str(path), mode=mode, **fresh)
         except Exception as error:
             raise UserError(
                 f"{path}: is a folder but not a zarr store; give an .h5ad file or a .zarr folder"
@@ -556,7 +558,10 @@ def _carried_columns(obs):
         if len(carried) == MAX_CARRIED:
             break
         if column.dtype.kind in "fiub":
-            carried[str(key)] = column.to_numpy()
+            plain = isinstance(column.dtype, np.dtype)
+            carried[str(key)] = column.to_numpy(
+                **({} if plain else {"dtype": float, "na_value": np.nan})
+            )
         elif isinstance(column.dtype, pd.CategoricalDtype) or column.dtype.kind in "OU":
             codes, labels = pd.factorize(column.astype(str))
             if len(labels) <= MAX_CATEGORIES:

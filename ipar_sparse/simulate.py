@@ -195,7 +195,8 @@ def _sample_counts(program, features, rng):
     offset = (program.baseline + batch).astype(np.float32)
     weight = program.weight.astype(np.float32)
     step = max(CHUNK // num_genes, 1)
-    data, indices, lengths = [], [], []
+    data, indices = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int32)
+    indptr = np.zeros(n + 1, dtype=np.int64)
     for start in range(0, n, step):
         part = slice(start, start + step)
         rate = features[part].astype(np.float32) @ weight
@@ -203,25 +204,24 @@ def _sample_counts(program, features, rng):
         rate += library[part, None].astype(np.float32)
         np.exp(rate, out=rate)
         row, column, value = _negative_binomial(rate, program.dispersion, dropout, rng)
-        data.append(value)
-        indices.append(column)
-        lengths.append(np.bincount(row, minlength=len(rate)))
-    indptr = np.r_[0, np.cumsum(np.concatenate(lengths))]
-    data, indices = _joined(data), _joined(indices)
+        used = indptr[start]
+        _append(data, value, used)
+        _append(indices, column, used)
+        indptr[start + 1 : start + 1 + len(rate)] = used + np.cumsum(
+            np.bincount(row, minlength=len(rate))
+        )
+    data.resize(indptr[-1], refcheck=False)
+    indices.resize(indptr[-1], refcheck=False)
     if indptr[-1] < 2**31:
         indptr = indptr.astype(np.int32)
     return sparse.csr_matrix((data, indices, indptr), shape=(n, num_genes))
 
 
-def _joined(parts):
-    """Concatenate, freeing each part once it is copied."""
-    out = np.empty(sum(len(part) for part in parts), dtype=parts[0].dtype)
-    end = len(out)
-    while parts:
-        part = parts.pop()
-        out[end - len(part) : end] = part
-        end -= len(part)
-    return out
+def _append(array, part, used):
+    # grown in place: at 10^6 spots a list of parts and its concatenation would not fit side by side
+    if used + len(part) > len(array):
+        array.resize(max(used + len(part), len(array) * 5 // 4), refcheck=False)
+    array[used : used + len(part)] = part
 
 
 def _negative_binomial(mean, dispersion, dropout, rng):

@@ -148,8 +148,12 @@ def test_label_columns_are_carried_and_names_are_not(tmp_path):
     adata.obs["barcode"] = [f"b{i}" for i in range(N)]
     adata = anndata.concat([adata, adata, adata], index_unique="-")
     adata.obs["barcode"] = adata.obs_names
+    adata.obs["age"] = pd.array([None, *range(3 * N - 1)], dtype="Int64")
+    adata.obs["good"] = True
     (slide,) = read_slides(save(adata, tmp_path / "a.h5ad"))
-    assert set(slide.obs) == {"section", "area"}
+    assert set(slide.obs) == {"section", "area", "age", "good"}
+    assert np.isnan(slide.obs["age"][0]) and slide.obs["age"][2] == 1
+    assert slide.obs["good"].dtype == bool
 
 
 def test_embedding_without_expression(tmp_path):
@@ -257,6 +261,8 @@ def test_unreadable_files(tmp_path):
     whole = save(make(), tmp_path / "b.h5ad").read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     fails(path, "truncated")
+    path.write_bytes(whole[:-500])
+    fails(path, "truncated")
     with h5py.File(path, "w") as f:
         f["matrix"] = np.zeros(3)
     fails(path, "is no AnnData file")
@@ -269,6 +275,14 @@ def test_damaged_sparse_matrix(tmp_path):
     with h5py.File(path, "r+") as f:
         f["X/indices"][0] = G + 5
     fails(path, "sparse matrix is damaged")
+    adata = make()
+    adata.write_h5ad(path, compression="gzip")
+    with h5py.File(path, "r+") as f:
+        where = f["X/data"].id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[where : where + 20] = b"x" * 20
+    path.write_bytes(content)
+    fails(path, "is damaged", "copy or export it again")
     path = save(make(), tmp_path / "a.h5ad")
     with h5py.File(path, "r+") as f:
         del f["X/indptr"]
