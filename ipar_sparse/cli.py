@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -411,7 +412,7 @@ def evaluate(
     for one in slides:
         folder = out if len(slides) == 1 else out / one.name
         with _removed_on_failure(folder, []):
-            evaluate_slide(predictor, one, folder)
+            evaluate_slide(predictor, one, folder, seeds=seeds, baselines=baselines)
         _say(f"{one.name}: {folder / 'report.html'}")
 
 
@@ -441,20 +442,27 @@ def info(run: Run) -> None:
     from rich.table import Table
 
     from .config import RunConfig
-    from .train.checkpoint import LAST, find_checkpoint, read_meta
+    from .train.checkpoint import LAST, count_parameters, find_checkpoint, read_meta
 
     settings = RunConfig.load(run)
     best = find_checkpoint(run)
+    meta = read_meta(run / LAST if (run / LAST).is_file() else best)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for role, paths in _inputs(run).items():
         table.add_row({"train": "trained on", "val": "validated on"}[role], "\n".join(paths))
-    for title, path in (("weights", best), ("last state", run / LAST)):
-        if path.is_file():
-            facts = {k: v for k, v in read_meta(path).items() if isinstance(v, (int, float, str))}
-            lines = [path.name, *(f"{key} {_short(value)}" for key, value in facts.items())]
-            table.add_row(title, "\n".join(lines))
+    facts = {key: value for key, value in meta["facts"].items() if isinstance(value, int)}
+    table.add_row("data", ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in facts.items()))
+    table.add_row("got to", f"{meta['stage']} stage, step {meta['step']}")
+    if meta["best"] is not None:
+        table.add_row(
+            "best", f"epoch {meta['best_epoch'] + 1}, validation E_geo {meta['best']:.4g}"
+        )
+    table.add_row("weights", best.name)
+    counts = count_parameters(best).items()
+    table.add_row("parameters", ", ".join(f"{name} {n:,}" for name, n in counts))
+    table.add_row("version", meta["ipar_sparse"])
     changed = _differences(settings.model_dump(mode="json"), RunConfig().model_dump(mode="json"))
     table.add_row("settings", "\n".join(changed) or "all defaults")
     Console().print(table)
@@ -523,6 +531,9 @@ def _report(error: Exception) -> int:
     elif isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
         extra = EXTRAS[error.name.split(".")[0]]
         text = f"{error.name} is not installed: pip install 'ipar_sparse[{extra}]'"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = f" while writing {error.filename}" if error.filename else ""
+        text = f"no space left on the disk{where}; free some space and try again (train: --resume)"
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         code, text = (
             1,
@@ -847,7 +858,3 @@ def _differences(values: dict[str, Any], defaults: dict[str, Any], prefix: str =
         elif value != defaults[key]:
             rows.append(f"{prefix}{key} = {value}")
     return rows
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -14,6 +14,7 @@ from ipar_sparse.files import atomic_path, atomic_write
 from ipar_sparse.train.checkpoint import (
     BEST,
     LAST,
+    count_parameters,
     find_checkpoint,
     load_checkpoint,
     read_meta,
@@ -97,6 +98,7 @@ def test_weights_are_named_by_their_module(checkpoint):
         assert {"gate.weight", "gate.bias", "model.weight", "model.bias"} <= set(file.keys())
         assert json.loads(file.metadata()["document"])["meta"] == {"epoch": 2}
     assert read_meta(checkpoint) == {"epoch": 2}
+    assert count_parameters(checkpoint) == {"gate": 3 * 4 + 4, "model": 4 * 2 + 2}
 
 
 def test_every_kind_of_tensor_survives(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,6 +129,22 @@ def read_meta(path: Path) -> dict[str, Any]:
         UserError: the file is missing, truncated or foreign.
     """
     return _open(Path(path))[0]["meta"]
+
+
+def count_parameters(path: Path) -> dict[str, int]:
+    """Stored values of each module of a checkpoint, by the module's name.
+
+    Raises:
+        UserError: the file is missing, truncated or foreign.
+    """
+    document, _, names = _open(Path(path))
+    counts = dict.fromkeys(document["modules"], 0)
+    with safe_open(path, framework="pt") as file:
+        for name in names:
+            module = name.partition(".")[0]
+            if module in counts:
+                counts[module] += math.prod(file.get_slice(name).get_shape())
+    return counts
 
 
 def find_checkpoint(run: Path) -> Path:
