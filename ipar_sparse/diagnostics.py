@@ -49,14 +49,14 @@ HEALTHY: dict[str, HealthyRange] = {
     "logit_std": HealthyRange(
         low=4.0,
         high=8.0,
-        below="attention is nearly uniform: it cannot choose",
-        above="attention is nearly one-hot: gradients vanish",
+        below="attention is nearly uniform and cannot choose",
+        above="attention is nearly one-hot and gradients vanish",
     ),
     "attention_entropy_relative": HealthyRange(
         low=0.10,
         high=0.95,
-        below="attention is nearly one-hot: each cell listens to one other",
-        above="attention is nearly uniform: it cannot choose",
+        below="attention is nearly one-hot, each cell listens to one other",
+        above="attention is nearly uniform and cannot choose",
     ),
     "head_diversity": HealthyRange(low=0.02, below="all heads attend to the same cells"),
     "lambda_ratio": HealthyRange(low=0.01, below="the map has collapsed to a line"),
@@ -66,8 +66,8 @@ HEALTHY: dict[str, HealthyRange] = {
     ),
     "candidate_recall_lift": HealthyRange(
         low=2.0,
-        below="candidate neighbours are hardly better than random cells: the embedding does not "
-        "know where cells are on this slide",
+        below="candidate neighbours are hardly better than random cells, so the embedding does "
+        "not know where cells are on this slide",
     ),
     "gate_lift": HealthyRange(
         low=1.0, below="the gate ranks true neighbours below average candidates"
@@ -84,7 +84,8 @@ def health_warnings(measures: Mapping[str, float]) -> list[str]:
             range is itself reported.
 
     Returns:
-        One line a measure, with the number of places it was found in.
+        One line a measure, with the number of places it was found in. Names count recycles and
+        heads from 0, sentences from 1.
     """
     worst: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
     seen: dict[str, int] = {}
@@ -95,7 +96,7 @@ def health_warnings(measures: Mapping[str, float]) -> list[str]:
             continue
         seen[measure] = seen.get(measure, 0) + 1
         if math.isnan(value):
-            worst.setdefault((measure, "is undefined"), []).append((math.inf, value, place))
+            worst.setdefault((measure, "undefined"), []).append((math.inf, value, place))
         elif value < healthy.low:
             worst.setdefault((measure, healthy.below), []).append(
                 (healthy.low - value, value, place)
@@ -108,9 +109,10 @@ def health_warnings(measures: Mapping[str, float]) -> list[str]:
     for (measure, meaning), found in worst.items():
         _, value, place = max(found)
         where = f" at {_place(place)}" if place else ""
-        count = f", {len(found)} of {seen[measure]} places" if seen[measure] > 1 else ""
+        count = f"; {len(found)} of {seen[measure]} places" if seen[measure] > 1 else ""
         healthy = _range(HEALTHY[measure])
-        lines.append(f"{measure} is {value:.3g}{where} (healthy: {healthy}{count}): {meaning}")
+        meaning = meaning[:1].upper() + meaning[1:]
+        lines.append(f"{meaning}: {measure} is {value:.3g}{where} (healthy: {healthy}{count})")
     return lines
 
 
@@ -570,11 +572,11 @@ def _rank_correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
 
 def _place(place: str) -> str:
     words = {"r": "recycle", "h": "head"}
-    parts = place.split("/")
-    return ", ".join(
-        f"{words[part[0]]} {part[1:]}" if part[:1] in words and part[1:].isdigit() else part
-        for part in parts
-    )
+    said = []
+    for part in place.split("/"):
+        word, number = words.get(part[:1]), part[1:]
+        said.append(f"{word} {int(number) + 1}" if word and number.isdigit() else part)
+    return ", ".join(said)
 
 
 def _range(healthy: HealthyRange) -> str:

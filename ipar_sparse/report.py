@@ -22,7 +22,16 @@ from .points import as_layout, unit_gauge
 
 _DPI = 170
 _BARS = ("distance_spearman", "procrustes", "neighbor_hit@15", "trustworthiness@15")
-_NOT_IN_TABLE = {"lambda_ratio", "median_distance", "neighbor_hit_chance", "candidate_recall"}
+# left to the list of further measures: not scores, or another column in other words (RSSD is the
+# root of the Procrustes error)
+_NOT_IN_TABLE = {
+    "lambda_ratio",
+    "median_distance",
+    "neighbor_hit_chance",
+    "neighbor_hit@10",
+    "candidate_recall",
+    "rssd",
+}
 _RECYCLE_PANELS = {
     "attn_recall@30": "Attention on true neighbours",
     "logit_std": "Spread of logits",
@@ -263,7 +272,7 @@ def _map_section(bundle):
         return _section(
             "The map",
             "Each dot is a cell, coloured by its place on the predicted map.",
-            [_figure("map", (5.2, 5.2), draw, "Predicted map of cells")],
+            [_figure("map", (5.2, _tall(bundle, 5.2)), draw, "Predicted map of cells")],
         )
 
     def draw(figure):
@@ -273,7 +282,7 @@ def _map_section(bundle):
         "The map",
         "Left, where the cells were measured; right, where they were predicted, turned to match. "
         "A cell has the same colour on both: a good map shows the same gradients.",
-        [_figure("map", (9.2, 4.6), draw, "Measured and predicted map, coloured by position")],
+        [_figure("map", (10.0, _tall(bundle, 4.9)), draw, "Measured and predicted map of cells")],
     )
 
 
@@ -289,11 +298,11 @@ def _gene_section(bundle):
             axes = figure.subplots(1, 2)
             pl.layout_pair(bundle.true, bundle.pred, values, axes=axes, label=name)
 
-    width = 5.6 if bundle.true is None else 10.0
+    size = (5.6, _tall(bundle, 4.8)) if bundle.true is None else (10.0, _tall(bundle, 4.2))
     return _section(
         "A gene on the map",
         f"Expression of {name}. Its domain should have the same shape on the predicted map.",
-        [_figure("gene", (width, 4.6), draw, f"Expression of {name} on the maps")],
+        [_figure("gene", size, draw, f"Expression of {name} on the maps")],
     )
 
 
@@ -312,12 +321,12 @@ def _score_section(bundle):
         for ax in axes[len(names) :]:
             ax.set_visible(False)
 
-    height = math.ceil(len(names) / 2) * (0.95 + 0.27 * count)
+    height = math.ceil(len(names) / 2) * (1.1 + 0.27 * count)
     return _section(
         "Against other methods",
         "The model in blue, its variants in light blue, baselines in grey. Dashed: what the true "
         "coordinates score; dotted: chance. Whiskers are two standard errors where sampled.",
-        [_figure("methods", (9.2, height), draw, "Bars of main metrics for every method")],
+        [_figure("methods", (10.0, height), draw, "Bars of main metrics for every method", True)],
     )
 
 
@@ -349,12 +358,12 @@ def _recycle_section(bundle):
         for ax in axes[count:]:
             ax.set_visible(False)
 
-    rows = math.ceil(len(bundle.trajectory) / 4)
+    height = math.ceil(len(bundle.trajectory) / 4) * _tall(bundle, 2.4)
     return _section(
         "Recycle by recycle",
         "The map at the start and after each pass through the model, in the colours of the first "
         "figure.",
-        [_figure("recycles", (9.2, 2.6 * rows), draw, "The map after every recycle")],
+        [_figure("recycles", (10.0, height), draw, "The map after every recycle")],
     )
 
 
@@ -368,7 +377,8 @@ def _attention_section(bundle):
 
         count = len(bundle.focus)
         figures.append(
-            _figure("attention", (2.4 * count, 2.7), draw_focus, "Attention of single cells")
+            _figure("attention", (2.5 * count, _tall(bundle, 2.5)), draw_focus,
+                    "Attention of single cells")  # fmt: skip
         )
     panels = [
         (name, title) for name, title in _RECYCLE_PANELS.items()
@@ -387,8 +397,8 @@ def _attention_section(bundle):
                               frameon=False)  # fmt: skip
 
         figures.append(
-            _figure("diagnostics", (2.9 * len(panels), 2.9), draw_recycles,
-                    "Measures of attention over recycles")  # fmt: skip
+            _figure("diagnostics", (2.5 * len(panels), 2.7), draw_recycles,
+                    "Measures of attention over recycles", dense=True)  # fmt: skip
         )
     if not figures:
         return _absent(bundle, "focus", "Attention")
@@ -420,7 +430,7 @@ def _uncertainty_section(bundle):
         error = np.linalg.norm(aligned - true, axis=1)
         pl.uncertainty_calibration(bundle.uncertainty, error, ax=axes[1])
 
-    width = 5.6 if bundle.true is None else 9.2
+    width = 5.6 if bundle.true is None else 10.0
     text = "Spread of each cell's place over several runs from different noise."
     if bundle.true is not None:
         text += " On the right, cells in groups of equal uncertainty: where the line rises, cells "
@@ -440,7 +450,7 @@ def _training_section(bundle):
         "Training",
         "Left, the parts of the loss; right, the validation score, on the graph a user gets and "
         "on the true neighbours. The star is the epoch that was kept.",
-        [_figure("training", (9.2, 3.7), draw, "Loss curves")],
+        [_figure("training", (10.0, 3.8), draw, "Loss curves", dense=True)],
     )
 
 
@@ -460,14 +470,26 @@ def _section(title: str, text: str, figures: list[dict]) -> dict:
     return {"title": title, "text": text, "figures": figures}
 
 
+def _tall(bundle: ReportBundle, width: float) -> float:
+    """Height of a panel of ``width`` inches that fits the tissue, with room for a title."""
+    pos = as_layout(bundle.pred if bundle.true is None else bundle.true)
+    extent = np.ptp(pos, axis=0)
+    ratio = extent[1] / extent[0] if extent[0] > 0 else 1.0
+    return width * float(np.clip(ratio, 0.5, 1.5)) + 0.35
+
+
 def _absent(bundle: ReportBundle, name: str, title: str) -> dict | None:
     reason = bundle.absent.get(name)
     return None if reason is None else _section(title, f"Not shown: {reason}", [])
 
 
-def _figure(name: str, size: tuple[float, float], draw: Callable, alt: str) -> dict:
+def _figure(
+    name: str, size: tuple[float, float], draw: Callable, alt: str, dense: bool = False
+) -> dict:
+    """A drawn figure; a dense one is scrolled on a phone, since shrunk it could not be read."""
     # no pyplot: its figures live on after the report, and need a display on some systems
     figure = Figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.04, hspace=0.04)
     FigureCanvasAgg(figure)
     draw(figure)
     buffer = io.BytesIO()
@@ -479,6 +501,7 @@ def _figure(name: str, size: tuple[float, float], draw: Callable, alt: str) -> d
         "data": base64.b64encode(png).decode(),
         "alt": alt,
         "width": round(size[0] * 96),
+        "dense": dense,
     }
 
 
@@ -500,7 +523,8 @@ def _columns(bundle: ReportBundle) -> list[str]:
     shown = []
     for name in found:
         stem = name.partition("@")[0]
-        if stem in METRICS and stem not in _NOT_IN_TABLE and not name.endswith("_se"):
+        hidden = stem in _NOT_IN_TABLE or name in _NOT_IN_TABLE or name.endswith("_se")
+        if stem in METRICS and not hidden:
             shown.append(name)
     order = list(METRICS)
     return sorted(shown, key=lambda name: order.index(name.partition("@")[0]))
@@ -542,7 +566,7 @@ def _known(values: Mapping, name: str) -> float | None:
 
 
 def _text(value: float) -> str:
-    if value and abs(value) < 5e-4:
+    if 1e-9 < abs(value) < 5e-4:
         return f"{value:.0e}".replace("e-0", "e-")
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
@@ -598,8 +622,6 @@ def _versus(bundle: ReportBundle, name: str, form: Callable = lambda v: f"{v:.2f
 
 def _wins(bundle: ReportBundle) -> tuple[int, int]:
     leads = [(name, lead) for name in _columns(bundle) if (lead := _lead(bundle, name))]
-    # RSSD is the root of the Procrustes error: one measure, not two
-    leads = [(name, lead) for name, lead in leads if name != "rssd"]
     wins = sum(ahead > _margin(bundle, name, rival) for name, (ahead, rival) in leads)
     return wins, len(leads)
 

@@ -196,10 +196,10 @@ def test_health_warnings_name_the_measure_its_place_and_its_meaning():
     lines = health_warnings(measures)
     assert len(lines) == 3
     recall, std, median = lines
-    assert "attn_recall@30 is 0.05 at recycle 1, head 0" in recall
-    assert "at least 0.4, 2 of 3 places" in recall
+    assert "attn_recall@30 is 0.05 at recycle 2, head 1" in recall
+    assert "at least 0.4; 2 of 3 places" in recall
     assert "logit_std is 33" in std and "one-hot" in std and "4 to 8" in std
-    assert "median_distance" in median and "undefined" in median
+    assert "median_distance" in median and "Undefined" in median
     assert not health_warnings({"attn_recall@30/r0/h0": 0.41, "logit_std/r0/h0": 5.0})
 
 

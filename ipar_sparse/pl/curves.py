@@ -15,8 +15,6 @@ _TRAINING = {
     "l_stress": "stress",
     "l_long": "long range",
     "l_gate": "gate",
-    "l_rep": "repulsion",
-    "l_ent": "entropy",
 }
 _VALIDATION = {
     "val_hgate_e_geo": "gated candidates (what a user gets)",
@@ -30,6 +28,8 @@ def loss_curves(
 ) -> np.ndarray:
     """Training losses over steps, and validation E_geo over epochs with the kept epoch marked.
 
+    The two regularisers (repulsion, entropy) are part of the total and not drawn.
+
     Args:
         history: rows of the run's history; a value may be a number, a numeral, empty or missing.
         stage: the stage shown; rows without a ``stage`` are shown too.
@@ -38,15 +38,16 @@ def loss_curves(
     axes = new_row(axes, 2, 4.4)
     rows = [row for row in history if row.get("stage", stage) in (stage, "", None)]
     left, right = (tidy(ax) for ax in axes)
-    step = _column(rows, "step")
-    for color, (name, label) in zip(CYCLE, _TRAINING.items(), strict=True):
+    step, positive = _column(rows, "step"), True
+    for color, (name, label) in zip(CYCLE, _TRAINING.items(), strict=False):
         values = _column(rows, name)
         known = np.isfinite(values)
         if known.any() and (np.abs(values[known]) > 0).any():
             left.plot(step[known], values[known], color=color, lw=1.4, label=label)
-    left.set_yscale("symlog", linthresh=0.01)
+            positive = positive and bool((values[known] > 0).all())
+    left.set_yscale("log" if positive else "linear")
     left.set_xlabel("training step")
-    left.set_ylabel("loss (unweighted parts)")
+    left.set_ylabel("loss (parts unweighted)")
     left.set_title("Training", fontsize=10.5, color=INK)
 
     epoch, best = _column(rows, "epoch") + 1, _column(rows, "best") == 1
@@ -65,7 +66,7 @@ def loss_curves(
                 label=f"kept: epoch {epoch[kept]:.0f}, {values[kept]:.3f}",
             )  # fmt: skip
     right.set_xlabel("epoch")
-    right.set_ylabel("validation E_geo (lower is better)")
+    right.set_ylabel("E_geo (lower is better)")
     right.set_title("Validation", fontsize=10.5, color=INK)
     for ax in axes:
         if ax.get_legend_handles_labels()[0]:
@@ -95,7 +96,7 @@ def recycle_curves(
     values = [value for line in lines.values() for value in line.values()]
     for color, (head, line) in zip(CYCLE * (1 + len(lines) // 7), lines.items(), strict=False):
         recycles = sorted(line)
-        label = f"head {head[1:]}" if head else None
+        label = f"head {int(head[1:]) + 1}" if head else None
         ax.plot([r + 1 for r in recycles], [line[r] for r in recycles], "o-", ms=3.5, lw=1.3,
                 color=color, label=label)  # fmt: skip
     healthy = HEALTHY.get(name)

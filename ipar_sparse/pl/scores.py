@@ -4,12 +4,14 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 
 from ..metrics import metric_info
 from ..points import as_layout, sample_pairs, unit_gauge
 from .style import INK, MODEL, MUTED, OTHER, VARIANT, new_axes, tidy
 
 _PAIRS = 200_000
+_DENSITY = LinearSegmentedColormap.from_list("density", ["#D3E3F0", "#5B9BCB", "#08306B"])
 
 
 def metric_bars(
@@ -43,9 +45,10 @@ def metric_bars(
     span = max(np.abs(values).max(initial=0.0), 1e-12)
     for place, value in zip(places, values, strict=True):
         ax.annotate(
-            f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1g}",
+            f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.1g}",
             (max(value, 0.0) + errors[place], place),
             xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
         )  # fmt: skip
     reference = table.get(floor, {}).get(metric) if floor else None
     if reference is not None and np.isfinite(reference):
@@ -89,8 +92,8 @@ def distance_density(
     ax = tidy(new_axes(ax))
     top = 1.02 * max(d.max(initial=0.0), delta.max(initial=0.0), 1e-12)
     drawn = ax.hexbin(
-        delta, d, gridsize=55, bins="log", mincnt=1, extent=(0, top, 0, top), cmap="cividis_r",
-        linewidths=0.1,
+        delta, d, gridsize=55, bins="log", mincnt=1, extent=(0, top, 0, top),
+        cmap=_DENSITY, linewidths=0.1,
     )  # fmt: skip
     ax.plot([0, top], [0, top], color="#D55E00", lw=1.4, ls="--", label="perfect map")
     ax.set_xlim(0, top)
