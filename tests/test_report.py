@@ -164,10 +164,10 @@ def test_a_slide_that_was_trained_on_is_called_so():
 
 def test_the_table_marks_the_best_competitor_and_no_other():
     table = metric_table(ReportBundle("s", cells(9), cells(9), {
-        "model": {"rssd": 0.30, "distance_spearman": 0.7, "distance_spearman_se": 0.004},
-        "PCA": {"rssd": 0.2, "distance_spearman": 0.70001},
-        "broken": {"rssd": math.nan},
-        "true coordinates": {"rssd": 0.0, "distance_spearman": 1.0},
+        "model": {"procrustes": 0.30, "distance_spearman": 0.7, "distance_spearman_se": 0.004},
+        "PCA": {"procrustes": 0.2, "distance_spearman": 0.70001},
+        "broken": {"procrustes": math.nan},
+        "true coordinates": {"procrustes": 0.0, "distance_spearman": 1.0},
     }))
     assert [c["arrow"] for c in table["columns"]] == ["↑", "↓"]
     rows = {row["name"]: row for row in table["rows"]}
