@@ -25,6 +25,7 @@ except ModuleNotFoundError:
 if TYPE_CHECKING:
     from .config import RunConfig
     from .slide import Slide
+    from .train.predict import Predictor
 
 EXTRAS = {
     "anndata": "cli",
@@ -405,14 +406,17 @@ def evaluate(
         raise UserError(f"{out} exists and is not empty; pass --overwrite or another --out")
     slides = _read([slide], settings, require_pos=True)
     _tell_notes(slides)
-    _warn_if_seen(run, slide)
 
     from .train.evaluate import evaluate_slide
 
+    command = f"ipar-sparse evaluate {run} {slide} --out {out}"
     for one in slides:
+        _warn_if_seen(predictor, one)
         folder = out if len(slides) == 1 else out / one.name
         with _removed_on_failure(folder, []):
-            evaluate_slide(predictor, one, folder, seeds=seeds, baselines=baselines)
+            evaluate_slide(
+                predictor, one, folder, seeds=seeds, baselines=baselines, command=command
+            )
         _say(f"{one.name}: {folder / 'report.html'}")
 
 
@@ -726,7 +730,9 @@ def _what_is_left(out: Path) -> str:
     )
 
 
-def _predictor(run: Path, device, layer, normalized, slide_key, embedding=None):
+def _predictor(
+    run: Path, device, layer, normalized, slide_key, embedding=None
+) -> tuple[Predictor, RunConfig]:
     """The trained model, and its settings with what the user says about the new file."""
     from .config import RunConfig, resolve_device
     from .train.checkpoint import find_checkpoint
@@ -833,11 +839,13 @@ def _provenance(
     }
 
 
-def _warn_if_seen(run: Path, slide: Path) -> None:
-    for role, paths in _inputs(run).items():
-        if str(slide.absolute()) in paths:
-            does = {"train": "was trained on", "val": "decided when to stop training"}[role]
-            _note(f"{slide} {does}: these scores say nothing about unseen slides")
+def _warn_if_seen(predictor: Predictor, slide: Slide) -> None:
+    from .train.trainer import slide_digest
+
+    roles = {one["digest"]: one["role"] for one in predictor.meta["facts"]["slides"]}
+    if role := roles.get(slide_digest(slide)):
+        did = {"train": "was trained on", "val": "decided when to stop"}[role]
+        _note(f"{slide.name} {did}: these scores say nothing about unseen slides")
 
 
 def _sizes(text: str) -> list[int]:

@@ -416,15 +416,13 @@ def test_ctrl_c_leaves_a_run_that_goes_on_bit_for_bit(slides, tmp_path):
     """Stopped once in the middle and resumed, a run equals one that was left alone."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     more = ["--set", "train.epochs=15", "--set", "train.patience=100"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ipar_sparse"]
-
-    def start(*argv):
-        return subprocess.Popen(
-            [*command, *map(str, argv)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-
-    process = start(*train_argv(slides, stopped, *more))
+    threads = torch.get_num_threads()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ipar_sparse", *train_argv(slides, stopped, *more)],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
     while not (stopped / BEST).exists() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -435,10 +433,8 @@ def test_ctrl_c_leaves_a_run_that_goes_on_bit_for_bit(slides, tmp_path):
     assert "--resume" in err and "Traceback" not in err
     assert read_meta(stopped / LAST)["step"] < 60
 
-    _, err = (process := start("train", "--out", stopped, "--resume")).communicate(timeout=120)
-    assert process.returncode == 0, err
-    _, err = (process := start(*train_argv(slides, whole, *more))).communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert cli.run_command(["train", "--out", str(stopped), "--resume"]) == 0
+    assert cli.run_command(train_argv(slides, whole, *more)) == 0
     for name in (BEST, LAST):
         assert read_meta(stopped / name) == read_meta(whole / name)
         one, other = load_file(stopped / name), load_file(whole / name)
