@@ -203,7 +203,8 @@ def candidate_recall(graph: NeighborTable, pos, k: int = 15) -> dict[str, float]
 
     Returns:
         ``candidate_recall@k``, ``candidate_recall_chance@k`` (candidates / (n - 1)) and
-        ``candidate_recall_lift``, the first over the second.
+        ``candidate_recall_lift``, the first over the second; the lift is left out where chance
+        exceeds a quarter, since even perfect candidates could not show one.
     """
     truth = _truth(graph, pos, k)
     found = np.zeros(graph.num_nodes)
@@ -212,11 +213,10 @@ def candidate_recall(graph: NeighborTable, pos, k: int = 15) -> dict[str, float]
     n = graph.num_nodes
     recall = float((found / np.maximum(truth.size[k], 1)).mean()) if n > 1 else 1.0
     chance = graph.num_edges / (n * (n - 1)) if n > 1 else 1.0
-    return {
-        f"candidate_recall@{k}": recall,
-        f"candidate_recall_chance@{k}": chance,
-        "candidate_recall_lift": recall / chance if chance > 0 else 0.0,
-    }
+    out = {f"candidate_recall@{k}": recall, f"candidate_recall_chance@{k}": chance}
+    if chance <= 0.25:
+        out["candidate_recall_lift"] = recall / chance if chance > 0 else 0.0
+    return out
 
 
 def gate_precision_recall(

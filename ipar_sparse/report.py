@@ -250,7 +250,7 @@ def metric_table(bundle: ReportBundle) -> dict:
             cells.append(
                 {
                     "text": "–" if value is None else _text(value),
-                    "error": f"± {error:.1g}" if value is not None and error else "",
+                    "error": _plus_minus(error) if value is not None else "",
                     "best": method in best.get(name, ()),
                 }
             )
@@ -544,7 +544,7 @@ def _measures(bundle: ReportBundle) -> list[dict]:
         rows.append(
             {
                 "label": info.label if info.explanation else name,
-                "text": _text(value) + (f" ± {error:.1g}" if error else ""),
+                "text": f"{_text(value)} {_plus_minus(error)}".rstrip(),
                 "explanation": info.explanation,
             }
         )
@@ -571,9 +571,13 @@ def _text(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
+def _plus_minus(error: float | None) -> str:
+    return f"± {error:.1g}" if error is not None and error > 1e-6 else ""
+
+
 def _number(values: Mapping, name: str) -> str:
     error = _known(values, f"{name}_se")
-    return f"{values[name]:.2f}" + (f" ± {error:.1g}" if error else "")
+    return f"{values[name]:.2f}" + (f" ± {error:.1g}" if error and error > 0.005 else "")
 
 
 def _grade(rho: float) -> str:

@@ -51,7 +51,10 @@ def test_candidate_recall_counts_true_neighbors_and_chance(padded):
     got = diagnostics.candidate_recall(graph, pos, 8)
     assert got["candidate_recall@8"] == pytest.approx(expected)
     assert got["candidate_recall_chance@8"] == pytest.approx(graph.num_edges / (60 * 59))
-    assert diagnostics.candidate_recall(knn(pos, 8), pos, 8)["candidate_recall@8"] == 1.0
+    assert "candidate_recall_lift" not in got  # a third of all cells: no lift to be had
+    near = diagnostics.candidate_recall(knn(pos, 8), pos, 8)
+    assert near["candidate_recall@8"] == 1.0
+    assert near["candidate_recall_lift"] == pytest.approx(59 / 8)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -204,7 +207,7 @@ def test_health_warnings_name_the_measure_its_place_and_its_meaning():
 
 
 def test_diagnose_gathers_every_measure_with_a_healthy_range():
-    pos = cells(90, 8)
+    pos = cells(200, 8)
     graph = knn(pos, 40)
     logits = torch.randn(graph.num_edges, 4)
     records = (
