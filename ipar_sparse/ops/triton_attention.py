@@ -123,8 +123,8 @@ class _EdgeAttention(torch.autograd.Function):
             )
             _backward_src_kernel[(plan.num_tasks,)](
                 q, k, v, x_src, plan.edge, bias, d_out, info, plan.task,
-                d_k, d_v, d_x_src, partial,
-                *division(max(graph.k, 1)), q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), scale,
+                d_k, d_v, d_x_src, partial, *division(max(graph.k, 1)),
+                q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), scale,
                 INFO=shape.info, **shape.tile,
             )  # fmt: skip
             if plan.num_heavy:
@@ -273,7 +273,7 @@ def _fold(x, R: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
     return tl.sum(tl.reshape(x, [R, P, W]), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, x_src_ptr, x_dst_ptr, table_ptr, bias_ptr,
     out_ptr, displacement_ptr, lse_ptr, norm_ptr,
@@ -357,7 +357,7 @@ def _forward_kernel(
     tl.store(out_ptr + row * HEADS * C + inner, out.to(out_ptr.dtype.element_ty), mask=inner_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _prepare_kernel(
     d_out_ptr, out_ptr, d_displacement_ptr, displacement_ptr, d_lse_ptr, norm_ptr, x_dst_ptr,
     info_ptr, d_x_dst_ptr,
@@ -399,7 +399,7 @@ def _prepare_kernel(
     tl.store(d_x_dst_ptr + row * 2 + 1, -tl.sum(d_move1, 1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def _backward_dst_kernel(
     q_ptr, k_ptr, v_ptr, x_src_ptr, table_ptr, bias_ptr, d_out_ptr, info_ptr,
     d_q_ptr, d_bias_ptr,
@@ -462,7 +462,7 @@ def _backward_dst_kernel(
     tl.store(d_q_ptr + row * HEADS * C + inner, d_q.to(d_q_ptr.dtype.element_ty), mask=inner_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["multiplier", "shift"])
 def _backward_src_kernel(
     q_ptr, k_ptr, v_ptr, x_src_ptr, edge_ptr, bias_ptr, d_out_ptr, info_ptr, task_ptr,
     d_k_ptr, d_v_ptr, d_x_src_ptr, partial_ptr,

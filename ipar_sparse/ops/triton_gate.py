@@ -191,7 +191,7 @@ def _hidden(
     return gap, low, active, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "programs"])
 def _forward_kernel(
     h_ptr, own_ptr, table_ptr, first_ptr, second_ptr, b1_ptr, w2_ptr, b2_ptr, logits_ptr,
     N, K, programs,
@@ -233,7 +233,9 @@ def _forward_kernel(
                 tl.store(at + g, logit.to(logits_ptr.dtype.element_ty), mask=slot < K)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tasks", "K", "multiplier", "shift", "programs", "total"]
+)
 def _backward_kernel(
     h_ptr, own_ptr, list_ptr, task_ptr, first_ptr, second_ptr, b1_ptr, w2_ptr, d_logits_ptr,
     centre_ptr, partial_ptr, sums_ptr,
@@ -242,6 +244,9 @@ def _backward_kernel(
     PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     BY_SOURCE: tl.constexpr, NEED_H: tl.constexpr,
 ):  # fmt: skip
+    OTHER: tl.constexpr = 0 if BY_SOURCE else 1
+    GP: tl.constexpr = 1 if G == 1 else 16
+    outputs = tl.arange(0, GP)[:, None]
     inner = tl.arange(0, DP)
     inner_mask = inner < D
     cols = tl.arange(0, M)
@@ -249,12 +254,7 @@ def _backward_kernel(
     slots = tl.arange(0, BLOCK)
     block = inner[:, None] * M + cols[None, :]
     mask = inner_mask[:, None]
-    if BY_SOURCE:
-        other_w = tl.load(first_ptr + block, mask=mask, other=0.0)
-    else:
-        other_w = tl.load(first_ptr + D * M + block, mask=mask, other=0.0)
     gap_w = tl.load(first_ptr + 2 * D * M + block, mask=mask, other=0.0)
-    product_w = tl.load(first_ptr + 3 * D * M + block, mask=mask, other=0.0)
     second_w = tl.load(second_ptr + cols[:, None] * M2 + cols2[None, :])
     b1 = tl.load(b1_ptr + cols2).to(tl.float32)
     if not BY_SOURCE:
@@ -262,9 +262,10 @@ def _backward_kernel(
         d_product = tl.zeros([DP, M], tl.float32)
         d_gap_w = tl.zeros([DP, M], tl.float32)
         d_second = tl.zeros([M, M2], tl.float32)
-        d_b1 = tl.zeros([M2], tl.float32)
-        GP: tl.constexpr = 1 if G == 1 else 16
-        d_w2 = tl.zeros([GP, M2], tl.float32)
+        # Summed per row of the tile, over the rows only once at the end.
+        d_b1 = tl.zeros([BLOCK, M2], tl.float32)
+        d_w2 = tl.zeros([BLOCK, M2], tl.float32)
+        d_w2_more = tl.zeros([GP, M2], tl.float32)
     for task in range(tl.program_id(0), tasks, programs):
         if BY_SOURCE:
             entry = task_ptr + (tl.full([], 0, tl.int64) + task) * 4
@@ -278,9 +279,12 @@ def _backward_kernel(
             end = K
         centre = tl.load(h_ptr + node * D + inner, mask=inner_mask, other=0.0).to(tl.float32)
         own = tl.load(own_ptr + node * M + cols).to(tl.float32)
+        # Read again for every node: registers are scarcer than the cache's bandwidth.
+        other_w = tl.load(first_ptr + OTHER * D * M + block, mask=mask, other=0.0)
+        product_w = tl.load(first_ptr + 3 * D * M + block, mask=mask, other=0.0)
         mixed = other_w.to(tl.float32) + product_w.to(tl.float32) * centre[:, None]
         mixed = mixed.to(other_w.dtype)
-        d_own = tl.zeros([M], tl.float32)
+        d_own = tl.zeros([BLOCK, M], tl.float32)
         d_mixed = tl.zeros([DP, M], tl.float32)
         d_centre = tl.zeros([DP], tl.float32)
         for start in range(begin, end, BLOCK):
@@ -310,18 +314,22 @@ def _backward_kernel(
                 d_logit = d_logit.to(tl.float32)
                 d_high += d_logit[:, None] * w2[None, :]
                 if not BY_SOURCE:
-                    share = tl.sum(d_logit[:, None] * tl.maximum(high, 0.0), 0)
-                    d_w2 += tl.where(tl.arange(0, GP)[:, None] == g, share[None, :], 0.0)
+                    share = d_logit[:, None] * tl.maximum(high, 0.0)
+                    if G == 1:
+                        d_w2 += share
+                    else:
+                        share = tl.sum(share, 0)
+                        d_w2_more += tl.where(outputs == g, share[None, :], 0.0)
             d_high = tl.where(high > 0.0, d_high, 0.0)
             d_high_low = d_high.to(other.dtype)
             d_low = tl.dot(d_high_low, tl.trans(second_w), input_precision=PRECISION)
             d_low = tl.where(low > 0.0, d_low, 0.0)
-            d_own += tl.sum(d_low, 0)
+            d_own += d_low
             d_low = d_low.to(other.dtype)
             if NEED_H or not BY_SOURCE:
                 d_mixed = tl.dot(tl.trans(other), d_low, acc=d_mixed, input_precision=PRECISION)
             if not BY_SOURCE:
-                d_b1 += tl.sum(d_high, 0)
+                d_b1 += d_high
                 d_second = tl.dot(
                     tl.trans(active), d_high_low, acc=d_second, input_precision=PRECISION
                 )
@@ -332,6 +340,7 @@ def _backward_kernel(
                 d_gap = tl.where(away > 0.0, d_gap, tl.where(away < 0.0, -d_gap, 0.0))
                 d_centre += tl.sum(d_gap, 0)
         if NEED_H:
+            product_w = tl.load(first_ptr + 3 * D * M + block, mask=mask, other=0.0)
             d_centre += tl.sum(d_mixed * product_w.to(tl.float32), 1)
         if not BY_SOURCE:
             d_other += d_mixed
@@ -339,7 +348,7 @@ def _backward_kernel(
         to = centre_ptr + node * WIDTH
         if BY_SOURCE:
             to = tl.where(part < 0, to, partial_ptr + part * WIDTH)
-        tl.store(to + cols, d_own)
+        tl.store(to + cols, tl.sum(d_own, 0))
         if NEED_H:
             tl.store(to + M + inner, d_centre, mask=inner_mask)
     if not BY_SOURCE:
@@ -350,9 +359,12 @@ def _backward_kernel(
         sums += 3 * D * M
         tl.store(sums + cols[:, None] * M2 + cols2[None, :], d_second)
         sums += M * M2
-        tl.store(sums + cols2, d_b1)
-        outputs = tl.arange(0, GP)[:, None]
-        tl.store(sums + M2 + outputs * M2 + cols2[None, :], d_w2, mask=outputs < G)
+        tl.store(sums + cols2, tl.sum(d_b1, 0))
+        sums += M2
+        if G == 1:
+            tl.store(sums + cols2, tl.sum(d_w2, 0))
+        else:
+            tl.store(sums + outputs * M2 + cols2[None, :], d_w2_more, mask=outputs < G)
 
 
 @triton.jit
