@@ -106,8 +106,6 @@ class GraphConfig(Section):
     """distance in the embedding"""
     backend: Literal["auto", "exact", "torch_cluster", "faiss"] = "auto"
     """how nearest neighbours are found"""
-    target_k: Positive | None = None
-    """spatial neighbours of the random walk; none = max(20, 0.15 n)"""
     target_mode: Literal["auto", "exact", "sketch"] = "auto"
     """walk targets in full, or sampled at the same radius; auto = exact up to 384 cells"""
 
@@ -200,10 +198,16 @@ class TrainConfig(Section):
     """weight of the repulsion loss"""
     lambda_ent: Weight = 0.01
     """weight of the walk-entropy regulariser"""
-    lambda_long: Weight = 0.1
-    """weight of the long-range distances on whole slides"""
+    lambda_long: Weight = 0.0
+    """weight of the distances of random pairs, near and far"""
+    lambda_gram: Weight = 0.0
+    """weight of the inner products over all pairs"""
+    lambda_multiscale: Weight = 0.0
+    """weight of log-stress on equally many pairs at every scale"""
     probe_rows: Positive = 256
     """walk rows sampled per step on whole slides"""
+    stress_pairs: Positive = 200_000
+    """pairs sampled per step by each stress loss on whole slides"""
     patience: Positive = 4
     """epochs without a better validation E_geo before stopping, counted once rw_cap is reached"""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"

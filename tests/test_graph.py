@@ -177,3 +177,12 @@ def test_reverse_lists_hold_every_edge_by_source():
 def test_edges_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"source outside 0\.\.2"):
         NeighborTable.from_edge_index(torch.tensor([[3], [0]]), 3)
+
+
+def test_block_diagonal_keeps_each_graph_apart():
+    tables = [knn(torch.randn(n, 3), 6) for n in (9, 4, 12)]
+    whole = NeighborTable.block_diagonal(tables)
+    assert whole.padded and whole.num_nodes == 25  # four cells have three neighbours each
+    edges = [t.edge_index + o for t, o in zip(tables, (0, 9, 13), strict=True)]
+    assert torch.equal(whole.edge_index, torch.cat(edges, dim=1))
+    assert NeighborTable.block_diagonal(tables[:1]) is tables[0]

@@ -1,5 +1,6 @@
 """NeighborTable: a directed graph in which every destination has a row of sources."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -168,6 +169,31 @@ class NeighborTable:
         index[dst[perm], slot] = src[perm].int()
         padded = bool((degree < width).any())
         return cls(index, num_src_nodes=num_src_nodes, padded=padded), perm
+
+    @classmethod
+    def block_diagonal(cls, tables: Sequence["NeighborTable"]) -> "NeighborTable":
+        """Several graphs as one, nodes numbered graph after graph, as in a PyG ``Batch``.
+
+        Per-edge values of the whole are those of the parts, one after the other.
+        """
+        if len(tables) == 1:
+            return tables[0]
+        width = max(table.k for table in tables)
+        rows, start = [], 0
+        for table in tables:
+            shifted = torch.where(table.index >= 0, table.index + start, table.index)
+            missing = shifted.new_full((table.num_nodes, width - table.k), -1)
+            rows.append(torch.cat([shifted, missing], dim=1))
+            start += table.num_src_nodes
+        padded = any(table.padded or table.k < width for table in tables)
+        first = tables[0]
+        return cls(
+            torch.cat(rows),
+            num_src_nodes=start,
+            padded=padded,
+            metric=first.metric,
+            method=first.method,
+        )
 
     def to_coo(self, weight: Tensor | None = None) -> Tensor:
         """Sparse COO matrix (n, n_src): entry (i, j) for an edge j -> i.

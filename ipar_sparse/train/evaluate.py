@@ -1,0 +1,315 @@
+"""Score a prediction of a slide whose positions are known, and write the report."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .. import __version__, ops
+from ..baselines import run_baselines
+from ..diagnostics import RecycleRecord, candidate_recall, diagnose
+from ..errors import UserError
+from ..expression import normalized_expression
+from ..graph import NeighborTable, knn
+from ..losses import e_geo
+from ..metrics import evaluate_layout
+from ..nn import IPALiteModel
+from ..ops.reference import attention_logits
+from ..pl import AttentionFocus
+from ..report import ReportBundle, write_metrics, write_report
+from ..slide import Slide
+from ..targets import build_target, target_graph
+from .logs import HISTORY, Progress, read_history
+from .predict import Prediction, Predictor
+from .trainer import REFERENCE, slide_digest
+
+logger = logging.getLogger(__name__)
+
+_PROBE_ROWS = 1024  # walk rows that E_geo is estimated from on slides of more than 1,536 cells
+_ATTENTION_EDGES = 3_000_000  # diagnostics hold attention (E, heads) of one recycle
+
+
+def evaluate_slide(
+    predictor: Predictor,
+    slide: Slide,
+    out: Path,
+    *,
+    seeds: int | None = None,
+    baselines: bool | None = None,
+    command: str | None = None,
+) -> dict[str, float]:
+    """Predict a slide, score it against its positions, and write metrics, figures and report.
+
+    Args:
+        predictor: the trained run.
+        slide: n cells with positions.
+        out: folder for ``metrics.json``, ``report.html`` and ``figures/``.
+        seeds: noise seeds of the uncertainty; the run's setting if left out.
+        baselines: whether to score the baselines; the run's setting if left out.
+        command: what to name in the report as its origin.
+
+    Returns:
+        Flat metrics of the model: layout metrics by name, ``E_geo_hgate``, ``E_geo_tedge``,
+        ``E_geo_floor`` and their parts, candidate recall; of other methods as ``name/metric``.
+
+    Raises:
+        UserError: if the slide has no positions, or fewer than three cells.
+    """
+    settings = predictor.config.eval
+    seeds = settings.seeds if seeds is None else seeds
+    baselines = settings.baselines if baselines is None else baselines
+    if slide.pos is None:
+        raise UserError(f"{slide.name}: no positions to score against; use `ipar-sparse predict`")
+    if slide.num_cells < 3:
+        raise UserError(f"{slide.name}: {slide.num_cells} cells are too few to score; give 3")
+    with Progress() as progress:
+        with progress.task("Predicting"):
+            prediction = predictor.predict(slide, seeds=seeds)
+            h = torch.from_numpy(prediction.embedding).to(predictor.device)
+            layouts = {"model": prediction.pos, **_variants(predictor, h, prediction, slide.pos)}
+        with progress.task("Attention"):
+            measures, focus, operator = _attention(predictor, h, prediction, slide.pos)
+        if baselines:
+            with progress.task("Baselines") as task:
+                layouts |= run_baselines(
+                    prediction.embedding,
+                    prediction.graph.to("cpu"),
+                    train=_reference(predictor.run),
+                    operator=operator,
+                    seed=predictor.config.train.seed,
+                    progress=lambda name: task.advance(now=name),
+                )
+        layouts["true coordinates"] = slide.pos
+        with progress.task("Scoring", total=len(layouts)) as task:
+            methods = {}
+            for name, layout in layouts.items():
+                methods[name] = evaluate_layout(
+                    layout, slide.pos, ks=tuple(settings.ks), num_pairs=settings.sample_pairs,
+                    num_rows=settings.sample_rows,
+                )  # fmt: skip
+                task.advance(now=name)
+        metrics = energies(layouts, slide.pos, predictor.config.train.seed)
+        metrics |= candidate_recall(prediction.graph, slide.pos, k=15)
+        if prediction.graph.recall is not None:
+            metrics["graph_recall"] = prediction.graph.recall
+        flat = {**methods["model"], **metrics, **measures}
+        flat |= {
+            f"{name}/{key}": value
+            for name, values in methods.items()
+            if name != "model"
+            for key, value in values.items()
+        }
+        facts = predictor.meta["facts"]
+        seen = {entry["digest"]: entry["role"] for entry in facts["slides"]}
+        role = seen.get(slide_digest(slide))
+        bundle = ReportBundle(
+            slide=slide.name,
+            pred=prediction.pos,
+            true=slide.pos,
+            methods=methods,
+            variants=[name for name in ("no gate", "true neighbours") if name in methods],
+            metrics=metrics,
+            diagnostics=measures,
+            trajectory=prediction.trajectory,
+            history=_history(predictor.run),
+            gene=spatial_gene(slide, predictor.meta["genes"]),
+            focus=focus,
+            uncertainty=prediction.uncertainty,
+            training=[entry["name"] for entry in facts["slides"] if entry["role"] == "train"],
+            validation=[entry["name"] for entry in facts["slides"] if entry["role"] == "val"],
+            held_out=role is None,
+            notes=slide.notes,
+            settings=predictor.config.model_dump(mode="json"),
+            versions=_versions(),
+            command=command,
+            absent={} if seeds > 1 else {"uncertainty": "one noise seed only; pass --seeds 8"},
+        )
+        with progress.task("Report"):
+            out = Path(out)
+            out.mkdir(parents=True, exist_ok=True)
+            write_metrics(out / "metrics.json", flat)
+            write_report(out, bundle)
+    return flat
+
+
+def energies(layouts: dict[str, np.ndarray], pos, seed: int) -> dict[str, float]:
+    """E_geo and its parts of the model's layouts, and what the true coordinates reach.
+
+    Exact up to 384 cells; beyond, on a sketch of the same reach, the walk by probe rows.
+
+    Args:
+        layouts: method to layout (n, 2); those that are forms of the model are scored.
+        pos: true positions (n, 2).
+        seed: of the sketch and the probe rows.
+    """
+    names = {
+        "model": "hgate", "no gate": "nogate", "true neighbours": "tedge",
+        "true coordinates": "floor",
+    }  # fmt: skip
+    target = build_target(pos, seed=seed)
+    probes = _PROBE_ROWS if len(pos) > 1536 else None
+    out = {}
+    for method, suffix in names.items():
+        if method in layouts:
+            generator = torch.Generator().manual_seed(seed)
+            layout = torch.as_tensor(layouts[method], dtype=torch.float64)
+            values = e_geo(layout, target, probes, generator)
+            out[f"E_geo_{suffix}"] = float(values["e_geo"])
+            out[f"L_RW_{suffix}"] = float(values["l_rw"])
+            out[f"L_stress_{suffix}"] = float(values["l_stress"])
+    return out
+
+
+@torch.no_grad()
+def recycle_records(
+    model: IPALiteModel, h: Tensor, graph: NeighborTable, edge_bias: Tensor | None
+) -> Iterator[RecycleRecord]:
+    """Attention, logits and their terms of every recycle, one at a time.
+
+    Args:
+        model: the model, in evaluation mode.
+        h: embeddings (n, d).
+        graph: candidates.
+        edge_bias: bias (E,) or (E, heads), or None.
+    """
+    inputs: list[tuple] = []
+    handles = [
+        block.register_forward_pre_hook(lambda module, given: inputs.append((module, *given)))
+        for block in model.blocks
+    ]
+    try:
+        model(h, graph, edge_bias=edge_bias)
+    finally:
+        for handle in handles:
+            handle.remove()
+    src, dst = graph.edge_index
+    for block, state, pos, *_ in inputs:
+        shape = (-1, block.heads, block.head_channels)
+        query, key = block.lin_query(state).view(shape), block.lin_key(state).view(shape)
+        terms = {"qk": attention_logits(query[dst], key[src], None)}
+        if edge_bias is not None:
+            shared = edge_bias.dim() == 1
+            terms["gate"] = edge_bias.unsqueeze(-1).expand(-1, block.heads) if shared else edge_bias
+        for name, term in block.terms.items():
+            values = term(state, pos, pos, src, dst)
+            terms[name] = values if values.dim() == 2 else values.unsqueeze(-1)
+        logits = sum(terms.values())
+        attention, _ = ops.segment_softmax(logits, dst, graph.num_nodes)
+        yield RecycleRecord(attention, logits, terms)
+
+
+@torch.no_grad()
+def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> dict:
+    """The model without its gate, and with true neighbours in place of candidates."""
+    graphs = {"true neighbours": target_graph(pos).to(h.device)}
+    if prediction.gate_logits is not None:
+        graphs["no gate"] = prediction.graph
+    return {
+        name: predictor.model(h, graph).double().cpu().numpy() for name, graph in graphs.items()
+    }
+
+
+def _attention(predictor, h, prediction, pos):
+    """Diagnostics of every recycle, where four cells attend, and the last attention (E, heads)."""
+    graph = prediction.graph
+    bias, logits = predictor.edge_bias(h, graph)
+    last: list[Tensor] = []
+    records: Iterator[RecycleRecord] = iter(())
+    if graph.num_edges <= _ATTENTION_EDGES:
+
+        def keep_last():
+            for record in recycle_records(predictor.model, h, graph, bias):
+                last[:] = [record.attention]
+                yield record
+
+        records = keep_last()
+    else:
+        logger.info("%d edges: attention diagnostics are left out", graph.num_edges)
+    trajectory = [torch.from_numpy(step) for step in prediction.trajectory]
+    measures = diagnose(
+        graph, records, pos=pos, trajectory=trajectory, gate_logits=logits,
+        seed=predictor.config.train.seed,
+    )  # fmt: skip
+    if not last or not graph.k:
+        return measures, None, None
+    mean = graph.to_table(last[0].mean(-1)).cpu().numpy()
+    index = graph.index.cpu().numpy()
+    focus = [
+        AttentionFocus(cell, index[cell][index[cell] >= 0], mean[cell][index[cell] >= 0])
+        for cell in _spread_cells(pos)
+    ]
+    return measures, focus, last[0].cpu()
+
+
+def _spread_cells(pos: np.ndarray) -> list[int]:
+    """Four cells in different parts of the tissue: the middle one, and three far apart."""
+    centred = pos - pos.mean(0)
+    chosen = [int(np.square(centred).sum(1).argmin())]
+    # Half-way out, so that a cell has neighbours on all sides.
+    radius = np.sqrt(np.square(centred).sum(1))
+    inner = np.flatnonzero(radius <= np.quantile(radius, 0.6))
+    while len(chosen) < min(4, len(inner)):
+        gap = np.min([np.square(pos[inner] - pos[c]).sum(1) for c in chosen], axis=0)
+        chosen.append(int(inner[gap.argmax()]))
+    return chosen
+
+
+def spatial_gene(slide: Slide, genes, most: int = 300) -> tuple[str, np.ndarray] | None:
+    """The gene whose expression is most alike among spatial neighbours (Moran's I).
+
+    Args:
+        slide: n cells with positions.
+        genes: genes of the run, most variable first; the slide's own if None.
+        most: genes looked at.
+
+    Returns:
+        Its name and log-normalised expression (n,), or None without expression.
+    """
+    if slide.expression is None:
+        return None
+    own = {str(g) for g in slide.genes}
+    names = [g for g in (genes or slide.genes) if str(g) in own][:most]
+    if not names:
+        return None
+    matrix = normalized_expression(slide, names).toarray()
+    neighbors = knn(torch.from_numpy(slide.pos), 8).index.numpy()
+    centred = matrix - matrix.mean(0)
+    slots = range(neighbors.shape[1])  # one neighbour at a time: no (n, 8, genes) array
+    lagged = sum(centred[neighbors[:, slot]] for slot in slots) / max(1, len(slots))
+    variance = np.square(centred).mean(0)
+    moran = (centred * lagged).mean(0) / np.where(variance > 0, variance, np.inf)
+    best = int(moran.argmax())
+    return str(names[best]), matrix[:, best]
+
+
+def _reference(run: Path) -> list[tuple[Tensor, Tensor]] | None:
+    """Embeddings and positions of the training slides, as the trainer left them."""
+    path = run / REFERENCE
+    if not path.is_file():
+        return None
+    tensors = load_file(path)
+    count = len({name.split(".")[0] for name in tensors})
+    return [(tensors[f"{i}.h"], tensors[f"{i}.pos"]) for i in range(count)]
+
+
+def _history(run: Path) -> list[dict] | None:
+    path = run / HISTORY
+    return read_history(path) if path.is_file() else None
+
+
+def _versions() -> dict[str, str]:
+    found = {"ipar_sparse": __version__, "python": platform.python_version()}
+    for name in ("torch", "torch-geometric", "numpy", "scipy", "scikit-learn", "anndata"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,173 @@
+"""From a trained run to positions of cells that have none."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import RunConfig
+from ..errors import UserError
+from ..expression import match_genes
+from ..graph import NeighborTable, knn_candidates
+from ..metrics import align
+from ..nn import EdgeGateSoft, IPALiteModel
+from ..slide import Slide
+from .checkpoint import find_checkpoint, load_checkpoint, read_meta
+from .stage_a import EmbeddingScale
+from .trainer import build_encoder, build_gate_and_model, embed_raw
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Prediction:
+    """One slide, predicted.
+
+    Args:
+        pos: positions (n, 2), unit-RMS gauge.
+        embedding: (n, d), what the model was given.
+        graph: the candidate graph.
+        gate_logits: raw gate logits (E,) or (E, heads), None without a gate.
+        trajectory: layouts before the first recycle and after each, each (n, 2).
+        uncertainty: root-mean-square deviation over noise seeds (n,), in units of the layout;
+            None for one seed.
+    """
+
+    pos: np.ndarray
+    embedding: np.ndarray
+    graph: NeighborTable
+    gate_logits: Tensor | None = None
+    trajectory: list[np.ndarray] = field(default_factory=list)
+    uncertainty: np.ndarray | None = None
+
+
+@dataclass
+class Predictor:
+    """A trained run, ready to place cells.
+
+    Args:
+        run: the run directory it came from.
+        config: the run's configuration.
+        meta: what its checkpoint says of itself.
+        encoder: expression to embedding; None where users bring their own.
+        scale, gate, model: the trained modules, in evaluation mode.
+        device: where they lie.
+    """
+
+    run: Path
+    config: RunConfig
+    meta: dict
+    encoder: nn.Module | None
+    scale: EmbeddingScale
+    gate: EdgeGateSoft
+    model: IPALiteModel
+    device: torch.device
+
+    @classmethod
+    def load(cls, run: Path, device: torch.device | str = "cpu") -> Predictor:
+        """Read the best weights of a run.
+
+        Raises:
+            UserError: if the folder is no run, or its checkpoint is damaged.
+        """
+        run, device = Path(run), torch.device(device)
+        config = RunConfig.load(run)
+        path = find_checkpoint(run)
+        meta = read_meta(path)
+        modules: dict[str, nn.Module] = {"scale": EmbeddingScale(meta["dim"])}
+        modules["gate"], modules["model"] = build_gate_and_model(config, meta["dim"])
+        if meta["genes"] is not None:
+            modules["encoder"] = build_encoder(config, len(meta["genes"]))
+        load_checkpoint(path, modules)
+        for module in modules.values():
+            module.to(device).eval().requires_grad_(False)
+        return cls(
+            run=run,
+            config=config,
+            meta=meta,
+            encoder=modules.get("encoder"),
+            scale=modules["scale"],
+            gate=modules["gate"],
+            model=modules["model"],
+            device=device,
+        )
+
+    def embed(self, slide: Slide) -> np.ndarray:
+        """Embeddings (n, d) float32 of a slide's cells.
+
+        Raises:
+            UserError: if the slide shares no gene with the run, or lacks its embedding.
+        """
+        genes = self.meta["genes"]
+        if genes is not None and slide.expression is not None:
+            _, missing = match_genes([slide], genes)
+            if missing:
+                logger.warning(
+                    "%s lacks %d of the %d genes of the run (%s, ...): taken as average",
+                    slide.name, len(missing), len(genes), ", ".join(missing[:3]),
+                )  # fmt: skip
+        if slide.empty.any():
+            logger.warning(
+                "%s: %d cells have no counts; they are placed as average cells",
+                slide.name, int(slide.empty.sum()),
+            )  # fmt: skip
+        h = embed_raw(slide, self.encoder, genes, self.device)
+        if h.size(1) != self.meta["dim"]:
+            raise UserError(
+                f"{slide.name}: the embedding has {h.size(1)} dimensions, the run was trained on "
+                f"{self.meta['dim']}; give the embedding of the same model"
+            )
+        return self.scale(h.to(self.device)).cpu().numpy()
+
+    @torch.no_grad()
+    def predict(self, slide: Slide, seeds: int = 1) -> Prediction:
+        """Place the cells of a slide from their expression alone; positions are not looked at.
+
+        Args:
+            slide: n cells.
+            seeds: with more than one, that many layouts are also drawn under the noise of
+                training and aligned, and their spread is each cell's uncertainty.
+        """
+        h = torch.from_numpy(self.embed(slide)).to(self.device)
+        settings = self.config.graph
+        graph = knn_candidates(h, settings.k, metric=settings.metric, backend=settings.backend)
+        bias, logits = self.edge_bias(h, graph)
+        pos, trajectory = self.model(h, graph, edge_bias=bias, return_trajectory=True)
+        result = Prediction(
+            pos=pos.double().cpu().numpy(),
+            embedding=h.cpu().numpy(),
+            graph=graph,
+            gate_logits=logits,
+            trajectory=[step.double().cpu().numpy() for step in trajectory],
+        )
+        if seeds > 1:
+            result.uncertainty = self._spread(h, result.pos, seeds)
+        return result
+
+    def edge_bias(self, h: Tensor, graph: NeighborTable) -> tuple[Tensor | None, Tensor | None]:
+        """The gate's share of the attention logits, and its raw logits; None without a gate."""
+        if self.config.model.beta == 0:
+            return None, None
+        logits = self.gate(h, graph)
+        return self.config.model.beta * logits, logits
+
+    def _spread(self, h: Tensor, pos: np.ndarray, seeds: int) -> np.ndarray:
+        """How far a cell moves between layouts drawn under training noise, each aligned."""
+        square = np.zeros(len(pos))
+        noise_h = self.config.train.noise_h
+        for seed in range(seeds):
+            generator = torch.Generator(self.device).manual_seed(seed)
+            noisy = h + noise_h * torch.empty_like(h).normal_(generator=generator)
+            settings = self.config.graph
+            graph = knn_candidates(
+                noisy, settings.k, metric=settings.metric, backend=settings.backend
+            )
+            layout = self.model(noisy, graph, edge_bias=self.edge_bias(noisy, graph)[0])
+            aligned, _ = align(layout, pos)
+            square += np.square(aligned - pos).sum(-1)
+        return np.sqrt(square / seeds)

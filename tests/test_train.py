@@ -1,0 +1,354 @@
+"""The run from slides to a report: what is trained on what, resumed how, and scored how."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ipar_sparse.config import load_config
+from ipar_sparse.errors import UserError
+from ipar_sparse.metrics import evaluate_layout
+from ipar_sparse.simulate import simulate
+from ipar_sparse.train import trainer as trainer_module
+from ipar_sparse.train.checkpoint import BEST, LAST, load_checkpoint, read_meta
+from ipar_sparse.train.evaluate import energies, evaluate_slide, recycle_records, spatial_gene
+from ipar_sparse.train.logs import HISTORY, read_history
+from ipar_sparse.train.predict import Predictor
+from ipar_sparse.train.stage_a import ContrastSlide, EmbeddingScale, _infonce, encoder_loss
+from ipar_sparse.train.trainer import fit, term_weights
+from ipar_sparse.train.units import MinisetPool, TrainingSlide, build_unit, merge
+
+SMALL = [
+    "encoder.steps=6", "encoder.hidden=[24]", "encoder.out=16", "model.dim=16",
+    "model.channels=16", "model.heads=2", "model.head_channels=8", "model.recycles=2",
+    "train.minisets=4", "train.miniset_min=40", "train.miniset_max=60", "train.epochs=3",
+    "train.warmup_epochs=1", "train.ramp_epochs=1", "train.gate_steps=3", "train.val_minisets=2",
+    "graph.k=12", "data.max_genes=60",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def slides():
+    return simulate("cortex", slides=4, spots=140, genes=80, seed=3)
+
+
+@pytest.fixture(scope="module")
+def run(slides, tmp_path_factory):
+    """A finished small run and its configuration."""
+    out = tmp_path_factory.mktemp("run")
+    config = load_config(None, SMALL)
+    config.save(out)
+    fit(slides[:2], slides[2:3], config, out)
+    return out
+
+
+def states(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_run_directory_holds_what_it_promises(run, slides):
+    meta = read_meta(run / BEST)
+    assert len(meta["genes"]) == 60
+    assert {s["role"] for s in meta["facts"]["slides"]} == {"train", "val"}
+    rows = read_history(run / HISTORY)
+    assert [r["step"] for r in rows] == sorted(r["step"] for r in rows)
+    assert {r["stage"] for r in rows} == {"encoder", "gate", "joint"}
+    epochs = [r for r in rows if "val_hgate_e_geo" in r]
+    assert [r["epoch"] for r in epochs] == [0, 1, 2]
+    assert all(math.isfinite(r["val_tedge_e_geo"]) for r in epochs)
+    assert all(abs(r["val_e_geo_floor"]) < 1e-6 for r in epochs)
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_best_epoch_comes_after_the_ramp(run):
+    meta = read_meta(run / LAST)
+    rows = [r for r in read_history(run / HISTORY) if "val_hgate_e_geo" in r]
+    counted = rows[1:]  # warm-up 1 and ramp 1: the cap is reached as epoch 2 ends
+    best = min(counted, key=lambda r: r["val_hgate_e_geo"])
+    assert meta["best_epoch"] == best["epoch"]
+    assert meta["best"] == pytest.approx(best["val_hgate_e_geo"], rel=1e-4)
+    assert rows[0]["best"] == 0
+
+
+def test_walk_weight_ramps_to_its_cap():
+    settings = load_config(None, []).train
+    weights = [term_weights(t, settings).get("rw_kl", 0.0) for t in (0, 1, 4, 7, 20)]
+    assert weights == pytest.approx([0, 0, 0.15, 0.3, 0.3])
+    rest = term_weights(20, settings)
+    assert (rest["stress_log"], rest["repulsion"], rest["entropy_reg"]) == (0.1, 0.01, 0.01)
+
+
+@pytest.mark.parametrize("stop_at", [("encoder", 4), ("gate", 2), ("joint", 6), ("joint", 8)])
+def test_a_stopped_run_resumes_to_the_same_bits(run, slides, tmp_path, monkeypatch, stop_at):
+    config = load_config(None, SMALL)
+    config.save(tmp_path)
+    stepped = trainer_module._Run._stepped
+
+    def stop(self, stage, step, *rest):
+        stepped(self, stage, step, *rest)
+        if (stage, step) == stop_at:
+            self.interrupted.set()
+
+    monkeypatch.setattr(trainer_module._Run, "_stepped", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(slides[:2], slides[2:3], config, tmp_path)
+    assert read_meta(tmp_path / LAST)["stage"] == stop_at[0]
+    monkeypatch.setattr(trainer_module._Run, "_stepped", stepped)
+    fit(slides[:2], slides[2:3], config, tmp_path, resume=True)
+    for name in (BEST, LAST):
+        ours, theirs = states(tmp_path / name), states(run / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    steps = [row["step"] for row in read_history(tmp_path / HISTORY)]
+    assert steps == [row["step"] for row in read_history(run / HISTORY)]
+
+
+def test_another_seed_is_another_run(run, slides, tmp_path):
+    config = load_config(None, [*SMALL, "train.seed=1", "train.epochs=1", "encoder.steps=2"])
+    fit(slides[:2], slides[2:3], config, tmp_path)
+    ours, theirs = states(tmp_path / BEST), states(run / BEST)
+    assert not torch.equal(ours["model.mlp_pos.0.weight"], theirs["model.mlp_pos.0.weight"])
+
+
+def test_validation_and_test_slides_change_no_trained_weight(run, slides, tmp_path):
+    """Whatever the validation slide holds, the last weights are the same: no leak."""
+    config = load_config(None, SMALL)
+    fit(slides[:2], slides[3:4], config, tmp_path)
+    ours, theirs = states(tmp_path / LAST), states(run / LAST)
+    trained = [key for key in theirs if key.split(".")[0] in ("encoder", "scale", "gate", "model")]
+    assert len(trained) > 20
+    assert all(torch.equal(ours[key], theirs[key]) for key in trained)
+
+
+@pytest.mark.parametrize("unit", ["slide", "mixed"])
+def test_whole_slides_train(slides, tmp_path, unit):
+    config = load_config(
+        None,
+        [*SMALL, f"train.unit={unit}", "train.steps_per_epoch=4", "train.probe_rows=16",
+         "graph.target_mode=sketch", "train.lambda_long=0.1", "train.lambda_multiscale=0.1",
+         "train.lambda_gram=0.1"],
+    )  # fmt: skip
+    if unit == "mixed":
+        config = config.replace(train={"batch_size": 2})
+    fit(slides[:2], slides[2:3], config, tmp_path)
+    row = [r for r in read_history(tmp_path / HISTORY) if "l_long" in r][-1]
+    assert row["l_long"] > 0 and row["l_gram"] > 0 and row["l_multiscale"] > 0
+
+
+def test_an_embedding_of_the_users_replaces_the_encoder(slides, tmp_path):
+    generator = np.random.default_rng(0)
+    turn = generator.normal(size=(2, 10))
+    brought = simulate("cortex", slides=3, spots=90, genes=60, seed=5)
+    for slide in brought:
+        noise = generator.normal(size=(slide.num_cells, 10)) * 0.1
+        slide.embedding = (slide.pos / slide.pos.std() @ turn + noise).astype(np.float32)
+    config = load_config(None, [*SMALL, "data.embedding=obsm:X_pca"])
+    config.save(tmp_path)
+    fit(brought[:2], brought[2:], config, tmp_path)
+    predictor = Predictor.load(tmp_path)
+    assert predictor.encoder is None
+    assert predictor.predict(brought[2]).pos.shape == (90, 2)
+    with pytest.raises(UserError, match="--embedding"):
+        predictor.predict(slides[0])
+
+
+def test_too_small_slides_are_refused_by_name(slides, tmp_path):
+    config = load_config(None, [*SMALL, "train.miniset_min=150", "train.miniset_max=200"])
+    with pytest.raises(UserError, match=r"has 140 cells.*train\.miniset_min=140"):
+        fit(slides[:2], slides[2:3], config, tmp_path)
+
+
+def test_a_model_learns_where_cells_lie(tmp_path):
+    """An embedding that holds the position, up to noise and a turn: the map must come out."""
+    generator = np.random.default_rng(1)
+    turn = generator.normal(size=(2, 16))
+    made = simulate("cortex", slides=3, spots=200, genes=50, seed=9)
+    for slide in made:
+        pos = (slide.pos - slide.pos.mean(0)) / slide.pos.std()
+        features = np.tanh(pos @ turn) + 0.05 * generator.normal(size=(200, 16))
+        slide.embedding = features.astype(np.float32)
+    config = load_config(
+        None,
+        [*SMALL, "data.embedding=obsm:x", "train.epochs=6", "train.minisets=30", "train.lr=2e-3",
+         "model.recycles=3", "train.gate_steps=20"],
+    )  # fmt: skip
+    config.save(tmp_path)
+    fit(made[:2], made[2:], config, tmp_path)
+    prediction = Predictor.load(tmp_path).predict(made[2])
+    score = evaluate_layout(prediction.pos, made[2].pos)
+    assert score["distance_spearman"] > 0.8
+    assert score["neighbor_hit@15"] > 3 * score["neighbor_hit_chance@15"]
+
+
+def test_prediction_does_not_look_at_positions(run, slides):
+    predictor = Predictor.load(run)
+    from dataclasses import replace
+
+    blind = replace(slides[3], pos=None)
+    first, second = predictor.predict(slides[3], seeds=2), predictor.predict(blind, seeds=2)
+    assert np.array_equal(first.pos, second.pos)
+    assert np.array_equal(first.uncertainty, second.uncertainty)
+    assert first.uncertainty.shape == (140,) and (first.uncertainty > 0).all()
+    assert np.square(first.pos).sum(1).mean() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_evaluation_writes_metrics_and_report(run, slides, tmp_path):
+    metrics = evaluate_slide(Predictor.load(run), slides[3], tmp_path, seeds=2)
+    saved = json.loads((tmp_path / "metrics.json").read_text())
+    for name in (
+        "distance_spearman",
+        "neighbor_hit@15",
+        "E_geo_hgate",
+        "E_geo_tedge",
+        "L_RW_hgate",
+    ):
+        assert saved[name] == pytest.approx(metrics[name])
+    assert saved["E_geo_floor"] == pytest.approx(0.0, abs=1e-9)
+    assert saved["true coordinates/distance_spearman"] == pytest.approx(1.0)
+    assert "ridge/distance_spearman" in saved and "no gate/distance_spearman" in saved
+    page = (tmp_path / "report.html").read_text()
+    assert slides[3].name in page and "http://" not in page.split("<body")[1]
+
+
+def test_a_slide_of_the_training_set_is_recognised(run, slides, tmp_path):
+    from dataclasses import replace
+
+    renamed = replace(slides[0], name="something else")
+    evaluate_slide(Predictor.load(run), renamed, tmp_path, baselines=False)
+    assert "took part in training" in (tmp_path / "report.html").read_text()
+
+
+def test_energies_are_zero_at_the_truth_and_not_elsewhere(slides):
+    pos = slides[0].pos
+    shuffled = pos[np.random.default_rng(0).permutation(len(pos))]
+    values = energies({"model": shuffled, "true coordinates": pos * 3 + 7}, pos, seed=0)
+    assert values["E_geo_floor"] == pytest.approx(0, abs=1e-9)
+    assert values["E_geo_hgate"] > 0.5
+    assert values["E_geo_hgate"] == pytest.approx(
+        values["L_RW_hgate"] + 0.1 * values["L_stress_hgate"]
+    )
+
+
+def test_recorded_attention_is_the_attention(run, slides):
+    predictor = Predictor.load(run)
+    h = torch.from_numpy(predictor.embed(slides[3]))
+    prediction = predictor.predict(slides[3])
+    bias, _ = predictor.edge_bias(h, prediction.graph)
+    records = list(recycle_records(predictor.model, h, prediction.graph, bias))
+    _, weights = predictor.model(h, prediction.graph, edge_bias=bias, return_attention_weights=True)
+    assert len(records) == 2
+    for record, (_, attention) in zip(records, weights, strict=True):
+        torch.testing.assert_close(record.attention, attention)
+
+
+def test_spatial_gene_follows_the_tissue(slides):
+    name, values = spatial_gene(slides[0], None)
+    assert name in set(slides[0].genes) and values.shape == (140,)
+    assert spatial_gene(slides[0], ["not there"]) is None
+
+
+@pytest.fixture
+def units(slides):
+    config = load_config(None, SMALL)
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(140, 16, generator=generator)
+    data = TrainingSlide("a", h, torch.from_numpy(slides[0].pos))
+    return config, MinisetPool([data, data], 6, config, seed=0)
+
+
+def test_minisets_are_balanced_random_subsets(units):
+    config, pool = units
+    assert [which for which, _ in pool.sets] == [0, 1] * 3
+    for _, rows in pool.sets:
+        assert config.train.miniset_min <= len(rows) <= config.train.miniset_max
+        assert len(rows.unique()) == len(rows)
+    assert not torch.equal(pool.sets[0][1][:40], pool.sets[2][1][:40])
+    assert pool[0] is pool[0]
+
+
+def test_merged_minisets_have_the_losses_of_each(units):
+    from ipar_sparse.losses import gate_loss, rw_kl_loss
+
+    _, pool = units
+    parts = [pool[0], pool[1]]
+    whole = merge(parts)
+    generator = torch.Generator().manual_seed(0)
+    pos = torch.randn(len(whole.h), 2, generator=generator, dtype=torch.float64)
+    logits = torch.randn(whole.graph.num_edges, generator=generator)
+    sizes = [len(p.h) for p in parts]
+    each = [rw_kl_loss(x, p.target.walk) for x, p in zip(pos.split(sizes), parts, strict=True)]
+    expected = sum(v * n for v, n in zip(each, sizes, strict=True)) / sum(sizes)
+    torch.testing.assert_close(rw_kl_loss(pos, whole.target.walk), expected)
+    edges = [p.graph.num_edges for p in parts]
+    each = [
+        gate_loss(x, p.graph, probability=p.gate_target)
+        for x, p in zip(logits.split(edges), parts, strict=True)
+    ]
+    got = gate_loss(logits, whole.graph, probability=whole.gate_target)
+    rows = [(p.graph.to_table(p.gate_target) > 0).any(1).sum() for p in parts]
+    torch.testing.assert_close(got, sum(v * n for v, n in zip(each, rows, strict=True)) / sum(rows))
+
+
+def test_dropped_edges_leave_one_a_cell(slides, tmp_path):
+    config = load_config(None, [*SMALL, "train.edge_drop=0.97"])
+    run = trainer_module._Run.__new__(trainer_module._Run)
+    run.config = config
+    unit = build_unit(torch.randn(140, 16), torch.from_numpy(slides[0].pos), config, 0)
+    h, bias = run._augment(unit, torch.Generator().manual_seed(0))
+    kept = torch.isfinite(unit.graph.to_table(bias))
+    assert bool((kept.sum(1) >= 1).all())
+    assert 0.01 < float(kept.float().mean()) < 0.2
+    assert float((h == 0).float().mean()) == pytest.approx(0.1, abs=0.03)
+    again = run._augment(unit, torch.Generator().manual_seed(0))
+    assert torch.equal(again[0], h) and torch.equal(again[1], bias)
+
+
+def test_embedding_scale_keeps_neighbours():
+    parts = [torch.randn(50, 6) * torch.tensor([9.0, 1, 1, 1, 1, 1]) + 4, torch.randn(30, 6)]
+    scale = EmbeddingScale(6).fit(parts)
+    scaled = torch.cat([scale(p) for p in parts])
+    ratio = torch.pdist(scaled) / torch.pdist(torch.cat(parts))
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+
+
+def test_infonce_is_its_formula():
+    settings = load_config(None, ["encoder.hard_negatives=1"]).encoder
+    a, p = torch.randn(4, 8), torch.randn(4, 8)
+    far = ~torch.eye(4, dtype=torch.bool)
+    far[0, 1] = False
+    value = _infonce(a, p, far, settings)
+    expected = 0.0
+    for i in range(4):
+        sim = [float(torch.cosine_similarity(a[i], p[j], dim=0)) / 0.1 for j in range(4)]
+        negatives = [sim[j] for j in range(4) if far[i, j]]
+        negatives.append(max(negatives))
+        expected -= sim[i] - math.log(math.exp(sim[i]) + sum(map(math.exp, negatives)))
+    assert float(value) == pytest.approx(expected / 4, rel=1e-4)
+
+
+def test_encoder_loss_has_its_parts(slides):
+    from ipar_sparse.expression import Expression, match_genes
+    from ipar_sparse.nn import SharedEncoder
+
+    config = load_config(None, SMALL)
+    genes, _ = match_genes(slides)
+    data = ContrastSlide(Expression.from_slide(slides[0], genes), slides[0].pos, 15, 0.5)
+    encoder = SharedEncoder(len(genes), (24,), 16)
+    losses = encoder_loss(
+        encoder, data, config.encoder, torch.Generator().manual_seed(0), torch.device("cpu")
+    )
+    expected = losses["infonce"] + 25 * losses["invariance"] + 50 * losses["variance"]
+    torch.testing.assert_close(losses["loss"], expected + losses["covariance"])
+    losses["loss"].backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in encoder.parameters())
+
+
+def test_a_foreign_checkpoint_is_refused(run, tmp_path):
+    config = load_config(None, [*SMALL, "model.channels=24"])
+    with pytest.raises(UserError):
+        _, model = trainer_module.build_gate_and_model(config, 16)
+        load_checkpoint(run / BEST, {"model": model})
