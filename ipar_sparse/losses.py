@@ -14,8 +14,10 @@ from .graph import NeighborTable
 from .targets import SlideTarget, StressTarget, WalkTarget, gate_target
 
 __all__ = [
+    "GEOMETRY_TERMS",
     "e_geo",
     "gate_loss",
+    "geometry_terms",
     "gram_loss",
     "log_stress_loss",
     "long_range_loss",
@@ -70,7 +72,12 @@ def rw_kl_loss(
         return sum(_probe_kl(values, walk, block) for block in rows) / n
 
 
-def log_stress_loss(pos: Tensor, stress: StressTarget) -> Tensor:
+def log_stress_loss(
+    pos: Tensor,
+    stress: StressTarget,
+    num_pairs: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     r"""Variance of log-distance ratios: distances are compared up to one common scale.
 
     .. math::
@@ -78,18 +85,32 @@ def log_stress_loss(pos: Tensor, stress: StressTarget) -> Tensor:
         \frac1M \sum_e (r_e - \bar r)^2
 
     The mean :math:`\bar r` is the optimal log-scale. In a batch every graph has its own, and the
-    graphs' losses are averaged. Distances are clamped at 1e-8.
+    graphs' losses are averaged. Distances are clamped at 1e-8; where the target has a softening
+    s, :math:`\sqrt{d^2 + s^2}` stands for d.
 
     Args:
         pos: positions (n, 2), any scale.
         stress: the target distances.
+        num_pairs: pairs drawn at random from all of them, to bound the cost of a step; all pairs
+            if left out.
+        generator: source of the draw.
     """
-    ratio = _distance(pos, *stress.edge_index).log() - stress.dist.log().to(pos.dtype)
+    edge_index, batch = stress.edge_index, stress.edge_batch
+    true = stress.dist.to(pos.dtype).square()
+    soft = 0.0 if stress.softening is None else stress.softening.to(pos.dtype).square()
+    if num_pairs is not None and num_pairs < true.numel():
+        drawn = torch.randint(
+            true.numel(), (num_pairs,), generator=generator, device=_source(generator, pos.device)
+        ).to(pos.device, non_blocking=True)
+        edge_index, batch, true = edge_index[:, drawn], batch[drawn], true[drawn]
+        soft = soft if stress.softening is None else soft[drawn]
+    square = _square_distance(pos, *edge_index)
+    ratio = 0.5 * ((square + soft).log() - (true + soft).log())
     if stress.num_graphs == 1:
         return (ratio - ratio.mean()).square().mean() if ratio.numel() else ratio.sum()
-    scale = _graph_mean(ratio, stress.edge_batch, stress.num_graphs)
-    residual = (ratio - scale.index_select(0, stress.edge_batch)).square()
-    return _graph_mean(residual, stress.edge_batch, stress.num_graphs).mean()
+    scale = _graph_mean(ratio, batch, stress.num_graphs)
+    residual = (ratio - scale.index_select(0, batch)).square()
+    return _graph_mean(residual, batch, stress.num_graphs).mean()
 
 
 def gram_loss(pos: Tensor, target: SlideTarget) -> Tensor:
@@ -139,7 +160,7 @@ def long_range_loss(
         generator: source of the pairs.
         pairs_per_node: partners drawn for every node, within its graph.
     """
-    device = generator.device if generator is not None else pos.device
+    device = _source(generator, pos.device)
     shape = (pos.size(0), pairs_per_node)
     uniform = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
     start = target.ptr[target.batch].unsqueeze(-1)
@@ -148,8 +169,8 @@ def long_range_loss(
     shift = 1 + (uniform.to(pos.device, non_blocking=True) * (size - 1)).long()
     first = node.expand(shape).reshape(-1)
     second = (start + (node - start + shift).remainder(size)).reshape(-1)
-    error = _distance(pos, first, second) - _distance(target.pos.to(pos.dtype), first, second)
-    return error.square().mean()
+    true = _square_distance(target.pos.to(pos.dtype), first, second)
+    return (_square_distance(pos, first, second).sqrt() - true.sqrt()).square().mean()
 
 
 def repulsion_loss(
@@ -167,7 +188,7 @@ def repulsion_loss(
         sizes: number of nodes of each graph; one graph if left out.
     """
     sizes = (pos.size(0),) if sizes is None else sizes
-    device = generator.device if generator is not None else pos.device
+    device = _source(generator, pos.device)
     uniform = torch.rand(2, len(sizes), num_pairs, generator=generator, device=device)
     uniform = uniform.to(pos.device, torch.float64)
     size = torch.tensor(sizes, dtype=torch.float64).unsqueeze(-1).to(pos.device, non_blocking=True)
@@ -238,6 +259,9 @@ def e_geo(
 ) -> dict[str, Tensor]:
     """The evaluation metric E_geo = L_RW + 0.1 L_stress and its two parts.
 
+    On a sketched target it is that of the sketch, which is comparable with the definition on a
+    random 384 of the nodes: reach, pairs a node and steps are those.
+
     Args:
         pos: positions (n, 2), any units; brought into the unit-RMS gauge here.
         target: what the layout should be.
@@ -253,16 +277,60 @@ def e_geo(
     return {"e_geo": l_rw + STRESS_WEIGHT * l_stress, "l_rw": l_rw, "l_stress": l_stress}
 
 
+def geometry_terms(
+    pos: Tensor,
+    target: SlideTarget,
+    names,
+    *,
+    probe_rows: int | None = None,
+    stress_pairs: int | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """The named terms of a layout's supervision, unweighted.
+
+    Args:
+        pos: positions (n, 2) in the unit-RMS gauge.
+        target: what the layout should be.
+        names: of ``GEOMETRY_TERMS``.
+        probe_rows: see :func:`rw_kl_loss`.
+        stress_pairs: see :func:`log_stress_loss`, for each of the two terms made of pairs.
+        generator: source of every random choice.
+    """
+    unknown = set(names) - set(GEOMETRY_TERMS)
+    if unknown:
+        raise ValueError(f"unknown terms {sorted(unknown)}; choose from {sorted(GEOMETRY_TERMS)}")
+    if "multiscale" in names and target.multiscale is None:
+        raise ValueError("this target has no multiscale pairs; build_target(multiscale=True)")
+    draw = {"probe_rows": probe_rows, "stress_pairs": stress_pairs, "generator": generator}
+    return {name: GEOMETRY_TERMS[name](pos, target, draw) for name in names}
+
+
+GEOMETRY_TERMS = {
+    "rw_kl": lambda x, t, d: rw_kl_loss(x, t.walk, d["probe_rows"], d["generator"]),
+    "stress_log": lambda x, t, d: log_stress_loss(x, t.stress, d["stress_pairs"], d["generator"]),
+    "multiscale": lambda x, t, d: log_stress_loss(
+        x, t.multiscale, d["stress_pairs"], d["generator"]
+    ),
+    "gram": lambda x, t, d: gram_loss(x, t),
+    "long_range": lambda x, t, d: long_range_loss(x, t, d["generator"]),
+    "repulsion": lambda x, t, d: repulsion_loss(x, d["generator"], sizes=t.sizes),
+    "entropy_reg": lambda x, t, d: walk_entropy_loss(x, t.walk),
+}
+
+
 def _random_rows(n: int, count: int, generator, device) -> Tensor:
-    source = generator.device if generator is not None else device
-    rows = torch.randperm(n, generator=generator, device=source)[:count]
+    rows = torch.randperm(n, generator=generator, device=_source(generator, device))[:count]
     return rows.to(device, non_blocking=True)
 
 
-def _distance(pos: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Distances clamped at 1e-8, where the square root and the logarithm have no gradient."""
-    square = (pos.index_select(0, first) - pos.index_select(0, second)).square().sum(-1)
-    return square.clamp(min=1e-16).sqrt()
+def _source(generator: torch.Generator | None, device: torch.device) -> torch.device:
+    return device if generator is None else generator.device
+
+
+def _square_distance(pos: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Squared distances clamped at 1e-16, below which root and logarithm have no gradient."""
+    difference = pos.index_select(0, first) - pos.index_select(0, second)
+    return difference.square().sum(-1).clamp(min=1e-16)
 
 
 def _graph_mean(values: Tensor, batch: Tensor, num_graphs: int) -> Tensor:

@@ -39,6 +39,7 @@ _SCALE_FACTOR = 8  # between the densities at which multiscale pairs are sampled
 _SCALE_PARTNERS = 6
 _RING = (20, 60)  # percentiles of all pairwise distances
 _SMALLEST_SUBSET = 32
+_SOFTENING = 0.25  # of the distance to the sixth neighbour
 _ROWS = 1 << 16  # nodes whose neighbour coordinates are held at once
 
 
@@ -200,12 +201,14 @@ class StressTarget(_Tensors):
         dist: distances in the unit-RMS gauge (M,).
         edge_batch: graph of each pair (M,), int64.
         num_graphs: number of graphs.
+        softening: lengths (M,) below which a pair's distance stops to matter, None for none.
     """
 
     edge_index: Tensor
     dist: Tensor
     edge_batch: Tensor
     num_graphs: int = 1
+    softening: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -392,7 +395,7 @@ def collate(targets: Sequence[SlideTarget]) -> SlideTarget:
         ),
         ptr=torch.cat([targets[0].ptr[:1], *ends]),
         sizes=sizes,
-        multiscale=None if None in extras else _collate_stress(extras, node),
+        multiscale=None if any(m is None for m in extras) else _collate_stress(extras, node),
     )
 
 
@@ -479,14 +482,21 @@ def _subset_neighbors(xy: np.ndarray, k: int, groups: int, rng) -> np.ndarray:
 
 
 def _balanced_pairs(pos: Tensor, seed: int) -> StressTarget:
+    """As many pairs a node at every scale; softened, as near-duplicates would rule a logarithm."""
     n = len(pos)
+    k = min(_SCALE_PARTNERS, n - 1)
     rng = np.random.default_rng([seed, 2])
     lists, groups = [], 1
     while groups == 1 or n // groups >= _SMALLEST_SUBSET:
-        k = min(_SCALE_PARTNERS, n - 1)
-        lists.append(_directed(_subset_neighbors(pos.numpy(), k, groups, rng)))
+        lists.append(_subset_neighbors(pos.numpy(), k, groups, rng))
         groups *= _SCALE_FACTOR
-    return _stress_from_pairs(pos, np.concatenate(lists, axis=1))
+    stress = _stress_from_pairs(pos, np.concatenate([_directed(index) for index in lists], axis=1))
+    if not k:
+        return stress
+    nearest = torch.from_numpy(lists[0])
+    reach = (pos[nearest] - pos.unsqueeze(1)).square().sum(-1).amax(-1).sqrt()
+    first, second = stress.edge_index
+    return replace(stress, softening=_SOFTENING * (reach[first] * reach[second]).sqrt())
 
 
 def _directed(index: np.ndarray) -> np.ndarray:
@@ -593,11 +603,13 @@ def _collate_walks(walks: Sequence[WalkTarget]) -> WalkTarget:
 
 def _collate_stress(stresses: Sequence[StressTarget], node: list[int]) -> StressTarget:
     graph = _offsets(stress.num_graphs for stress in stresses)
+    soft = [stress.softening for stress in stresses]
     return StressTarget(
         edge_index=torch.cat([s.edge_index + o for s, o in zip(stresses, node, strict=True)], -1),
         dist=torch.cat([s.dist for s in stresses]),
         edge_batch=torch.cat([s.edge_batch + o for s, o in zip(stresses, graph, strict=True)]),
         num_graphs=sum(s.num_graphs for s in stresses),
+        softening=None if any(x is None for x in soft) else torch.cat(soft),
     )
 
 
