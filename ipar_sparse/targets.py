@@ -272,10 +272,8 @@ def walk_from_neighbors(
             sigma[rows] = np.sqrt(np.square(span).sum(-1).max(-1)).clip(1e-8)
     dst = np.repeat(np.arange(n, dtype=np.int64), k)
     src = index.reshape(-1).astype(np.int64)
-    key = np.minimum(dst, src) * n + np.maximum(dst, src)
-    key, count = np.unique(key, return_counts=True)
-    low, high = np.divmod(key, max(n, 1))
-    num_pairs = len(key)
+    low, high, count = _unique_pairs(dst, src, n)
+    num_pairs = len(low)
     row, col = np.concatenate([low, high]), np.concatenate([high, low])
     order = np.argsort(row * n + col)
     inverse = np.empty_like(order)
@@ -568,10 +566,18 @@ def _landmark_pairs(xy: np.ndarray, count: int) -> np.ndarray:
     return np.stack([nearest[keep], node[keep]])
 
 
+def _unique_pairs(first: np.ndarray, second: np.ndarray, n: int):
+    """Undirected pairs low < high, each once in ascending order, and how often each occurred."""
+    key = np.minimum(first, second) * n + np.maximum(first, second)
+    key.sort()
+    start = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])[: len(key)])
+    low, high = np.divmod(key[start], max(n, 1))
+    return low, high, np.diff(start, append=len(key))
+
+
 def _stress_from_pairs(pos: Tensor, pairs: np.ndarray) -> StressTarget:
     n = len(pos)
-    key = np.unique(np.minimum(pairs[0], pairs[1]) * n + np.maximum(pairs[0], pairs[1]))
-    low, high = np.divmod(key, n)
+    low, high, _ = _unique_pairs(*pairs, n)
     xy = pos.numpy()
     dist = np.sqrt(np.square(xy[low] - xy[high]).sum(-1))
     keep = dist > 1e-8

@@ -13,6 +13,7 @@ from ipar_sparse.graph import NeighborTable, knn
 from ipar_sparse.losses import (
     e_geo,
     gate_loss,
+    geometry_terms,
     log_stress_loss,
     repulsion_loss,
     rw_kl_loss,
@@ -339,6 +340,38 @@ def test_odd_inputs_give_no_nan(n, copies, collapsed, seed):
     assert torch.isfinite(loss) and torch.isfinite(grad).all()
     if not collapsed:
         assert rw_kl_loss(pos, target.walk).abs() < 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(96, 384), (20_000,)])
+def test_losses_on_cuda_never_wait_and_agree_with_cpu(sizes):
+    target = collate([build_target(points(n, n), multiscale=True) for n in sizes])
+    pos = layout(sum(sizes), true=target.pos).float()
+    probes = None if len(sizes) > 1 else 64
+    names = ["rw_kl", "stress_log", "multiscale", "gram", "long_range", "repulsion", "entropy_reg"]
+
+    def losses(x, at):
+        generator = torch.Generator().manual_seed(0)
+        terms = geometry_terms(x, at, names, probe_rows=probes, generator=generator)
+        torch.stack(list(terms.values())).sum().backward()
+        return terms
+
+    start = pos.clone().requires_grad_()
+    expected = losses(start, target)
+    target, moved = target.to("cuda"), pos.cuda().requires_grad_()
+    losses(moved, target)  # fills the caches
+    moved.grad = None
+    torch.cuda.synchronize()
+    generator = torch.Generator("cuda").manual_seed(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        geometry_terms(moved, target, names, probe_rows=probes, generator=generator)
+        found = losses(moved, target)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in names:
+        torch.testing.assert_close(found[name].cpu(), expected[name], rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(moved.grad.cpu(), start.grad, rtol=1e-2, atol=1e-4)
 
 
 def test_mistakes_are_named():
