@@ -190,7 +190,7 @@ def repulsion_loss(
     sizes = (pos.size(0),) if sizes is None else sizes
     device = _source(generator, pos.device)
     uniform = torch.rand(2, len(sizes), num_pairs, generator=generator, device=device)
-    uniform = uniform.to(pos.device, torch.float64)
+    uniform = uniform.double().to(pos.device, non_blocking=True)
     size = torch.tensor(sizes, dtype=torch.float64).unsqueeze(-1).to(pos.device, non_blocking=True)
     start = size.cumsum(0) - size
     first = (uniform[0] * size).floor()
