@@ -647,21 +647,14 @@ def _recorded_inputs(run: Path) -> tuple[list[Path], list[Path]]:
 def _read(
     paths: list[Path], settings: RunConfig, *, require_pos: bool, min_cells: int = 1
 ) -> list[Slide]:
-    from .io import read_slides
     from .train.logs import Progress
+    from .train.units import read_file
 
-    data, slides = settings.data, []
+    slides: list[Slide] = []
     with Progress() as progress:
         for path in progress.track(paths, "Reading"):
-            slides += read_slides(
-                path,
-                slide_key=data.slide_key,
-                layer=None if data.layer == "X" else data.layer,
-                normalized=data.normalized,
-                embedding=data.embedding,
-                spatial_key=data.spatial_key,
-                require_pos=require_pos,
-                min_cells=min_cells,
+            slides += read_file(
+                path, settings.data, require_pos=require_pos, min_cells=min_cells
             )
     names = [slide.name for slide in slides]
     for number, slide in enumerate(slides, start=1):

@@ -33,6 +33,9 @@ from .trainer import REFERENCE, slide_digest
 
 logger = logging.getLogger(__name__)
 
+FORMS = ("no gate", "true neighbours")
+"""Forms of the model that are scored beside it; no baselines."""
+
 _PROBE_ROWS = 1024  # walk rows that E_geo is estimated from on slides of more than 1,536 cells
 _ATTENTION_EDGES = 3_000_000  # diagnostics hold attention (E, heads) of one recycle
 
@@ -59,6 +62,43 @@ def evaluate_slide(
     Returns:
         Flat metrics of the model: layout metrics by name, ``E_geo_hgate``, ``E_geo_tedge``,
         ``E_geo_floor`` and their parts, candidate recall; of other methods as ``name/metric``.
+
+    Raises:
+        UserError: if the slide has no positions, or fewer than three cells.
+    """
+    bundle = score_slide(predictor, slide, seeds=seeds, baselines=baselines)
+    bundle.command = command
+    bundle.gene = spatial_gene(slide, predictor.meta["genes"])
+    bundle.history = _history(predictor.run)
+    flat = {**bundle.methods["model"], **bundle.metrics, **bundle.diagnostics}
+    flat |= {
+        f"{name}/{key}": value
+        for name, values in bundle.methods.items()
+        if name != "model"
+        for key, value in values.items()
+    }
+    with Progress() as progress, progress.task("Report"):
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_metrics(out / "metrics.json", flat)
+        write_report(out, bundle)
+    return flat
+
+
+def score_slide(
+    predictor: Predictor,
+    slide: Slide,
+    *,
+    seeds: int | None = None,
+    baselines: bool | None = None,
+) -> ReportBundle:
+    """Predict a slide and score the model, its variants and the baselines; nothing is written.
+
+    Args:
+        predictor: the trained run.
+        slide: n cells with positions.
+        seeds: noise seeds of the uncertainty; the run's setting if left out.
+        baselines: whether to score the baselines; the run's setting if left out.
 
     Raises:
         UserError: if the slide has no positions, or fewer than three cells.
@@ -96,48 +136,31 @@ def evaluate_slide(
                     num_rows=settings.sample_rows,
                 )  # fmt: skip
                 task.advance(now=name)
-        metrics = energies(layouts, slide.pos, predictor.config.train.seed)
-        metrics |= candidate_recall(prediction.graph, slide.pos, k=15)
-        if prediction.graph.recall is not None:
-            metrics["graph_recall"] = prediction.graph.recall
-        flat = {**methods["model"], **metrics, **measures}
-        flat |= {
-            f"{name}/{key}": value
-            for name, values in methods.items()
-            if name != "model"
-            for key, value in values.items()
-        }
-        facts = predictor.meta["facts"]
-        seen = {entry["digest"]: entry["role"] for entry in facts["slides"]}
-        role = seen.get(slide_digest(slide))
-        bundle = ReportBundle(
-            slide=slide.name,
-            pred=prediction.pos,
-            true=slide.pos,
-            methods=methods,
-            variants=[name for name in ("no gate", "true neighbours") if name in methods],
-            metrics=metrics,
-            diagnostics=measures,
-            trajectory=prediction.trajectory,
-            history=_history(predictor.run),
-            gene=spatial_gene(slide, predictor.meta["genes"]),
-            focus=focus,
-            uncertainty=prediction.uncertainty,
-            training=[entry["name"] for entry in facts["slides"] if entry["role"] == "train"],
-            validation=[entry["name"] for entry in facts["slides"] if entry["role"] == "val"],
-            held_out=role is None,
-            notes=slide.notes,
-            settings=predictor.config.model_dump(mode="json"),
-            versions=_versions(),
-            command=command,
-            absent={} if seeds > 1 else {"uncertainty": "one noise seed only; pass --seeds 8"},
-        )
-        with progress.task("Report"):
-            out = Path(out)
-            out.mkdir(parents=True, exist_ok=True)
-            write_metrics(out / "metrics.json", flat)
-            write_report(out, bundle)
-    return flat
+    metrics = energies(layouts, slide.pos, predictor.config.train.seed)
+    metrics |= candidate_recall(prediction.graph, slide.pos, k=15)
+    if prediction.graph.recall is not None:
+        metrics["graph_recall"] = prediction.graph.recall
+    facts = predictor.meta["facts"]
+    role = {entry["digest"]: entry["role"] for entry in facts["slides"]}.get(slide_digest(slide))
+    return ReportBundle(
+        slide=slide.name,
+        pred=prediction.pos,
+        true=slide.pos,
+        methods=methods,
+        variants=[name for name in FORMS if name in methods],
+        metrics=metrics,
+        diagnostics=measures,
+        trajectory=prediction.trajectory,
+        focus=focus,
+        uncertainty=prediction.uncertainty,
+        training=[entry["name"] for entry in facts["slides"] if entry["role"] == "train"],
+        validation=[entry["name"] for entry in facts["slides"] if entry["role"] == "val"],
+        held_out=role is None,
+        notes=slide.notes,
+        settings=predictor.config.model_dump(mode="json"),
+        versions=_versions(),
+        absent={} if seeds > 1 else {"uncertainty": "one noise seed only; pass --seeds 8"},
+    )
 
 
 def energies(layouts: dict[str, np.ndarray], pos, seed: int) -> dict[str, float]:

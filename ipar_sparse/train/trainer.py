@@ -104,6 +104,7 @@ def fit(
     config: RunConfig,
     out: Path,
     resume: bool = False,
+    encoder: Path | None = None,
 ) -> FitResult:
     """Train encoder, gate and model, and write a run directory.
 
@@ -116,6 +117,8 @@ def fit(
         config: everything that decides what is computed.
         out: the run directory; exists.
         resume: continue from its last checkpoint.
+        encoder: directory that :func:`fit_encoder` wrote with the same slides, encoder settings
+            and seed; its encoder is taken instead of training the same one again.
 
     Raises:
         UserError: on slides that cannot be trained on.
@@ -126,6 +129,8 @@ def fit(
         run = _Run(train_slides, val_slides, config, Path(out), device, progress, interrupted)
         if resume:
             run.load()
+        elif encoder is not None:
+            run.take_encoder(encoder)
         run.train_encoder()
         run.freeze_embeddings()
         run.train_gate()
@@ -133,6 +138,25 @@ def fit(
         run.close()
     state = run.state
     return FitResult(Path(out), state.best_epoch, state.best, state.facts)
+
+
+def fit_encoder(train_slides: list[Slide], config: RunConfig, out: Path) -> None:
+    """Train the encoder alone, for :func:`fit` to take it into several runs.
+
+    Args:
+        train_slides: slides with positions.
+        config: of any of these runs.
+        out: directory to write to; exists.
+
+    Raises:
+        UserError: on slides that cannot be trained on.
+        KeyboardInterrupt: after ctrl-C.
+    """
+    device = resolve_device(config.train.device)
+    with _interrupt_between_steps() as interrupted, Progress() as progress:
+        run = _Run(train_slides, [], config, Path(out), device, progress, interrupted)
+        run.train_encoder()
+        run.close()
 
 
 class _Run:
@@ -206,6 +230,16 @@ class _Run:
                 optimizer.step()
                 self._stepped("encoder", step + 1, optimizer, losses, task)
                 self._stop_if_asked("encoder", optimizer)
+        self.encoder.eval().requires_grad_(False)
+        self._advance("gate")
+
+    def take_encoder(self, trained: Path) -> None:
+        """The encoder of another directory, in place of training it."""
+        meta = load_checkpoint(Path(trained) / LAST, {"encoder": self.encoder})
+        if meta["genes"] != self.genes or meta["stage"] == "encoder":
+            raise UserError(
+                f"{trained} holds no trained encoder of these slides' genes; train it again"
+            )
         self.encoder.eval().requires_grad_(False)
         self._advance("gate")
 
@@ -511,7 +545,7 @@ class _Run:
         self.state.step = step
         self.state.log_step += 1
         if step % _LOG_EVERY == 0 or step == 1:
-            values = {name: float(value) for name, value in losses.items()}
+            values = {name: float(torch.as_tensor(v).detach()) for name, v in losses.items()}
             if not math.isfinite(values["loss"]):
                 raise UserError(
                     f"the loss became {values['loss']} at step {step} of the {stage} stage; "

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..config import RunConfig
+from ..config import DataConfig, RunConfig
 from ..errors import UserError
 from ..graph import NeighborTable, knn_candidates
+from ..io import read_slides
+from ..slide import Slide
 from ..targets import SlideTarget, build_target, collate, gate_target
 
 
@@ -39,6 +42,29 @@ class Unit:
             gate_target=self.gate_target.to(device),
             whole=self.whole,
         )
+
+
+def read_file(
+    path: Path, data: DataConfig, *, require_pos: bool, min_cells: int = 1
+) -> list[Slide]:
+    """The slides of a file, read as a configuration says; see :func:`~ipar_sparse.io.read_slides`.
+
+    Args:
+        path: AnnData file.
+        data: layer, embedding, keys.
+        require_pos: refuse slides without positions.
+        min_cells: refuse slides with fewer cells.
+    """
+    return read_slides(
+        path,
+        slide_key=data.slide_key,
+        layer=None if data.layer == "X" else data.layer,
+        normalized=data.normalized,
+        embedding=data.embedding,
+        spatial_key=data.spatial_key,
+        require_pos=require_pos,
+        min_cells=min_cells,
+    )
 
 
 @dataclass
