@@ -29,6 +29,7 @@ __all__ = [
 STRESS_WEIGHT = 0.1  # of L_stress beside L_RW, in E_geo and in training
 _LOG_FLOOR = 1e-8
 _DENSE_LIMIT = 1536  # up to here n x n products beat sparse ones
+_METRIC_ROWS = 256  # probe rows of E_geo beyond that
 _BLOCK_ELEMENTS = 1 << 24  # walk entries held at once when all rows of a large graph are wanted
 
 
@@ -65,11 +66,11 @@ def rw_kl_loss(
         values = walk.transition(pos)
         if probe_rows is not None and probe_rows < n:
             rows = _random_rows(n, probe_rows, generator, pos.device)
-            return _probe_kl(values, walk, rows) / probe_rows
+            return _probe_kl(values, walk, rows).mean()
         if max(walk.sizes) <= _DENSE_LIMIT:
             return _dense_kl(values, walk)
         rows = torch.arange(n, device=pos.device).split(max(1, _BLOCK_ELEMENTS // n))
-        return sum(_probe_kl(values, walk, block) for block in rows) / n
+        return sum(_probe_kl(values, walk, block).sum() for block in rows) / n
 
 
 def log_stress_loss(
@@ -265,12 +266,15 @@ def e_geo(
     Args:
         pos: positions (n, 2), any units; brought into the unit-RMS gauge here.
         target: what the layout should be.
-        probe_rows: see :func:`rw_kl_loss`.
+        probe_rows: rows of the walk that are compared; if left out, all of them up to graphs of
+            1536 nodes, and 256 beyond.
         generator: source of the probe rows.
 
     Returns:
         Scalars ``e_geo``, ``l_rw``, ``l_stress``.
     """
+    if probe_rows is None and max(target.sizes) > _DENSE_LIMIT:
+        probe_rows = _METRIC_ROWS
     pos = gauge_fix(pos, target.batch, target.num_graphs)
     l_rw = rw_kl_loss(pos, target.walk, probe_rows, generator)
     l_stress = log_stress_loss(pos, target.stress)
@@ -353,7 +357,7 @@ def _dense_kl(values: Tensor, walk: WalkTarget) -> Tensor:
 
 
 def _probe_kl(values: Tensor, walk: WalkTarget, rows: Tensor) -> Tensor:
-    """Sum over probe rows of the divergence, every row carried as one column of (n, m)."""
+    """Divergence of each probe row (m,), every row carried as one column of (n, m)."""
     reference = walk.reference(values.dtype)
     start = values.new_zeros(walk.num_nodes, rows.numel())
     start.scatter_(0, rows.unsqueeze(0), 1.0)
@@ -365,7 +369,7 @@ def _probe_kl(values: Tensor, walk: WalkTarget, rows: Tensor) -> Tensor:
         with torch.no_grad():
             expected = _WalkStep.apply(reference, expected, walk)
         weight = (row_steps >= s).to(values.dtype) * 0.5 ** (s - 1)
-        total = total + (_kl(expected, predicted, dim=0) * weight).sum()
+        total = total + _kl(expected, predicted, dim=0) * weight
     return total
 
 

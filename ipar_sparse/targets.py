@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 MINISET_LIMIT = 384  # the largest miniset: up to here a target is the definition, edge for edge
-EXACT_LIMIT = 8192  # beyond, all neighbours within 0.15 n are refused: O(n^2) pairs
+EXACT_LIMIT = 4096  # beyond, all neighbours within 0.15 n are refused: O(n^2) pairs
 PARTNERS = 32  # neighbours a node keeps of its 0.15 n nearest; with 213 as many as a miniset's
 _SCALE_FACTOR = 8  # between the densities at which multiscale pairs are sampled
 _SCALE_PARTNERS = 6
@@ -45,7 +45,7 @@ _ROWS = 1 << 16  # nodes whose neighbour coordinates are held at once
 
 def default_k(num_nodes: int) -> int:
     """Neighbours of the target graph of a miniset: max(20, 0.15 n), at most n - 1."""
-    return max(0, min(num_nodes - 1, max(20, int(0.15 * num_nodes))))
+    return max(0, min(num_nodes - 1, max(20, 15 * num_nodes // 100)))
 
 
 def default_steps(num_nodes: int) -> int:
@@ -201,7 +201,7 @@ class StressTarget(_Tensors):
         dist: distances in the unit-RMS gauge (M,).
         edge_batch: graph of each pair (M,), int64.
         num_graphs: number of graphs.
-        softening: lengths (M,) below which a pair's distance stops to matter, None for none.
+        softening: lengths (M,) below which a pair's distance stops mattering, None for none.
     """
 
     edge_index: Tensor
@@ -241,6 +241,8 @@ class SlideTarget(_Tensors):
 
 def build_walk_target(pos, k: int | None = None, steps: int | None = None) -> WalkTarget:
     """The random walk on all spatial neighbours (random-walk family of IPA-Lite).
+
+    With the default k this is O(n^2) pairs; :func:`build_target` sketches it for large n.
 
     Args:
         pos: positions (n, 2), any units; brought into the unit-RMS gauge.
@@ -311,9 +313,13 @@ def build_stress_target(
         k: neighbours a node, default max(20, 0.15 n).
         ring: ring partners a node.
         landmarks: number of landmarks, default max(8, n // 16).
+
+    Raises:
+        ValueError: on positions that are not a finite (n, 2) matrix, or more than 4096 of them.
     """
     pos = _reference(pos)
-    return _family_pairs(pos, _neighbors(pos, k), seed, ring, landmarks)
+    _refuse_large(len(pos))
+    return _family_pairs(pos, _neighbors(pos, k), seed, ring=ring, landmarks=landmarks)
 
 
 def build_target(
@@ -341,17 +347,18 @@ def build_target(
 
     Raises:
         ValueError: on positions that are not a finite (n, 2) matrix, an unknown mode, or an exact
-            target of more than 8192 nodes.
+            target of more than 4096 nodes.
     """
     pos = _reference(pos)
     n = len(pos)
     sketch = _is_sketch(n, mode)
     neighbors = _sketch_neighbors(pos, partners, seed) if sketch else _neighbors(pos)
+    sampled = neighbors.shape[1] < default_k(n)
     multiscale = sketch if multiscale is None else multiscale
     return SlideTarget(
         pos=pos,
-        walk=walk_from_neighbors(pos, neighbors, sampled=neighbors.shape[1] < default_k(n)),
-        stress=_family_pairs(pos, neighbors, seed),
+        walk=walk_from_neighbors(pos, neighbors, sampled=sampled),
+        stress=_family_pairs(pos, neighbors, seed, sampled=sampled),
         batch=torch.zeros(n, dtype=torch.int64),
         ptr=torch.tensor([0, n]),
         sizes=(n,),
@@ -444,18 +451,24 @@ def _neighbors(pos: Tensor, k: int | None = None) -> np.ndarray:
 def _is_sketch(n: int, mode: str) -> bool:
     if mode not in ("auto", "exact", "sketch"):
         raise ValueError(f"unknown mode {mode!r}; choose 'auto', 'exact' or 'sketch'")
-    if mode == "exact" and n > EXACT_LIMIT:
-        raise ValueError(
-            f"an exact target of {n} nodes needs O(n^2) pairs; use mode='sketch' beyond "
-            f"{EXACT_LIMIT}"
-        )
+    if mode == "exact":
+        _refuse_large(n)
     return mode == "sketch" or (mode == "auto" and n > MINISET_LIMIT)
+
+
+def _refuse_large(n: int) -> None:
+    if n > EXACT_LIMIT:
+        raise ValueError(
+            f"an exact target of {n} nodes needs O(n^2) pairs; use build_target(mode='sketch') "
+            f"beyond {EXACT_LIMIT}"
+        )
 
 
 def _sketch_neighbors(pos: Tensor, partners: int, seed: int) -> np.ndarray:
     """A random sample, one list a node, of its 0.15 n nearest; all of them where n is small."""
     n = len(pos)
-    groups = max(1, default_k(n) // max(partners, 1))
+    groups = 15 * n // (100 * max(partners, 1)) if default_k(n) > 20 else 1
+    groups = max(1, groups)
     rng = np.random.default_rng([seed, 1])
     return _subset_neighbors(pos.numpy(), default_k(n) // groups, groups, rng)
 
@@ -503,13 +516,18 @@ def _directed(index: np.ndarray) -> np.ndarray:
 
 
 def _family_pairs(
-    pos: Tensor, neighbors: np.ndarray, seed: int, ring: int = 10, landmarks: int | None = None
+    pos: Tensor,
+    neighbors: np.ndarray,
+    seed: int,
+    *,
+    sampled: bool = False,
+    ring: int = 10,
+    landmarks: int | None = None,
 ) -> StressTarget:
     xy = pos.numpy()
-    exact = neighbors.shape[1] >= default_k(len(pos))
     if landmarks is None:
-        landmarks = max(8, (len(pos) if exact else MINISET_LIMIT) // 16)
-    partners = _ring_pairs if exact else _sampled_ring_pairs
+        landmarks = max(8, (MINISET_LIMIT if sampled else len(pos)) // 16)
+    partners = _sampled_ring_pairs if sampled else _ring_pairs
     pairs = [_directed(neighbors), partners(xy, ring, seed), _landmark_pairs(xy, landmarks)]
     return _stress_from_pairs(pos, np.concatenate(pairs, axis=1))
 

@@ -16,7 +16,13 @@ from ipar_sparse.losses import (
 )
 from ipar_sparse.oracle import WHOLE_SLIDE, minimize_layout, spectral_layout
 from ipar_sparse.simulate import simulate
-from ipar_sparse.targets import build_target, build_walk_target, collate, target_graph
+from ipar_sparse.targets import (
+    build_stress_target,
+    build_target,
+    build_walk_target,
+    collate,
+    target_graph,
+)
 
 
 def tissue(n, seed=0):
@@ -115,6 +121,17 @@ def test_sketch_of_everything_is_the_definition():
         assert torch.equal(exact.stress.edge_index, sketch.stress.edge_index)
     auto, exact = build_target(tissue(384)), build_target(tissue(384), mode="exact")
     assert torch.equal(auto.walk.pair, exact.walk.pair) and auto.multiscale is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 25, 134, 500])
+@pytest.mark.parametrize("partners", [1, 7])
+def test_small_sketches_build(n, partners):
+    target = build_target(tissue(n), mode="sketch", partners=partners)
+    degree = target.walk.rowptr.diff()
+    assert (degree >= min(n - 1, partners)).all()
+    assert rw_kl_loss(target.pos, target.walk).abs() < 1e-14
+    if n > 1:
+        assert log_stress_loss(target.pos, target.multiscale) < 1e-25
 
 
 def test_sketch_keeps_reach_and_size():
@@ -256,4 +273,6 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="unknown mode"):
         build_target(tissue(60), mode="dense")
     with pytest.raises(ValueError, match="sketch"):
-        build_target(np.random.default_rng(0).random((9000, 2)), mode="exact")
+        build_target(np.random.default_rng(0).random((5000, 2)), mode="exact")
+    with pytest.raises(ValueError, match="sketch"):
+        build_stress_target(np.random.default_rng(0).random((5000, 2)))
