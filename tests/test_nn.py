@@ -307,10 +307,10 @@ def test_each_term_changes_the_output_alike_on_every_path(graph, name):
 
 
 def test_squared_distance_is_its_formula(graph):
-    term = LOGIT_TERMS["mono"](3).double()
-    pos = torch.randn(N, 2).double()
+    term = LOGIT_TERMS["mono"](4, 3).double()
+    pos, s = torch.randn(N, 2).double(), torch.zeros(N, 4).double()
     src, dst = graph.edge_index
-    logits = term(torch.zeros(N, 4), pos, pos, src, dst)
+    logits = term(pos, pos, s, s, graph.edge_index)
     expected = -(pos[src] - pos[dst]).square().sum(-1, keepdim=True).expand(-1, 3)
     torch.testing.assert_close(logits, expected)  # softplus starts at 1
 

@@ -4,6 +4,13 @@ from .conv import IPALiteConv
 from .encoder import SharedEncoder
 from .gate import EdgeGateSoft
 from .model import IPALiteModel
-from .terms import LOGIT_TERMS
+from .terms import LOGIT_TERMS, PairBias
 
-__all__ = ["LOGIT_TERMS", "EdgeGateSoft", "IPALiteConv", "IPALiteModel", "SharedEncoder"]
+__all__ = [
+    "LOGIT_TERMS",
+    "EdgeGateSoft",
+    "IPALiteConv",
+    "IPALiteModel",
+    "PairBias",
+    "SharedEncoder",
+]

@@ -1,5 +1,9 @@
 """IPALiteConv: attention over in-edges that moves states and coordinates."""
 
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing, inits
@@ -9,14 +13,14 @@ from torch_geometric.utils import is_sparse, to_edge_index
 from .. import ops
 from ..graph import NeighborTable
 from ..ops.reference import attention_logits
-from .terms import LOGIT_TERMS
+from .terms import LOGIT_TERMS, LearnedScalars
 
 
 class IPALiteConv(MessagePassing):
     r"""Frame-free 2D relative of invariant point attention (IPA-Lite block).
 
     .. math::
-        \ell_{ij}^h &= \langle W_Q^h s_i, W_K^h s_j \rangle / \sqrt{C} + b_{ij}
+        \ell_{ij}^h &= \langle W_Q^h s_i, W_K^h s_j \rangle / \sqrt{C} + b_{ij}^h
 
         a_{ij}^h &= \operatorname{softmax}_{j \in \mathcal{N}(i)} \ell_{ij}^h
 
@@ -29,6 +33,11 @@ class IPALiteConv(MessagePassing):
     update is equivariant to translation, and to rotation where :math:`W_x^h` commutes with it.
     It starts as the identity: :math:`W_x^h` and the MLP's last layer are zero.
 
+    With ``qk_norm``, queries and keys pass through a LayerNorm without affine part, and their
+    product is multiplied by a learned scale instead of :math:`1 / \sqrt{C}`. Products of
+    independent directions have a standard deviation of :math:`\sqrt{C}` times the scale, so a
+    scale of 1 at C = 32 gives logits of 5.7 and one of :math:`\sqrt{32}` one-hot attention.
+
     Given a :class:`~ipar_sparse.graph.NeighborTable`, the layer takes a fused path of bounded
     memory; given PyG's ``edge_index``, ``SparseTensor``, ``EdgeIndex`` or a sparse tensor, or
     where attention weights, explanations or hooks ask to see the messages, it passes messages.
@@ -38,7 +47,14 @@ class IPALiteConv(MessagePassing):
         channels: width of the node state.
         heads: attention heads (default: 4).
         head_channels: width of a head (default: 32).
-        terms: names of extra logit terms from :data:`ipar_sparse.nn.LOGIT_TERMS` (default: none).
+        terms: names of extra logit terms from :data:`ipar_sparse.nn.LOGIT_TERMS`, or a mapping
+            from names to their arguments (default: none).
+        qk: whether states attend by query and key; without, the bias and the terms alone make
+            the logits (default: True).
+        qk_norm: normalise queries and keys (default: False).
+        qk_scale: start of the learned scale of ``qk_norm`` (default: 1.0).
+        qk_range: range in which :math:`\tau = \sqrt{C}` times the learned scale stays; None
+            leaves it free (default: None).
         pos_channels: dimension of the coordinates (default: 2).
         backend: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"triton"`` for the fused path
             (default: ``"auto"``).
@@ -57,7 +73,11 @@ class IPALiteConv(MessagePassing):
         channels: int,
         heads: int = 4,
         head_channels: int = 32,
-        terms: tuple[str, ...] = (),
+        terms: Iterable[str] | Mapping[str, Mapping[str, Any]] = (),
+        qk: bool = True,
+        qk_norm: bool = False,
+        qk_scale: float = 1.0,
+        qk_range: tuple[float, float] | None = None,
         pos_channels: int = 2,
         backend: str = "auto",
         **kwargs,
@@ -67,14 +87,16 @@ class IPALiteConv(MessagePassing):
         unknown = sorted(set(terms) - set(LOGIT_TERMS))
         if unknown:
             raise ValueError(f"unknown logit terms {unknown}; choose from {sorted(LOGIT_TERMS)}")
+        if qk_norm and not qk:
+            raise ValueError("qk_norm normalises queries and keys, but qk=False leaves them out")
         self.channels = channels
         self.heads = heads
         self.head_channels = head_channels
         self.pos_channels = pos_channels
         self.backend = backend
         inner = heads * head_channels
-        self.lin_query = nn.Linear(channels, inner, bias=False)
-        self.lin_key = nn.Linear(channels, inner, bias=False)
+        self.lin_query = nn.Linear(channels, inner, bias=False) if qk else None
+        self.lin_key = nn.Linear(channels, inner, bias=False) if qk else None
         self.lin_value = nn.Linear(channels, inner, bias=False)
         self.weight_pos = nn.Parameter(torch.empty(heads, pos_channels, pos_channels))
         self.norm = nn.LayerNorm(channels)
@@ -83,7 +105,15 @@ class IPALiteConv(MessagePassing):
             nn.GELU(),
             nn.Linear(2 * channels, channels),
         )
-        self.terms = nn.ModuleDict({name: LOGIT_TERMS[name](heads) for name in terms})
+        options = terms if isinstance(terms, Mapping) else {name: {} for name in terms}
+        self.terms = nn.ModuleDict(
+            {
+                name: LOGIT_TERMS[name](channels, heads, pos_channels, **given)
+                for name, given in options.items()
+            }
+        )
+        bounds = qk_range and tuple(end / math.sqrt(head_channels) for end in qk_range)
+        self.qk_scale = LearnedScalars([qk_scale], bounds) if qk_norm else None
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -91,8 +121,8 @@ class IPALiteConv(MessagePassing):
         super().reset_parameters()
         for module in (self.lin_query, self.lin_key, self.lin_value, self.norm, self.mlp):
             inits.reset(module)
-        for term in self.terms.values():
-            term.reset_parameters()
+        for module in (*self.terms.values(), self.qk_scale):
+            inits.reset(module)
         nn.init.zeros_(self.weight_pos)
         nn.init.zeros_(self.mlp[-1].weight)
         nn.init.zeros_(self.mlp[-1].bias)
@@ -105,8 +135,15 @@ class IPALiteConv(MessagePassing):
         edge_bias: Tensor | None = None,
         size: tuple[int, int] | None = None,
         return_attention_weights: bool | None = None,
+        batch: Tensor | None = None,
+        use_terms: bool = True,
     ):
-        """One round of attention; see the class for shapes."""
+        """One round of attention; see the class for shapes.
+
+        Args:
+            batch: graph of each destination (n_dst,), for terms that measure a graph.
+            use_terms: whether the extra logit terms take part in this round.
+        """
         s_src, s_dst = s if isinstance(s, tuple) else (s, s)
         pos_src, pos_dst = pos if isinstance(pos, tuple) else (pos, pos)
         if s_dst.size(-1) != self.channels or s_src.size(-1) != self.channels:
@@ -114,10 +151,8 @@ class IPALiteConv(MessagePassing):
                 f"{self} needs states of width {self.channels}; "
                 f"given {tuple(s_src.shape)} and {tuple(s_dst.shape)}"
             )
-        shape = (-1, self.heads, self.head_channels)
-        query = self.lin_query(s_dst).view(shape)
-        key = self.lin_key(s_src).view(shape)
-        value = self.lin_value(s_src).view(shape)
+        value = self.lin_value(s_src).view(-1, self.heads, self.head_channels)
+        query, key = self._query_key(s_src, s_dst, value.dtype)
         if edge_bias is not None and edge_bias.dim() == 2 and edge_bias.size(1) == 1:
             edge_bias = edge_bias.squeeze(-1)
 
@@ -126,13 +161,17 @@ class IPALiteConv(MessagePassing):
             return_attention_weights or self._messages_are_watched()
         ):
             graph = edge_index
-            edge_bias = self._with_terms(edge_bias, s_dst, pos_src, pos_dst, graph)
+            if use_terms and self.terms:
+                ends = (pos_src, pos_dst, s_src, s_dst, graph.edge_index, batch)
+                edge_bias = self._with_terms(edge_bias, *ends)
             out, displacement, _ = ops.edge_attention(
                 query, key, value, (pos_src, pos_dst), edge_bias, graph, backend=self.backend
             )
         else:
-            edge_index = _as_edge_index(edge_index)
-            edge_bias = self._with_terms(edge_bias, s_dst, pos_src, pos_dst, edge_index)
+            edge_index = as_edge_index(edge_index)
+            if use_terms and self.terms:
+                ends = (pos_src, pos_dst, s_src, s_dst, edge_index, batch)
+                edge_bias = self._with_terms(edge_bias, *ends)
             size = size or (s_src.size(0), s_dst.size(0))
             if edge_bias is None:
                 edge_bias = pos_src.new_zeros(edge_index.size(1))
@@ -165,14 +204,49 @@ class IPALiteConv(MessagePassing):
         carried = torch.cat([value_j.to(dtype), moves.to(dtype)], dim=-1)
         return attention.unsqueeze(-1).to(dtype) * carried
 
-    def _with_terms(self, bias, s, pos_src, pos_dst, edges) -> Tensor | None:
-        if not self.terms:
-            return bias
-        src, dst = edges.edge_index if isinstance(edges, NeighborTable) else edges
+    def logit_terms(
+        self, s: Tensor, pos: Tensor, edge_index: Tensor, batch: Tensor | None = None,
+        use_terms: bool = True,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """What this layer adds to the edge bias to make its logits, by name.
+
+        Args:
+            s: states (n, channels).
+            pos: positions (n, 2).
+            edge_index: edges (2, E).
+            batch: graph of each node (n,), or None.
+            use_terms: whether the extra terms take part.
+
+        Returns:
+            Logits (E, heads) each; ``"qk"``, where there is one, comes first.
+        """
+        src, dst = edge_index
+        found = {}
+        if self.lin_query is not None:
+            query, key = self._query_key(s, s, s.dtype)
+            found["qk"] = attention_logits(query[dst], key[src], None)
+        if use_terms:
+            for name, term in self.terms.items():
+                found[name] = term(pos, pos, s, s, edge_index, batch)
+        return found
+
+    def _query_key(self, s_src: Tensor, s_dst: Tensor, dtype: torch.dtype):
+        shape = (self.heads, self.head_channels)
+        if self.lin_query is None:
+            query, key = (s.new_zeros(s.size(0), *shape) for s in (s_dst, s_src))
+        else:
+            query = self.lin_query(s_dst).view(-1, *shape)
+            key = self.lin_key(s_src).view(-1, *shape)
+        if self.qk_scale is not None:
+            query, key = (nn.functional.layer_norm(x, shape[1:]) for x in (query, key))
+            query = query * (self.qk_scale() * math.sqrt(self.head_channels))
+        return query.to(dtype), key.to(dtype)
+
+    def _with_terms(self, bias, *ends) -> Tensor:
         if bias is not None and bias.dim() == 1:
             bias = bias.unsqueeze(-1)
         for term in self.terms.values():
-            logits = term(s, pos_src, pos_dst, src, dst)
+            logits = term(*ends)
             bias = logits if bias is None else bias + logits
         return bias
 
@@ -187,14 +261,16 @@ class IPALiteConv(MessagePassing):
         return bool(self.explain) or any(hooks)
 
     def __repr__(self) -> str:
-        terms = f", terms={list(self.terms)}" if self.terms else ""
+        extra = f", terms={list(self.terms)}" if self.terms else ""
+        extra += ", qk=False" if self.lin_query is None else ""
+        extra += ", qk_norm=True" if self.qk_scale is not None else ""
         return (
             f"{type(self).__name__}({self.channels}, heads={self.heads}, "
-            f"head_channels={self.head_channels}{terms})"
+            f"head_channels={self.head_channels}{extra})"
         )
 
 
-def _as_edge_index(edges) -> Tensor:
+def as_edge_index(edges) -> Tensor:
     """Any adjacency PyG knows as (2, E), sources first; sparse matrices are adj_t: (dst, src)."""
     if isinstance(edges, NeighborTable):
         return edges.edge_index

@@ -1,5 +1,11 @@
 """IPALiteModel: embeddings to positions, by recycled attention."""
 
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import add
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -8,14 +14,27 @@ from torch_geometric.typing import Adj
 
 from ..gauge import gauge_fix
 from ..graph import NeighborTable
-from .conv import IPALiteConv
+from .conv import IPALiteConv, as_edge_index
+from .terms import LearnedScalars, PairBias
+
+BETA_BOUNDS = (0.0, 2.5)
 
 
 class IPALiteModel(nn.Module):
-    r"""Positions of cells from their embeddings alone (IPA-Lite V1).
+    r"""Positions of cells from their embeddings alone (IPA-Lite V1, and its variants).
 
     State and position start as MLPs of the embedding; a block of attention, shared by all
-    recycles by default, then moves both, with the gauge fixed after each recycle.
+    recycles by default, then moves both, with the gauge fixed after each recycle. In recycle r
+
+    .. math::
+        \ell_{ij}^h &= \text{query and key} + \beta_r b_{ij} + \text{pair}_{ij}^h
+            + \text{terms}_{ij}^h
+
+        X &\leftarrow \mathrm{gauge}(X + \eta_r \, \Delta X)
+
+    with :math:`\beta_r = \eta_r = 1` and no pair or other term by default. V2 has unshared
+    blocks. IPA-R has three of them, normalised queries and keys, a pair term, learned
+    :math:`\beta_r` and :math:`\eta_r`, and point attention in the last recycle.
 
     Args:
         in_channels: width d of the embedding.
@@ -24,7 +43,16 @@ class IPALiteModel(nn.Module):
         head_channels: width of a head (default: 32).
         num_recycles: passes through the block (default: 5).
         shared: whether all recycles use one block (default: True).
-        terms: names of extra logit terms (default: none).
+        terms: extra logit terms, see :class:`IPALiteConv` (default: none).
+        geo_schedule: recycles, counted from 1, in which the extra terms take part; None is all
+            of them (default: None). Unshared blocks of other recycles have no terms.
+        qk, qk_norm, qk_scale, qk_range: of the attention, see :class:`IPALiteConv`.
+        pair_hidden: hidden widths of a pair term, see :class:`PairBias`; None is no pair term
+            (default: None).
+        betas: start of the learned factor :math:`\beta_r` in [0, 2.5] of the edge bias, one a
+            recycle; None takes the bias as it is (default: None).
+        step_gate: start of the learned step size :math:`\eta_r` in (0, 1) of every recycle; None
+            takes whole steps (default: None).
         init_noise: std of the Gaussian noise on the first positions in training (default: 0.05).
         checkpoint_recycles: keep only each recycle's input for the backward pass, so that
             activation memory does not grow with the work inside a recycle (default: False).
@@ -44,10 +72,18 @@ class IPALiteModel(nn.Module):
         head_channels: int = 32,
         num_recycles: int = 5,
         shared: bool = True,
-        terms: tuple[str, ...] = (),
+        terms: Iterable[str] | Mapping[str, Mapping[str, Any]] = (),
         init_noise: float = 0.05,
         checkpoint_recycles: bool = False,
         backend: str = "auto",
+        geo_schedule: Sequence[int] | None = None,
+        qk: bool = True,
+        qk_norm: bool = False,
+        qk_scale: float = 1.0,
+        qk_range: tuple[float, float] | None = None,
+        pair_hidden: Sequence[int] | None = None,
+        betas: Sequence[float] | None = None,
+        step_gate: float | None = None,
     ):
         super().__init__()
         self.in_channels = in_channels
@@ -62,14 +98,33 @@ class IPALiteModel(nn.Module):
         self.mlp_pos = nn.Sequential(
             nn.Linear(in_channels, channels), nn.GELU(), nn.Linear(channels, 2)
         )
+        recycles = set(range(1, num_recycles + 1))
+        scheduled = recycles if geo_schedule is None else set(geo_schedule)
+        if not scheduled <= recycles or (terms and not scheduled):
+            raise ValueError(f"geo_schedule must name recycles 1..{num_recycles}: {geo_schedule}")
+        if betas is not None and len(betas) != num_recycles:
+            raise ValueError(f"betas needs one value for each of {num_recycles} recycles: {betas}")
+        self.geo_schedule = tuple(sorted(scheduled)) if terms else ()
+        block = {
+            "channels": channels, "heads": heads, "head_channels": head_channels,
+            "qk": qk, "qk_norm": qk_norm, "qk_scale": qk_scale, "qk_range": qk_range,
+            "backend": backend,
+        }  # fmt: skip
         self.blocks = nn.ModuleList(
-            IPALiteConv(channels, heads, head_channels, terms=tuple(terms), backend=backend)
-            for _ in range(1 if shared else num_recycles)
+            IPALiteConv(**block, terms=terms if shared or r + 1 in scheduled else ())
+            for r in range(1 if shared else num_recycles)
         )
+        self.pair = None
+        if pair_hidden is not None:
+            self.pair = PairBias(in_channels, heads, len(self.blocks), pair_hidden, backend=backend)
+        self.beta = LearnedScalars(betas, BETA_BOUNDS) if betas is not None else None
+        self.step = None
+        if step_gate is not None:
+            self.step = LearnedScalars([step_gate] * num_recycles, (0.0, 1.0))
 
     def reset_parameters(self):
         """Draw all weights anew."""
-        for module in (self.mlp_state, self.mlp_pos, *self.blocks):
+        for module in self.children():
             inits.reset(module)
 
     def forward(
@@ -110,17 +165,17 @@ class IPALiteModel(nn.Module):
             pos = pos + self.init_noise * noise
         pos = gauge_fix(pos, batch, num_graphs)
         trajectory, attention = [pos], []
+        pair = self.pair_logits(h, graph)
         for recycle in range(self.num_recycles):
-            block = self.blocks[0 if self.shared else recycle]
+            given = (recycle, state, pos, graph, edge_bias, pair, batch)
             if return_attention_weights:
-                state, pos, weights = block(
-                    state, pos, graph, edge_bias, return_attention_weights=True
-                )
+                state, moved, weights = self._recycle(*given, return_attention_weights=True)
                 attention.append(weights)
             elif self.checkpoint_recycles and torch.is_grad_enabled():
-                state, pos = checkpoint(block, state, pos, graph, edge_bias, use_reentrant=False)
+                state, moved = checkpoint(self._recycle, *given, use_reentrant=False)
             else:
-                state, pos = block(state, pos, graph, edge_bias)
+                state, moved = self._recycle(*given)
+            pos = moved if self.step is None else pos + self.step()[recycle] * (moved - pos)
             pos = gauge_fix(pos, batch, num_graphs)
             trajectory.append(pos)
         result = (pos,)
@@ -129,6 +184,48 @@ class IPALiteModel(nn.Module):
         if return_attention_weights:
             result += (attention,)
         return result if len(result) > 1 else pos
+
+    def block(self, recycle: int) -> IPALiteConv:
+        """The block of a recycle, counted from 0."""
+        return self.blocks[0 if self.shared else recycle]
+
+    def uses_terms(self, recycle: int) -> bool:
+        """Whether the extra logit terms take part in a recycle, counted from 0."""
+        return recycle + 1 in self.geo_schedule
+
+    def pair_logits(self, h: Tensor, graph: NeighborTable | Adj) -> list[Tensor] | None:
+        """The pair term (E, heads) of each block, None without one."""
+        if self.pair is None:
+            return None
+        return self.pair(h, graph if isinstance(graph, NeighborTable) else as_edge_index(graph))
+
+    def edge_terms(
+        self, recycle: int, edge_bias: Tensor | None, pair: list[Tensor] | None
+    ) -> dict[str, Tensor]:
+        """What the edges bring to the logits of a recycle: ``gate`` and ``pair``, (E, heads | 1).
+
+        Args:
+            recycle: counted from 0.
+            edge_bias: the bias given to the model (E,) or (E, heads), or None.
+            pair: from :meth:`pair_logits`.
+        """
+        terms = {}
+        if edge_bias is not None:
+            terms["gate"] = edge_bias.unsqueeze(-1) if edge_bias.dim() == 1 else edge_bias
+            if self.beta is not None:
+                removed = torch.isinf(terms["gate"])  # beta times them has no gradient
+                finite = terms["gate"].masked_fill(removed, 0.0)
+                terms["gate"] = (self.beta()[recycle] * finite).masked_fill(removed, -math.inf)
+        if pair is not None:
+            terms["pair"] = pair[0 if self.shared else recycle]
+        return terms
+
+    def _recycle(self, recycle, state, pos, graph, edge_bias, pair, batch, **kwargs):
+        terms = self.edge_terms(recycle, edge_bias, pair)
+        bias = reduce(add, terms.values()) if terms else None
+        return self.block(recycle)(
+            state, pos, graph, bias, batch=batch, use_terms=self.uses_terms(recycle), **kwargs
+        )
 
     def __repr__(self) -> str:
         return (

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..graph import NeighborTable
 from . import chunked, reference
+from .edges import map_edges
 from .segment import scatter_sum, segment_softmax
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "GATE_BACKENDS",
     "edge_attention",
     "edge_gate",
+    "map_edges",
     "resolve_backend",
     "scatter_sum",
     "segment_softmax",

@@ -1,0 +1,92 @@
+"""Functions of an edge's two ends, on all edges in bounded memory."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_EDGES = 1 << 16  # edges worked on at once
+
+
+def map_edges(
+    function: Callable[..., Tensor],
+    edge_index: Tensor,
+    sources: Sequence[Tensor],
+    destinations: Sequence[Tensor],
+    parameters: Sequence[Tensor] = (),
+) -> Tensor:
+    r"""Per-edge values :math:`f(a_j, \ldots, b_i, \ldots; \theta)`, a block of edges at a time.
+
+    Only the inputs are kept: what ``function`` makes on the way to its values, however wide, is
+    made again block by block in the backward pass.
+
+    Args:
+        function: takes rows of the sources (e, ...), rows of the destinations (e, ...) and the
+            parameters whole, in this order, and returns (e, H).
+        edge_index: (2, E), sources first.
+        sources: tensors of the source nodes (n_src, ...).
+        destinations: tensors of the destination nodes (n, ...).
+        parameters: tensors that all edges share.
+
+    Returns:
+        Values (E, H), differentiable once.
+    """
+    tensors = (*sources, *destinations, *parameters)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return _MapEdges.apply(function, edge_index, len(sources), len(destinations), *tensors)
+
+
+class _MapEdges(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, edge_index, num_sources, num_destinations, *tensors):
+        ctx.function, ctx.counts = function, (num_sources, num_destinations)
+        ctx.save_for_backward(edge_index, *tensors)
+        blocks = [
+            function(*rows, *tensors[num_sources + num_destinations :])
+            for rows in (
+                _rows(tensors, ctx.counts, block) for block in edge_index.split(_EDGES, dim=1)
+            )
+        ]
+        return torch.cat(blocks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):
+            return None, None, None, None, *_MapEdges._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx, grad):
+        edge_index, *tensors = ctx.saved_tensors
+        first_parameter = sum(ctx.counts)
+        wanted = ctx.needs_input_grad[4:]
+        totals = [
+            torch.zeros_like(tensor) if want else None
+            for tensor, want in zip(tensors, wanted, strict=True)
+        ]
+        for number, block in enumerate(edge_index.split(_EDGES, dim=1)):
+            rows = _rows(tensors, ctx.counts, block)
+            given = [*rows, *tensors[first_parameter:]]
+            given = [t.detach().requires_grad_(want) for t, want in zip(given, wanted, strict=True)]
+            with torch.enable_grad():
+                values = ctx.function(*given)
+            part = grad[number * _EDGES : number * _EDGES + block.size(1)]
+            asked = [t for t in given if t.requires_grad]
+            found = iter(torch.autograd.grad(values, asked, part))
+            for position, (total, want) in enumerate(zip(totals, wanted, strict=True)):
+                if not want:
+                    continue
+                if position < first_parameter:
+                    end = 0 if position < ctx.counts[0] else 1
+                    total.index_add_(0, block[end], next(found))
+                else:
+                    total += next(found)
+        return totals
+
+
+def _rows(tensors, counts, block) -> list[Tensor]:
+    """Source tensors gathered at the sources of a block, destination tensors at its ends."""
+    sources, destinations = tensors[: counts[0]], tensors[counts[0] : sum(counts)]
+    rows = [tensor.index_select(0, block[0]) for tensor in sources]
+    return rows + [tensor.index_select(0, block[1]) for tensor in destinations]
