@@ -23,6 +23,9 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Inside = Annotated[float, Field(gt=0, lt=1)]
+Beta = Annotated[float, Field(gt=0, lt=2.5)]
+Term = Literal["mono", "mono_clamped", "rbf", "point_ipa", "pair"]
 
 
 class Section(BaseModel):
@@ -125,14 +128,30 @@ class ModelConfig(Section):
     """passes through the attention block"""
     shared: bool = True
     """one block for all recycles, or one each"""
-    terms: tuple[str, ...] = ()
-    """extra terms of the attention logits"""
+    terms: tuple[Term, ...] = ()
+    """extra terms of the attention logits: one of the geometry terms, pair, both or none"""
+    geo_schedule: Literal["all", "last"] | tuple[Positive, ...] = "all"
+    """recycles that carry the geometry term: all, last, or a list counted from 1"""
+    rbf_max: Rate = 5.0
+    """largest absolute value of the rbf term"""
+    pair_hidden: tuple[Positive, ...] = (64, 64)
+    """widths of the hidden layers of the pair term, one or two"""
+    qk: bool = True
+    """whether queries and keys take part in the attention logits"""
     qk_norm: bool = False
     """normalise queries and keys, with a learned scale"""
+    qk_scale: Rate = 1.0
+    """start of that scale; 1 / sqrt(head_channels) starts at logits of standard deviation 1"""
+    qk_range: tuple[Rate, Rate] | None = None
+    """range of that scale times sqrt(head_channels); none = free"""
     gate_heads: Positive = 1
     """gate logits per edge: 1, or one for each head"""
     beta: Weight = 2.0
     """weight of the gate in the attention logits; 0 = no gate"""
+    betas: tuple[Beta, ...] | None = None
+    """starts of one learned weight of the gate per recycle, below 2.5; none = beta, fixed"""
+    step_gate: Inside | None = None
+    """start of a learned step size per recycle; none = whole steps"""
     init_noise: Weight = 0.05
     """standard deviation of the noise on the first layout in training"""
     backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
@@ -140,10 +159,83 @@ class ModelConfig(Section):
     checkpoint_recycles: bool = False
     """recompute each recycle in the backward pass, for less memory"""
 
+    @property
+    def gated(self) -> bool:
+        """Whether the gate takes part."""
+        return self.beta > 0
+
+    @property
+    def gate_weight(self) -> float:
+        """What the gate is multiplied by before the model sees it."""
+        return self.beta if self.betas is None else 1.0
+
+    @property
+    def geometry(self) -> str | None:
+        """The geometry term, if there is one."""
+        return next((term for term in self.terms if term != "pair"), None)
+
     @model_validator(mode="after")
-    def _gate_heads_fit(self):
+    def _gate_fits(self):
         if self.gate_heads not in (1, self.heads):
             raise ValueError(f"gate_heads must be 1 or heads ({self.heads}), got {self.gate_heads}")
+        if not self.gated and self.gate_heads > 1:
+            raise ValueError(f"gate_heads={self.gate_heads} needs a gate, but beta=0 removes it")
+        if self.betas is not None:
+            if len(self.betas) != self.recycles:
+                raise ValueError(
+                    f"betas needs one value for each of {self.recycles} recycles, "
+                    f"got {len(self.betas)}; none = one fixed beta"
+                )
+            if self.beta != ModelConfig.model_fields["beta"].default:
+                raise ValueError(f"betas stands in place of beta={self.beta}; set betas=none")
+        return self
+
+    @model_validator(mode="after")
+    def _terms_fit(self):
+        geometry = [term for term in self.terms if term != "pair"]
+        if len(set(self.terms)) < len(self.terms):
+            raise ValueError(f"terms names one twice: {', '.join(self.terms)}")
+        if len(geometry) > 1:
+            raise ValueError(f"terms takes one geometry term, got {' and '.join(geometry)}")
+        for term, key in (("rbf", "rbf_max"), ("pair", "pair_hidden")):
+            if (
+                term not in self.terms
+                and getattr(self, key) != type(self).model_fields[key].default
+            ):
+                raise ValueError(f"{key} needs {term} among terms")
+        if len(self.pair_hidden) not in (1, 2):
+            raise ValueError(f"pair_hidden takes one or two widths, got {len(self.pair_hidden)}")
+        schedule = self.geo_schedule
+        if schedule != "all" and not geometry:
+            raise ValueError("geo_schedule needs a geometry term among terms, e.g. terms=[mono]")
+        if isinstance(schedule, tuple):
+            if not schedule:
+                raise ValueError("geo_schedule names no recycle; leave the term out of terms")
+            wrong = [r for r in schedule if r > self.recycles or schedule.count(r) > 1]
+            if wrong:
+                raise ValueError(
+                    f"geo_schedule takes recycles 1 to {self.recycles}, each once; "
+                    f"got {', '.join(map(str, schedule))}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_fits(self):
+        if not self.qk:
+            if self.qk_norm:
+                raise ValueError("qk_norm normalises queries and keys, but qk=false removes them")
+            if not self.gated and not self.terms:
+                raise ValueError("qk=false, beta=0 and no terms leave nothing to attend by")
+        if not self.qk_norm and (self.qk_scale != 1.0 or self.qk_range is not None):
+            raise ValueError("qk_scale and qk_range belong to qk_norm; set qk_norm=true")
+        if self.qk_range is not None:
+            start = self.qk_scale * self.head_channels**0.5
+            low, high = self.qk_range
+            if not low < start < high:
+                raise ValueError(
+                    f"qk_range {low:g} to {high:g} must hold the start, qk_scale times "
+                    f"sqrt(head_channels) = {start:.3g}"
+                )
         return self
 
 
@@ -182,6 +274,16 @@ class TrainConfig(Section):
     """augmentation: share of candidate edges dropped; each cell keeps one at least"""
     gate_noise: bool = False
     """whether the gate sees the augmented embedding in joint training, as the model does"""
+    vary_augmentation: bool = False
+    """whether each step draws noise_h and dropout_h anew, between half and 1.5 times their value"""
+    edges: Literal["candidates", "target"] = "candidates"
+    """what training attends on: candidates, or the true neighbours (an oracle without gate)"""
+    k_range: tuple[Inside, Inside] | None = None
+    """candidates of a step as a share of the cells, drawn between these; none = all of graph.k"""
+    mutual_share: Fraction = 0.0
+    """share of steps that keep mutual neighbours only"""
+    gate_walk: tuple[Weight, ...] = (1.0,)
+    """weights of 1, 2, ... steps of the random walk in what the gate learns"""
     gate_steps: Count = 500
     """steps of gate training before joint training"""
     warmup_epochs: Count = 1
@@ -225,6 +327,10 @@ class TrainConfig(Section):
             )
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min ({self.lr_min}) must not exceed lr ({self.lr})")
+        if self.k_range is not None and self.k_range[0] > self.k_range[1]:
+            raise ValueError(f"k_range must rise, got {self.k_range[0]:g} to {self.k_range[1]:g}")
+        if not 1 <= len(self.gate_walk) <= 5 or not sum(self.gate_walk) > 0:
+            raise ValueError("gate_walk takes one to five weights, one of them above 0")
         return self
 
 
@@ -264,6 +370,24 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _supervision_fits(self):
+        train = self.train
+        if train.edges == "target":
+            if self.model.gated:
+                raise ValueError(
+                    "train.edges=target attends on true neighbours, which the gate does not score; "
+                    "set model.beta=0"
+                )
+            if train.k_range is not None or train.mutual_share > 0:
+                raise ValueError(
+                    "train.k_range and train.mutual_share choose among candidates; "
+                    "train.edges=target uses none"
+                )
+        if not self.model.gated and train.gate_walk != (1.0,):
+            raise ValueError("train.gate_walk supervises the gate, but model.beta=0 removes it")
+        return self
+
     def save(self, folder: Path) -> None:
         """Writes ``config.yaml`` (for people) and ``config.json`` into ``folder``."""
         values = self.model_dump(mode="json")
@@ -294,8 +418,56 @@ class RunConfig(Section):
         return _validate(_merge(self.model_dump(), sections), source="replace()")
 
 
-PRESETS: dict[str, dict[str, Any]] = {"v1": {}}
-"""Named variants, each the values in which it differs from the defaults."""
+_LEARNED_BETAS = {"shared": False, "recycles": 3, "betas": (2.0, 2.0, 2.0)}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "v1": {},
+    "v1-rbf": {"model": {"terms": ["rbf"]}},
+    "v1-mono": {"model": {"terms": ["mono"]}},
+    "v1-point-ipa": {"model": {"terms": ["point_ipa"]}},
+    "v1-pair": {"model": {"terms": ["pair"]}},
+    "v1-head-gate": {"model": {"gate_heads": 4}},
+    "v1-qk-norm": {"model": {"qk_norm": True}},
+    "v1-qk-norm-geo": {"model": {"qk_norm": True, "terms": ["mono_clamped"]}},
+    "v2-3r": {"model": _LEARNED_BETAS},
+    "v2-3r-geo-last": {"model": {**_LEARNED_BETAS, "terms": ["mono"], "geo_schedule": "last"}},
+    "v2-5r": {"model": {"shared": False, "recycles": 5, "betas": (2.0,) * 5}},
+    "ipa-r": {
+        "model": {
+            "shared": False,
+            "recycles": 3,
+            "qk_norm": True,
+            "qk_range": (1.0, 10.0),
+            "betas": (0.5, 1.5, 2.0),
+            "terms": ["pair", "point_ipa"],
+            "pair_hidden": [64],
+            "geo_schedule": "last",
+            "step_gate": 0.2,
+        }
+    },
+    "gate-t2": {"train": {"gate_walk": [0.0, 1.0]}},
+    "gate-mix": {"train": {"gate_walk": [0.5, 0.5]}},
+    "no-gate": {"model": {"beta": 0.0}},
+    "no-qk": {"model": {"qk": False}},
+    "target-edges": {"model": {"beta": 0.0}, "train": {"edges": "target"}},
+    "knn-static": {"model": {"beta": 0.0}, "graph": {"k": 50}},
+    "later": {
+        "graph": {"metric": "cosine"},
+        "model": {"qk_norm": True, "terms": ["mono_clamped"]},
+        "train": {
+            "gate_noise": True,
+            "vary_augmentation": True,
+            "k_range": (0.12, 0.18),
+            "mutual_share": 0.2,
+        },
+    },
+}
+"""Named variants, each the values in which it differs from the defaults.
+
+The unshared ones learn one gate weight per recycle: their parameter counts on record hold one
+number per recycle more than the blocks do, which that count alone does not name. A weight that
+starts at the fixed one changes least; ``model.betas=none`` is without.
+"""
 
 
 def load_config(
