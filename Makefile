@@ -11,8 +11,11 @@ VENV ?= .venv
 EXT ?=
 PYTEST_ARGS ?=
 
+# A short training for a look around; DEMO_ARGS go to `ipar-sparse train` after these.
 DEMO_DIR ?= demo
 DEMO_SPOTS ?= 1000
+DEMO_STEPS = --set encoder.steps=300 --set train.gate_steps=150 --set train.minisets=120 \
+  --set train.val_minisets=16 --set train.epochs=6 --set train.ramp_epochs=2
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -47,6 +50,19 @@ $(EXT_READY): $(READY)
 
 test: $(READY) $(if $(EXT),$(EXT_READY))
 	$(if $(EXT),IPAR_SPARSE_REQUIRE_EXT=1) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+# The fourth slide is seen by no stage of the training.
+demo: $(READY)
+	rm -rf $(DEMO_DIR)
+	$(BIN)/ipar-sparse simulate $(DEMO_DIR)/slides --tissue cortex --slides 4 --spots $(DEMO_SPOTS)
+	$(BIN)/ipar-sparse train $(DEMO_DIR)/slides/cortex1.h5ad $(DEMO_DIR)/slides/cortex2.h5ad \
+	  --val $(DEMO_DIR)/slides/cortex3.h5ad --out $(DEMO_DIR)/run $(DEMO_STEPS) $(DEMO_ARGS)
+	$(BIN)/ipar-sparse predict $(DEMO_DIR)/run $(DEMO_DIR)/slides/cortex4.h5ad \
+	  --out $(DEMO_DIR)/cortex4_placed.h5ad
+	$(BIN)/ipar-sparse evaluate $(DEMO_DIR)/run $(DEMO_DIR)/slides/cortex4.h5ad \
+	  --out $(DEMO_DIR)/report
+	@echo
+	@echo "The report: $(abspath $(DEMO_DIR))/report/report.html"
 
 lint: $(READY)
 	$(BIN)/ruff check .

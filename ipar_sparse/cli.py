@@ -414,10 +414,12 @@ def evaluate(
         _warn_if_seen(predictor, one)
         folder = out if len(slides) == 1 else out / one.name
         with _removed_on_failure(folder, []):
-            evaluate_slide(
+            metrics = evaluate_slide(
                 predictor, one, folder, seeds=seeds, baselines=baselines, command=command
             )
-        _say(f"{one.name}: {folder / 'report.html'}")
+        shown = ("distance_spearman", f"neighbor_hit@{max(settings.eval.ks)}", "E_geo_hgate")
+        scores = ", ".join(f"{name} {metrics[name]:.3f}" for name in shown)
+        _say(f"{one.name}: {scores}\nreport: {folder / 'report.html'}")
 
 
 @app.command()
