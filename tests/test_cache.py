@@ -9,8 +9,10 @@ import torch
 from rich.console import Console
 from scipy import sparse
 
+from ipar_sparse.config import load_config
+from ipar_sparse.losses import e_geo
 from ipar_sparse.train import cache, logs
-from ipar_sparse.train.cache import cache_folder, cached, content_key
+from ipar_sparse.train.cache import cache_folder, cached, cached_record, content_key
 from ipar_sparse.train.logs import History, Progress, TensorBoard, read_history
 
 
@@ -185,3 +187,31 @@ def test_progress_shows_the_losses(monkeypatch, terminal):
     assert "Training" in text and "Reading" in text and "0.125" in text and "3/3" in text
     assert ("\x1b[" in text) == terminal
     assert ("loss 0.25" in text) or terminal
+
+
+def test_targets_and_graphs_come_back_as_they_were(tmp_path, monkeypatch):
+    from ipar_sparse.train.units import Unit, build_unit
+
+    monkeypatch.setenv("IPAR_SPARSE_CACHE", str(tmp_path))
+    config = load_config(None, ["graph.k=9", "graph.target_mode=sketch"])
+    config = config.replace(train={"lambda_multiscale": 0.1})
+    generator = torch.Generator().manual_seed(0)
+    h, pos = torch.randn(60, 8, generator=generator), torch.rand(60, 2, generator=generator)
+    calls = []
+
+    def build():
+        calls.append(1)
+        return build_unit(h, pos, config, 0, True)
+
+    first, again = (cached_record("unit", {"h": h}, Unit, build) for _ in range(2))
+    assert len(calls) == 1
+    assert torch.equal(first.graph.edge_index, again.graph.edge_index)
+    assert torch.equal(first.gate_target, again.gate_target) and again.whole
+    for name in ("pair", "precision", "transposed", "sigma"):
+        assert torch.equal(getattr(first.target.walk, name), getattr(again.target.walk, name))
+    assert torch.equal(first.target.multiscale.dist, again.target.multiscale.dist)
+    assert again.target.sizes == first.target.sizes and again.graph.method == first.graph.method
+    layout = torch.randn(60, 2, generator=generator)
+    torch.testing.assert_close(
+        e_geo(layout, again.target)["e_geo"], e_geo(layout, first.target)["e_geo"]
+    )

@@ -8,8 +8,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -83,6 +84,54 @@ def cached(
     tensors, info = build()
     _store(path, tensors, info)
     return {name: value.cpu() for name, value in tensors.items()}, info
+
+
+def cached_record(
+    kind: str, inputs: Mapping[str, Any], record: type, build: Callable[[], Any]
+) -> Any:
+    """The dataclass of tensors that ``build()`` returns, see :func:`cached`.
+
+    Args:
+        kind, inputs: see :func:`cached`.
+        record: class of the result: fields are tensors, such records, None, or JSON values;
+            private fields start anew.
+        build: makes the result.
+    """
+    tensors, info = cached(kind, inputs, lambda: _flatten(build()))
+    return _rebuild(record, tensors, info)
+
+
+def _flatten(record: Any, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, info = {}, {}
+    for item in fields(record):
+        name, value = prefix + item.name, getattr(record, item.name)
+        if item.name.startswith("_"):
+            continue
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif is_dataclass(value):
+            below = _flatten(value, name + ".")
+            tensors |= below[0]
+            info |= {name: {"record": True}, **below[1]}
+        else:
+            info[name] = value
+    return tensors, info
+
+
+def _rebuild(record: type, tensors: dict[str, Tensor], info: dict[str, Any], prefix: str = ""):
+    hints, values = get_type_hints(record), {}
+    for item in fields(record):
+        name = prefix + item.name
+        if name in tensors:
+            values[item.name] = tensors[name]
+        elif info.get(name) == {"record": True}:
+            kinds = (hints[item.name], *get_args(hints[item.name]))
+            below = next(kind for kind in kinds if is_dataclass(kind))
+            values[item.name] = _rebuild(below, tensors, info, name + ".")
+        elif name in info:
+            value = info[name]
+            values[item.name] = tuple(value) if isinstance(value, list) else value
+    return record(**values)
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
