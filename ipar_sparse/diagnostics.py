@@ -59,6 +59,11 @@ HEALTHY: dict[str, HealthyRange] = {
         above="attention is nearly uniform and cannot choose",
     ),
     "head_diversity": HealthyRange(low=0.02, below="all heads attend to the same cells"),
+    "beta": HealthyRange(low=0.1, below="the gate is all but switched off"),
+    "eta": HealthyRange(low=0.01, below="the recycle hardly moves any cell"),
+    "offset_norm": HealthyRange(
+        high=2.0, above="point offsets reach across the tissue and drown the positions"
+    ),
     "lambda_ratio": HealthyRange(low=0.01, below="the map has collapsed to a line"),
     "median_distance": HealthyRange(low=0.01, below="the map has collapsed to a point"),
     "boundary_mass": HealthyRange(
@@ -410,11 +415,16 @@ class RecycleRecord:
         attention: weights (E, H) in the graph's order.
         logits: the logits behind them (E, H); None leaves out ``logit_std``.
         terms: the terms that add up to the logits, name to (E, H) or (E,).
+        measures: learned numbers at work, name to a scalar or one a head (H,): weight of the
+            gate (``beta``), step size (``eta``), scale of normalised queries and keys (``tau``),
+            slope of squared distance (``gamma``), length of point offsets (``offset_norm``, in
+            units of the layout) and their width (``sigma``).
     """
 
     attention: Tensor
     logits: Tensor | None = None
     terms: Mapping[str, Tensor] = field(default_factory=dict)
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -468,6 +478,12 @@ def diagnose(
                 r,
                 attention_term_spearman(attention, term, graph, seed=seed),
             )
+        for name, value in record.measures.items():
+            value = torch.as_tensor(value)
+            if value.dim():
+                put(name, r, value)
+            else:
+                out[f"{name}/r{r}"] = float(value)
         put("attention_entropy", r, attention_entropy(attention, graph))
         put("attention_entropy_relative", r, attention_entropy(attention, graph, relative=True))
         if attention.size(1) > 1:

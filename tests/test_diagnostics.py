@@ -210,9 +210,10 @@ def test_diagnose_gathers_every_measure_with_a_healthy_range():
     pos = cells(200, 8)
     graph = knn(pos, 40)
     logits = torch.randn(graph.num_edges, 4)
+    measures = {"beta": torch.tensor(1.5), "eta": 0.2, "offset_norm": torch.tensor([0.1, 3.0])}
+    terms = {"gate": logits[:, 0], "qk": logits}
     records = (
-        RecycleRecord(softmax(graph, logits), logits, {"gate": logits[:, 0], "qk": logits})
-        for _ in range(2)
+        RecycleRecord(softmax(graph, logits), logits, terms, measures) for _ in range(2)
     )
     got = diagnose(
         graph, records, pos=pos, trajectory=[pos, pos + 0.1 * pos.flip(0)], gate_logits=logits[:, 0]
@@ -220,6 +221,8 @@ def test_diagnose_gathers_every_measure_with_a_healthy_range():
     assert {name.split("/")[0] for name in got} >= set(HEALTHY)
     assert got["term_spearman:gate/r1/h0"] == pytest.approx(1.0)
     assert "term_std:qk/r1/h3" in got and "step_size/r0" in got
+    assert got["beta/r1"] == 1.5 and got["offset_norm/r0/h1"] == 3.0
+    assert any("offsets reach across" in line for line in health_warnings(got))
     assert all(isinstance(value, float) for value in got.values())
 
 

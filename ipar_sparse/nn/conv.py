@@ -230,6 +230,21 @@ class IPALiteConv(MessagePassing):
                 found[name] = term(pos, pos, s, s, edge_index, batch)
         return found
 
+    def measures(self, s: Tensor, use_terms: bool = True) -> dict[str, Tensor]:
+        """Learned numbers that set the logits, scalars or one a head, by name.
+
+        Args:
+            s: states (n, channels).
+            use_terms: whether those of the extra terms are asked for.
+        """
+        found = {}
+        if self.qk_scale is not None:
+            found["tau"] = self.qk_scale()[0] * math.sqrt(self.head_channels)
+        if use_terms:
+            for term in self.terms.values():
+                found |= term.measures(s, s)
+        return found
+
     def _query_key(self, s_src: Tensor, s_dst: Tensor, dtype: torch.dtype):
         shape = (self.heads, self.head_channels)
         if self.lin_query is None:

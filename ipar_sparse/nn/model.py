@@ -220,6 +220,21 @@ class IPALiteModel(nn.Module):
             terms["pair"] = pair[0 if self.shared else recycle]
         return terms
 
+    def measures(self, recycle: int, state: Tensor) -> dict[str, Tensor]:
+        """Learned numbers at work in a recycle, scalars or one a head, by name.
+
+        Args:
+            recycle: counted from 0.
+            state: its input states (n, channels).
+        """
+        found = {}
+        if self.beta is not None:
+            found["beta"] = self.beta()[recycle]
+        if self.step is not None:
+            found["eta"] = self.step()[recycle]
+        block = self.block(recycle)
+        return found | block.measures(state, use_terms=self.uses_terms(recycle))
+
     def _recycle(self, recycle, state, pos, graph, edge_bias, pair, batch, **kwargs):
         terms = self.edge_terms(recycle, edge_bias, pair)
         bias = reduce(add, terms.values()) if terms else None

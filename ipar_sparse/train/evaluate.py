@@ -22,7 +22,6 @@ from ..graph import NeighborTable, knn
 from ..losses import e_geo
 from ..metrics import evaluate_layout
 from ..nn import IPALiteModel
-from ..ops.reference import attention_logits
 from ..pl import AttentionFocus
 from ..report import ReportBundle, write_metrics, write_report
 from ..slide import Slide
@@ -195,7 +194,7 @@ def energies(layouts: dict[str, np.ndarray], pos, seed: int) -> dict[str, float]
 def recycle_records(
     model: IPALiteModel, h: Tensor, graph: NeighborTable, edge_bias: Tensor | None
 ) -> Iterator[RecycleRecord]:
-    """Attention, logits and their terms of every recycle, one at a time.
+    """Attention, logits and their terms by name, and learned numbers of every recycle in turn.
 
     Args:
         model: the model, in evaluation mode.
@@ -205,7 +204,7 @@ def recycle_records(
     """
     inputs: list[tuple] = []
     handles = [
-        block.register_forward_pre_hook(lambda module, given: inputs.append((module, *given)))
+        block.register_forward_pre_hook(lambda module, given: inputs.append(given))
         for block in model.blocks
     ]
     try:
@@ -213,20 +212,16 @@ def recycle_records(
     finally:
         for handle in handles:
             handle.remove()
-    src, dst = graph.edge_index
-    for block, state, pos, *_ in inputs:
-        shape = (-1, block.heads, block.head_channels)
-        query, key = block.lin_query(state).view(shape), block.lin_key(state).view(shape)
-        terms = {"qk": attention_logits(query[dst], key[src], None)}
-        if edge_bias is not None:
-            shared = edge_bias.dim() == 1
-            terms["gate"] = edge_bias.unsqueeze(-1).expand(-1, block.heads) if shared else edge_bias
-        for name, term in block.terms.items():
-            values = term(state, pos, pos, src, dst)
-            terms[name] = values if values.dim() == 2 else values.unsqueeze(-1)
+    pair = model.pair_logits(h, graph)
+    for recycle, (state, pos, *_) in enumerate(inputs):
+        block = model.block(recycle)
+        terms = model.edge_terms(recycle, edge_bias, pair) | block.logit_terms(
+            state, pos, graph.edge_index, use_terms=model.uses_terms(recycle)
+        )
+        terms = {name: values.expand(-1, block.heads) for name, values in terms.items()}
         logits = sum(terms.values())
-        attention, _ = ops.segment_softmax(logits, dst, graph.num_nodes)
-        yield RecycleRecord(attention, logits, terms)
+        attention, _ = ops.segment_softmax(logits, graph.edge_index[1], graph.num_nodes)
+        yield RecycleRecord(attention, logits, terms, model.measures(recycle, state))
 
 
 @torch.no_grad()

@@ -151,10 +151,10 @@ class Predictor:
 
     def edge_bias(self, h: Tensor, graph: NeighborTable) -> tuple[Tensor | None, Tensor | None]:
         """The gate's share of the attention logits, and its raw logits; None without a gate."""
-        if self.config.model.beta == 0:
+        if not self.config.model.gated:
             return None, None
         logits = self.gate(h, graph)
-        return self.config.model.beta * logits, logits
+        return self.config.model.gate_weight * logits, logits
 
     def _spread(self, h: Tensor, pos: np.ndarray, seeds: int) -> np.ndarray:
         """How far a cell moves between layouts drawn under training noise, each aligned."""

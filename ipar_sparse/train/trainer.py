@@ -35,10 +35,11 @@ from ..losses import e_geo, gate_loss, geometry_terms
 from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
 from ..slide import Slide
 from ..targets import target_graph
+from .cache import cached_record
 from .checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from .logs import HISTORY, History, Progress, TensorBoard
 from .stage_a import ContrastSlide, EmbeddingScale, encode, encoder_loss
-from .units import MinisetPool, TrainingSlide, Unit, build_unit, merge
+from .units import MinisetPool, TrainingSlide, Unit, build_unit, draw_candidates, merge
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +264,7 @@ class _Run:
     def train_gate(self) -> None:
         if self.state.stage != "gate":
             return
-        steps = self.config.train.gate_steps if self.config.model.beta > 0 else 0
+        steps = self.config.train.gate_steps if self.config.model.gated else 0
         optimizer = self._optimizer(self.gate)
         self._restore(optimizer)
         self.gate.train()
@@ -271,6 +272,7 @@ class _Run:
             for step in range(self.state.step, steps):
                 generator = self._generator("gate", step)
                 unit = self._unit("gate", step).to(self.device)
+                unit = draw_candidates(unit, self.config.train, generator)
                 h, _ = self._augment(unit, generator)
                 with self._autocast():
                     logits = self.gate(h, unit.graph)
@@ -300,6 +302,7 @@ class _Run:
             while step < total and not self._stop_early():
                 generator = self._generator("joint", step)
                 unit = self._unit("joint", step).to(self.device)
+                unit = draw_candidates(unit, self.config.train, generator)
                 _set_lr(optimizer, _cosine(step, total, settings.lr, settings.lr_min))
                 losses = self._joint_losses(unit, generator, step / per_epoch)
                 optimizer.zero_grad(set_to_none=True)
@@ -330,9 +333,9 @@ class _Run:
         h, dropped = self._augment(unit, generator)
         with self._autocast():
             bias, l_gate = dropped, h.new_zeros(())
-            if self.config.model.beta > 0:
+            if self.config.model.gated:
                 logits = self.gate(h if settings.gate_noise else unit.h, unit.graph)
-                gate_bias = self.config.model.beta * logits.float()
+                gate_bias = self.config.model.gate_weight * logits.float()
                 drop = dropped.unsqueeze(-1) if gate_bias.dim() == 2 else dropped
                 bias = gate_bias.masked_fill(torch.isinf(drop), -math.inf)
             pos = self.model(
@@ -340,7 +343,7 @@ class _Run:
                 batch=target.batch if target.num_graphs > 1 else None,
                 num_graphs=target.num_graphs, generator=generator,
             )  # fmt: skip
-        if self.config.model.beta > 0:
+        if self.config.model.gated:
             l_gate = gate_loss(logits.float(), unit.graph, probability=unit.gate_target)
         weights = term_weights(epoch, settings)
         terms = geometry_terms(
@@ -357,9 +360,13 @@ class _Run:
     def _augment(self, unit: Unit, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A noisy embedding, and an edge bias of 0 or, on dropped edges, -inf."""
         settings, h = self.config.train, unit.h
+        noise_h, dropout_h = settings.noise_h, settings.dropout_h
+        if settings.vary_augmentation:
+            level = torch.empty(2, device=h.device).uniform_(0.5, 1.5, generator=generator)
+            noise_h, dropout_h = noise_h * level[0], dropout_h * level[1]
         noise = torch.empty_like(h).normal_(generator=generator)
-        keep = torch.empty_like(h).uniform_(generator=generator) >= settings.dropout_h
-        h = (h + settings.noise_h * noise) * keep
+        keep = torch.empty_like(h).uniform_(generator=generator) >= dropout_h
+        h = (h + noise_h * noise) * keep
         chance = torch.empty(unit.graph.num_edges, device=h.device).uniform_(generator=generator)
         # The edge with the best chance of each cell survives in any case.
         table = unit.graph.to_table(chance, fill=-1.0)
@@ -372,7 +379,9 @@ class _Run:
     def _validate(self, epoch: int, optimizer, scaler) -> None:
         scores = self.score(self.val_units)
         counted = epoch >= self._first_counted_epoch()
-        score = scores["hgate_e_geo"]
+        # A model trained on the true neighbours is judged there: candidates are foreign to it.
+        oracle = self.config.train.edges == "target"
+        score = scores["tedge_e_geo" if oracle else "hgate_e_geo"]
         better = counted and (self.state.best is None or score < self.state.best)
         if counted:
             self.state.stale = 0 if better else self.state.stale + 1
@@ -382,7 +391,7 @@ class _Run:
         self._log("joint", {**row, "epoch": epoch, "best": int(better)})
         logger.info(
             "epoch %d: validation E_geo %.3f on gated candidates, %.3f on true neighbours%s",
-            epoch + 1, score, scores["tedge_e_geo"],
+            epoch + 1, scores["hgate_e_geo"], scores["tedge_e_geo"],
             " (best so far)" if better else "" if counted else " (warming up, not counted)",
         )  # fmt: skip
         for warning in health_warnings(
@@ -424,9 +433,9 @@ class _Run:
         return target_graph(unit.target.pos, mode=mode).to(self.device)
 
     def _gate_bias(self, unit: Unit) -> Tensor | None:
-        if self.config.model.beta == 0:
+        if not self.config.model.gated:
             return None
-        return self.config.model.beta * self.gate(unit.h, unit.graph)
+        return self.config.model.gate_weight * self.gate(unit.h, unit.graph)
 
     def _first_counted_epoch(self) -> int:
         """Epochs before the walk's weight has reached its cap are no candidates for the best."""
@@ -439,20 +448,37 @@ class _Run:
     def _build_units(self) -> None:
         settings = self.config.train
         pool = settings.unit in ("miniset", "mixed")
-        self.pool = MinisetPool(self.train_data, settings.minisets, self.config, settings.seed)
+        oracle = settings.edges == "target"
+        self.pool = MinisetPool(
+            self.train_data, settings.minisets, self.config, settings.seed, oracle=oracle
+        )
         self.whole: list[Unit] = []
         if settings.unit in ("slide", "mixed"):
             for slide in self.progress.track(self.train_data, "Graphs and targets"):
-                self.whole.append(build_unit(slide.h, slide.pos, self.config, settings.seed, True))
-            self.val_units = [
-                build_unit(slide.h, slide.pos, self.config, settings.seed, True)
-                for slide in self.val_data
-            ]
+                self.whole.append(self._whole_unit(slide, oracle))
+            self.val_units = [self._whole_unit(slide) for slide in self.val_data]
         else:
             val = MinisetPool(self.val_data, settings.val_minisets, self.config, settings.seed + 1)
             self.val_units = [val[i] for i in range(len(val))]
         every = math.ceil(len(self.pool) / settings.batch_size) if pool else _SLIDE_STEPS
         self.steps_per_epoch = settings.steps_per_epoch or every
+
+    def _whole_unit(self, slide: TrainingSlide, oracle: bool = False) -> Unit:
+        """Graph and targets of a whole slide, from the disk where they were made before."""
+        settings = self.config.train
+        inputs = {
+            "h": slide.h,
+            "pos": slide.pos,
+            "graph": self.config.graph.model_dump(mode="json"),
+            "gate_walk": list(settings.gate_walk),
+            "multiscale": settings.lambda_multiscale > 0,
+            "seed": settings.seed,
+            "oracle": oracle,
+        }
+        return cached_record(
+            "whole-slide", inputs, Unit,
+            lambda: build_unit(slide.h, slide.pos, self.config, settings.seed, True, oracle),
+        )  # fmt: skip
 
     def _unit(self, stage: str, step: int) -> Unit:
         """The unit of a step: minisets in a new order each epoch, slides in turn."""
@@ -614,6 +640,11 @@ def build_gate_and_model(config: RunConfig, dim: int) -> tuple[EdgeGateSoft, IPA
     """The gate and the model a configuration describes, on embeddings of width ``dim``."""
     settings = config.model
     gate = EdgeGateSoft(dim, heads=settings.gate_heads, backend=settings.backend)
+    geometry, schedule = settings.geometry, settings.geo_schedule
+    terms = {} if geometry is None else {geometry: {}}
+    if geometry == "rbf":
+        terms["rbf"] = {"b_max": settings.rbf_max}
+    schedules = {"all": None, "last": (settings.recycles,)}
     model = IPALiteModel(
         dim,
         channels=settings.channels,
@@ -621,7 +652,15 @@ def build_gate_and_model(config: RunConfig, dim: int) -> tuple[EdgeGateSoft, IPA
         head_channels=settings.head_channels,
         num_recycles=settings.recycles,
         shared=settings.shared,
-        terms=tuple(settings.terms),
+        terms=terms,
+        geo_schedule=schedules[schedule] if isinstance(schedule, str) else schedule,
+        qk=settings.qk,
+        qk_norm=settings.qk_norm,
+        qk_scale=settings.qk_scale,
+        qk_range=settings.qk_range,
+        pair_hidden=settings.pair_hidden if "pair" in settings.terms else None,
+        betas=settings.betas,
+        step_gate=settings.step_gate,
         init_noise=settings.init_noise,
         checkpoint_recycles=settings.checkpoint_recycles,
         backend=settings.backend,

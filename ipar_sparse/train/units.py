@@ -1,18 +1,18 @@
 """What one training step sees: minisets and whole slides, with graphs and targets."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..config import DataConfig, RunConfig
+from ..config import DataConfig, RunConfig, TrainConfig
 from ..errors import UserError
 from ..graph import NeighborTable, knn_candidates
 from ..io import read_slides
 from ..slide import Slide
-from ..targets import SlideTarget, build_target, collate, gate_target
+from ..targets import SlideTarget, build_target, collate, gate_target, target_graph
 
 
 @dataclass
@@ -21,9 +21,10 @@ class Unit:
 
     Args:
         h: embeddings (n, d).
-        graph: candidate graph, kNN in H.
+        graph: candidate graph, kNN in H, nearest first; for an oracle the true neighbours.
         target: what supervises.
-        gate_target: reference walk on the candidate edges (E,), rows renormalised.
+        gate_target: what the gate learns (E,): the reference walk on the edges, rows
+            renormalised.
         whole: whether this is a whole slide, whose walk is compared by probe rows.
     """
 
@@ -76,7 +77,14 @@ class TrainingSlide:
     pos: Tensor
 
 
-def build_unit(h: Tensor, pos: Tensor, config: RunConfig, seed: int, whole: bool = False) -> Unit:
+def build_unit(
+    h: Tensor,
+    pos: Tensor,
+    config: RunConfig,
+    seed: int,
+    whole: bool = False,
+    oracle: bool = False,
+) -> Unit:
     """Candidates and targets of one set of cells.
 
     Args:
@@ -85,14 +93,70 @@ def build_unit(h: Tensor, pos: Tensor, config: RunConfig, seed: int, whole: bool
         config: decides k, metric and targets.
         seed: of the sampled parts of the targets.
         whole: whether this is a whole slide.
+        oracle: attend on the true neighbours in place of candidates.
     """
-    graph = knn_candidates(
-        h, config.graph.k, metric=config.graph.metric, backend=config.graph.backend
-    )
-    extra = config.train.lambda_multiscale > 0
     mode = config.graph.target_mode
+    if oracle:
+        graph = target_graph(pos, seed=seed, mode=mode)
+    else:
+        graph = knn_candidates(
+            h, config.graph.k, metric=config.graph.metric, backend=config.graph.backend
+        )
+    extra = config.train.lambda_multiscale > 0
     target = build_target(pos, seed=seed, mode=mode, multiscale=extra)
-    return Unit(h, graph, target, gate_target(graph, target.walk).float(), whole)
+    walk = sum(
+        weight * gate_target(graph, target.walk, step)
+        for step, weight in enumerate(config.train.gate_walk, start=1)
+        if weight > 0
+    )
+    return Unit(h, graph, target, _per_row(graph, walk).float(), whole)
+
+
+def draw_candidates(unit: Unit, settings: TrainConfig, generator: torch.Generator) -> Unit:
+    """The unit on a random part of its candidates, as a step of training sees it.
+
+    ``k_range`` keeps the nearest candidates, a share of the cells drawn anew. Where all
+    candidates are fewer than the largest share, on whole slides, it keeps that part of them.
+    ``mutual_share`` of the draws keep an edge only if its two ends are candidates of each other,
+    and the nearest candidate of every cell.
+
+    Args:
+        unit: its graph's rows list the nearest candidates first.
+        settings: ``k_range`` and ``mutual_share``.
+        generator: source of the draw.
+    """
+    graph, keep = unit.graph, unit.graph.index >= 0
+    if not graph.k or (settings.k_range is None and settings.mutual_share == 0):
+        return unit
+
+    def draw() -> float:
+        return float(torch.rand((), generator=generator, device=generator.device))
+
+    if settings.k_range is not None:
+        low, high = settings.k_range
+        share = low + (high - low) * draw()
+        counts = [max(1, round(share * min(n, graph.k / high))) for n in unit.target.sizes]
+        count = torch.tensor(counts, device=graph.device)[unit.target.batch]
+        keep = keep & (torch.arange(graph.k, device=graph.device) < count.unsqueeze(-1))
+    if draw() < settings.mutual_share:
+        dst, slot = keep.nonzero().T
+        src = graph.index[dst, slot].long()
+        n = graph.num_nodes
+        mutual = torch.isin(src * n + dst, dst * n + src) | (slot == 0)
+        keep = keep.clone()
+        keep[dst, slot] = mutual
+    width = int(keep.any(0).nonzero().max()) + 1
+    index = graph.index.masked_fill(~keep, -1)[:, :width]
+    drawn = replace(graph, index=index, padded=not bool(keep[:, :width].all()), _cache={})
+    walk = unit.gate_target[graph.from_table(keep)]
+    return replace(unit, graph=drawn, gate_target=_per_row(drawn, walk))
+
+
+def _per_row(graph: NeighborTable, values: Tensor) -> Tensor:
+    """Edge values (E,) divided by their row's sum; rows of zeros stay."""
+    dst = graph.edge_index[1]
+    total = values.new_zeros(graph.num_nodes).index_add_(0, dst, values)
+    return values / torch.where(total > 0, total, 1.0)[dst]
 
 
 def merge(units: Sequence[Unit]) -> Unit:
@@ -148,6 +212,7 @@ class MinisetPool:
         count: minisets in the pool.
         config: sizes, k, targets.
         seed: of the choice of cells.
+        oracle: attend on the true neighbours in place of candidates.
         keep_cells: cells over all kept minisets; about 4 kB each.
     """
 
@@ -157,9 +222,10 @@ class MinisetPool:
         count: int,
         config: RunConfig,
         seed: int,
+        oracle: bool = False,
         keep_cells: int = 500_000,
     ):
-        self.slides, self.config, self.seed = slides, config, seed
+        self.slides, self.config, self.seed, self.oracle = slides, config, seed, oracle
         self.sets = sample_minisets(slides, count, config, seed)
         self._room = keep_cells
         self._kept: dict[int, Unit] = {}
@@ -172,7 +238,10 @@ class MinisetPool:
             return self._kept[number]
         which, rows = self.sets[number]
         slide = self.slides[which]
-        unit = build_unit(slide.h[rows], slide.pos[rows], self.config, self.seed + number)
+        seed = self.seed + number
+        unit = build_unit(
+            slide.h[rows], slide.pos[rows], self.config, seed, oracle=self.oracle
+        )
         if len(rows) <= self._room:
             self._room -= len(rows)
             self._kept[number] = unit
