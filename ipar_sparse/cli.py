@@ -401,9 +401,7 @@ def evaluate(
 ) -> None:
     """Score a prediction against measured positions: metrics.json, report.html, figures."""
     predictor, settings = _predictor(run, device, layer, normalized, slide_key)
-    _folder(out, "--out")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} exists and is not empty; pass --overwrite or another --out")
+    _check_output_folder(out, overwrite)
     slides = _read([slide], settings, require_pos=True)
     _tell_notes(slides)
 
@@ -433,7 +431,7 @@ def benchmark(
     from .config import resolve_device
 
     numbers = _sizes(sizes)
-    _folder(out, "--out")
+    _check_output_folder(out, overwrite)
     target = resolve_device(device or "auto")
 
     from .benchmarks import run as run_benchmark
@@ -587,6 +585,12 @@ def _folder(path: Path, option: str) -> None:
             if not os.access(part, os.W_OK):
                 raise UserError(f"{option}: {part} cannot be written to; choose another")
             return
+
+
+def _check_output_folder(out: Path, overwrite: bool) -> None:
+    _folder(out, "--out")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"{out} exists and is not empty; pass --overwrite or another --out")
 
 
 def _check_run_folder(out: Path, overwrite: bool) -> None:

@@ -364,6 +364,8 @@ def test_simulate_refuses_to_replace(slides, refused):
 
 def test_benchmark_sizes_are_checked(tmp_path, refused):
     assert "'a,b'" in refused("benchmark", "--sizes", "a,b", "--out", tmp_path / "b")
+    (tmp_path / "mine.txt").write_text("mine")
+    assert "--overwrite" in refused("benchmark", "--sizes", "64", "--out", tmp_path)
 
 
 def test_the_parser_suggests(refused):
