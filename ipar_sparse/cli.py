@@ -151,6 +151,53 @@ Seeds = Annotated[
 ]
 
 
+Overrides = Annotated[
+    list[str] | None,
+    _flag("--set", "One setting, e.g. train.epochs=30; can be repeated.", RUNNING, "KEY=VALUE"),
+]
+HoldOut = Annotated[
+    str | None,
+    _flag(
+        "--hold-out",
+        "slide: each slide in turn; donor: all slides of each donor in turn; or names of slides "
+        "or donors. [dim]Default: slide[/dim]",
+        RUNNING,
+        "slide|donor|NAME,...",
+    ),
+]
+DonorKey = Annotated[
+    str | None, _flag("--donor-key", "obs column that names the donor.", READING, "NAME")
+]
+DonorPattern = Annotated[
+    str | None,
+    _flag(
+        "--donor-pattern",
+        "Regular expression that finds the donor in a slide's name, e.g. '^.' for the first "
+        "letter. [dim]Default: every slide is a donor[/dim]",
+        READING,
+        "REGEX",
+    ),
+]
+DonorMap = Annotated[
+    Path | None,
+    _flag("--donor-map", "YAML file with a line `slide: donor` for each.", READING, "FILE"),
+]
+StudySeeds = Annotated[
+    str | None,
+    _flag("--seeds", "Seeds, e.g. 0-4 or 0,3,7. [dim]Default: 0-2[/dim]", RUNNING, "N-M"),
+]
+Jobs = Annotated[
+    int | None,
+    _flag(
+        "--jobs",
+        "Runs side by side, on the GPU too. [dim]Default: half of the cores[/dim]",
+        RUNNING,
+        "N",
+        min=1,
+    ),
+]
+
+
 @app.callback()
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
@@ -224,10 +271,7 @@ def train(
             "FILE",
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        _flag("--set", "One setting, e.g. train.epochs=30; can be repeated.", RUNNING, "KEY=VALUE"),
-    ] = None,
+    overrides: Overrides = None,
     preset: Annotated[
         str | None, _flag("--preset", "Named variant to start from.", RUNNING, "NAME")
     ] = None,
@@ -418,6 +462,78 @@ def evaluate(
         shown = ("distance_spearman", f"neighbor_hit@{max(settings.eval.ks)}", "E_geo_hgate")
         scores = ", ".join(f"{name} {metrics[name]:.3f}" for name in shown)
         _say(f"{one.name}: {scores}\nreport: {folder / 'report.html'}")
+
+
+@app.command()
+def experiment(
+    out: OutFolder,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PRESET|FILE.yaml...",
+            help="Named variants, or files that hold a study's variants. [dim]Default: v1[/dim]",
+            show_default=False,
+        ),
+    ] = None,
+    slides: Annotated[
+        list[Path] | None,
+        _flag("--slides", "AnnData files with measured positions.", READING, "SLIDE..."),
+    ] = None,
+    hold_out: HoldOut = None,
+    donor_key: DonorKey = None,
+    donor_pattern: DonorPattern = None,
+    donor_map: DonorMap = None,
+    seeds: StudySeeds = None,
+    overrides: Overrides = None,
+    reference: Annotated[
+        str | None,
+        _flag(
+            "--reference",
+            "Variant that the others are compared with. [dim]Default: the first[/dim]",
+            OUTPUT,
+            "NAME",
+        ),
+    ] = None,
+    embedding: Embedding = None,
+    layer: Layer = None,
+    normalized: Normalized = None,
+    slide_key: SlideKey = None,
+    device: Device = None,
+    jobs: Jobs = None,
+) -> None:
+    """Train and score variants on held-out slides over seeds, side by side, in one table.
+
+    The same command goes on with a study that was stopped.
+    """
+    names, studies, files = [], [], list(slides or [])
+    for text in what or []:
+        # `--slides A B C` gives the option A alone; the others arrive here
+        suffix = Path(text.rstrip("/")).suffix.lower()
+        if suffix in (".yaml", ".yml"):
+            studies.append(Path(text))
+        elif suffix in (".h5ad", ".zarr") or os.sep in text:
+            files.append(Path(text))
+        else:
+            names.append(text)
+    _study(
+        names if names or studies else ["v1"],
+        studies,
+        files,
+        out,
+        hold_out=hold_out,
+        donors=(donor_key, donor_pattern, donor_map),
+        seeds=seeds,
+        overrides=overrides or [],
+        reference=reference,
+        data={
+            "embedding": embedding,
+            "layer": layer,
+            "normalized": normalized,
+            "slide_key": slide_key,
+        },
+        device=device,
+        jobs=jobs,
+    )
 
 
 @app.command()
@@ -845,6 +961,69 @@ def _warn_if_seen(predictor: Predictor, slide: Slide) -> None:
     if role := roles.get(slide_digest(slide)):
         did = {"train": "was trained on", "val": "decided when to stop"}[role]
         _note(f"{slide.name} {did}: these scores say nothing about unseen slides")
+
+
+def _study(
+    names: list[str],
+    studies: list[Path],
+    files: list[Path],
+    out: Path,
+    *,
+    hold_out: str | None,
+    donors: tuple[str | None, str | None, Path | None],
+    seeds: str | None,
+    overrides: list[str],
+    reference: str | None,
+    data: dict[str, Any],
+    device: str | None,
+    jobs: int | None,
+) -> None:
+    from .train.study import load_variants, plan_study, run_study
+
+    if not files:
+        raise UserError(
+            "give the slides, e.g. ipar-sparse experiment v1 --slides A.h5ad B.h5ad C.h5ad "
+            "--out DIR"
+        )
+    _folder(out, "--out")
+    data = {key: value for key, value in data.items() if value is not None}
+    variants, said = load_variants(names, studies, overrides, data=data)
+    key, pattern, table = donors
+    study = plan_study(
+        files,
+        variants,
+        hold_out=str(hold_out or said.get("hold_out") or "slide"),
+        seeds=_seeds(str(said.get("seeds", "0-2") if seeds is None else seeds)),
+        reference=reference or said.get("reference"),
+        donor_key=key,
+        donor_pattern=pattern,
+        donor_map=table,
+    )
+    try:
+        outcome = run_study(study, out, jobs=jobs, device=device)
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"stopped; {out} holds all that was done so far: the same command goes on with it"
+        ) from None
+    if outcome.page is not None:
+        _say(f"study: {outcome.page}")
+    if outcome.failed:
+        folder, error = next(iter(outcome.failed.items()))
+        more = f" (and {len(outcome.failed) - 1} more)" if len(outcome.failed) > 1 else ""
+        _say(f"failed: {folder}: {error}{more}; see its log.txt", stream=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _seeds(text: str) -> list[int]:
+    seeds: list[int] = []
+    for part in text.strip("[] ").split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"--seeds takes numbers and ranges, e.g. 0-4 or 0,3,7; got {text!r}")
+        seeds += range(int(first), int(last if dash else first) + 1)
+    if not seeds:
+        raise UserError(f"--seeds {text} names no seed; write the smaller first, e.g. 0-4")
+    return seeds
 
 
 def _sizes(text: str) -> list[int]:

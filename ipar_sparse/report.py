@@ -1,26 +1,20 @@
 """The report of one slide: one HTML page that opens with the answer, and its figures as files."""
 
-import base64
-import io
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from . import pl
 from .diagnostics import health_warnings
 from .files import atomic_write
 from .metrics import METRICS, align, metric_info
+from .page import draw_figure, environment, number_text
 from .points import as_layout, unit_gauge
 
-_DPI = 170
 _BARS = ("distance_spearman", "procrustes", "neighbor_hit@15", "trustworthiness@15")
 # left to the list of further measures: not scores, or another column in other words (RSSD is the
 # root of the Procrustes error)
@@ -151,7 +145,7 @@ def write_report(out_dir: str | Path, bundle: ReportBundle) -> Path:
     for section in sections:
         for figure in section["figures"]:
             atomic_write(out / "figures" / f"{figure['name']}.png", figure.pop("png"))
-    page = _environment().get_template("report.html.j2").render(
+    page = environment().get_template("report.html.j2").render(
         bundle=bundle,
         answer=summarize(bundle),
         num_cells=len(bundle.pred),
@@ -241,7 +235,7 @@ def metric_table(bundle: ReportBundle) -> dict:
         if sign and len(known) > 1:
             top = max(sign * value for value in known.values())
             # equal as printed is equal
-            best[name] = {m for m, v in known.items() if _text(v) == _text(sign * top)}
+            best[name] = {m for m, v in known.items() if number_text(v) == number_text(sign * top)}
     rows = []
     for method, values in bundle.methods.items():
         cells = []
@@ -249,7 +243,7 @@ def metric_table(bundle: ReportBundle) -> dict:
             value, error = _known(values, name), _known(values, f"{name}_se")
             cells.append(
                 {
-                    "text": "–" if value is None else _text(value),
+                    "text": "–" if value is None else number_text(value),
                     "error": _plus_minus(error) if value is not None else "",
                     "best": method in best.get(name, ()),
                 }
@@ -272,7 +266,7 @@ def _map_section(bundle):
         return _section(
             "The map",
             "Each dot is a cell, coloured by its place on the predicted map.",
-            [_figure("map", (5.2, _tall(bundle, 5.2)), draw, "Predicted map of cells")],
+            [draw_figure("map", (5.2, _tall(bundle, 5.2)), draw, "Predicted map of cells")],
         )
 
     def draw(figure):
@@ -282,7 +276,11 @@ def _map_section(bundle):
         "The map",
         "Left, where the cells were measured; right, where they were predicted, turned to match. "
         "A cell has the same colour on both: a good map shows the same gradients.",
-        [_figure("map", (10.0, _tall(bundle, 4.9)), draw, "Measured and predicted map of cells")],
+        [
+            draw_figure(
+                "map", (10.0, _tall(bundle, 4.9)), draw, "Measured and predicted map of cells"
+            )
+        ],
     )
 
 
@@ -302,7 +300,7 @@ def _gene_section(bundle):
     return _section(
         "A gene on the map",
         f"Expression of {name}. Its domain should have the same shape on the predicted map.",
-        [_figure("gene", size, draw, f"Expression of {name} on the maps")],
+        [draw_figure("gene", size, draw, f"Expression of {name} on the maps")],
     )
 
 
@@ -326,7 +324,11 @@ def _score_section(bundle):
         "Against other methods",
         "The model in blue, its variants in light blue, baselines in grey. Dashed: what the true "
         "coordinates score; dotted: chance. Whiskers are two standard errors where sampled.",
-        [_figure("methods", (10.0, height), draw, "Bars of main metrics for every method", True)],
+        [
+            draw_figure(
+                "methods", (10.0, height), draw, "Bars of main metrics for every method", dense=True
+            )
+        ],
     )
 
 
@@ -342,7 +344,7 @@ def _distance_section(bundle):
         "Every pair of cells: true distance to the right, predicted distance up. A perfect map "
         "lies on the dashed line; a flat top means that far parts of the tissue were folded "
         "together.",
-        [_figure("distances", (5.4, 4.6), draw, "Predicted against true distances")],
+        [draw_figure("distances", (5.4, 4.6), draw, "Predicted against true distances")],
     )
 
 
@@ -363,7 +365,7 @@ def _recycle_section(bundle):
         "Recycle by recycle",
         "The map at the start and after each pass through the model, in the colours of the first "
         "figure.",
-        [_figure("recycles", (10.0, height), draw, "The map after every recycle")],
+        [draw_figure("recycles", (10.0, height), draw, "The map after every recycle")],
     )
 
 
@@ -377,7 +379,7 @@ def _attention_section(bundle):
 
         count = len(bundle.focus)
         figures.append(
-            _figure("attention", (2.5 * count, _tall(bundle, 2.5)), draw_focus,
+            draw_figure("attention", (2.5 * count, _tall(bundle, 2.5)), draw_focus,
                     "Attention of single cells")  # fmt: skip
         )
     panels = [
@@ -397,7 +399,7 @@ def _attention_section(bundle):
                               frameon=False)  # fmt: skip
 
         figures.append(
-            _figure("diagnostics", (2.5 * len(panels), 2.7), draw_recycles,
+            draw_figure("diagnostics", (2.5 * len(panels), 2.7), draw_recycles,
                     "Measures of attention over recycles", dense=True)  # fmt: skip
         )
     if not figures:
@@ -435,7 +437,7 @@ def _uncertainty_section(bundle):
     if bundle.true is not None:
         text += " On the right, cells in groups of equal uncertainty: where the line rises, cells "
         text += "that are called uncertain do lie farther off."
-    figure = _figure("uncertainty", (width, 4.2), draw, "Uncertainty map and calibration")
+    figure = draw_figure("uncertainty", (width, 4.2), draw, "Uncertainty map and calibration")
     return _section("Uncertainty", text, [figure])
 
 
@@ -450,7 +452,7 @@ def _training_section(bundle):
         "Training",
         "Left, the parts of the loss; right, the validation score, on the graph a user gets and "
         "on the true neighbours. The star is the epoch that was kept.",
-        [_figure("training", (10.0, 3.8), draw, "Loss curves", dense=True)],
+        [draw_figure("training", (10.0, 3.8), draw, "Loss curves", dense=True)],
     )
 
 
@@ -481,28 +483,6 @@ def _tall(bundle: ReportBundle, width: float) -> float:
 def _absent(bundle: ReportBundle, name: str, title: str) -> dict | None:
     reason = bundle.absent.get(name)
     return None if reason is None else _section(title, f"Not shown: {reason}", [])
-
-
-def _figure(
-    name: str, size: tuple[float, float], draw: Callable, alt: str, dense: bool = False
-) -> dict:
-    """A drawn figure; a dense one is scrolled on a phone, since shrunk it could not be read."""
-    # no pyplot: its figures live on after the report, and need a display on some systems
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(wspace=0.04, hspace=0.04)
-    FigureCanvasAgg(figure)
-    draw(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
-    png = buffer.getvalue()
-    return {
-        "name": name,
-        "png": png,
-        "data": base64.b64encode(png).decode(),
-        "alt": alt,
-        "width": round(size[0] * 96),
-        "dense": dense,
-    }
 
 
 def _check(bundle: ReportBundle) -> None:
@@ -544,7 +524,7 @@ def _measures(bundle: ReportBundle) -> list[dict]:
         rows.append(
             {
                 "label": info.label if info.explanation else name,
-                "text": f"{_text(value)} {_plus_minus(error)}".rstrip(),
+                "text": f"{number_text(value)} {_plus_minus(error)}".rstrip(),
                 "explanation": info.explanation,
             }
         )
@@ -563,12 +543,6 @@ def _known(values: Mapping, name: str) -> float | None:
     value = values.get(name)
     known = isinstance(value, int | float | np.number) and math.isfinite(value)
     return float(value) if known else None
-
-
-def _text(value: float) -> str:
-    if 1e-9 < abs(value) < 5e-4:
-        return f"{value:.0e}".replace("e-0", "e-")
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def _plus_minus(error: float | None) -> str:
@@ -657,15 +631,3 @@ def _plain(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ipar_sparse"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["slug"] = lambda text: re.sub(r"[^a-z]+", "-", text.lower()).strip("-")
-    return environment

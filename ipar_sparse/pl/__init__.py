@@ -14,7 +14,7 @@ from .layouts import (
     trajectory,
     uncertainty_map,
 )
-from .scores import distance_density, metric_bars, uncertainty_calibration
+from .scores import distance_density, metric_bars, metric_dots, uncertainty_calibration
 
 __all__ = [
     "AttentionFocus",
@@ -24,6 +24,7 @@ __all__ = [
     "layout_pair",
     "loss_curves",
     "metric_bars",
+    "metric_dots",
     "position_colors",
     "recycle_curves",
     "trajectory",

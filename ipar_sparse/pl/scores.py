@@ -68,6 +68,50 @@ def metric_bars(
     return ax
 
 
+def metric_dots(
+    values: Mapping[str, Mapping[str, float]],
+    metric: str,
+    *,
+    errors: Mapping[str, float | None] | None = None,
+    strong: Collection[str] = (),
+    floor: float | None = None,
+    line: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """One metric over many slides: a dot for the mean of each method, faint dots for its slides.
+
+    Args:
+        values: method to the value on each slide, top to bottom.
+        metric: its flat name.
+        errors: standard error of each mean; whiskers span two of them.
+        strong: methods in strong colour.
+        floor: what the true coordinates score, a dashed line.
+        line: the method whose mean is drawn as a dotted line through all rows.
+    """
+    names = [name for name in values if values[name]]
+    ax = tidy(new_axes(ax, (4.6, 0.8 + 0.28 * max(len(names), 1))))
+    ax.grid(axis="y", visible=False)
+    errors = errors or {}
+    for place, name in enumerate(names):
+        slides = np.array(list(values[name].values()))
+        color = MODEL if name in strong else MUTED
+        ax.scatter(slides, np.full(len(slides), place), s=11, color=color, alpha=0.28, lw=0)
+        spread = 2 * (errors.get(name) or 0.0)
+        ax.errorbar(slides.mean(), place, xerr=spread or None, fmt="o", ms=6, color=color,
+                    elinewidth=1.6, capsize=3)  # fmt: skip
+    if floor is not None:
+        ax.axvline(floor, color=INK, lw=1.0, ls="--")
+    if line in names:
+        mean = np.mean(list(values[line].values()))
+        ax.axvline(mean, color=MUTED, lw=1.1, ls=":")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    info = metric_info(metric)
+    ax.set_title(info.label, fontsize=10, color=INK, loc="left")
+    ax.set_xlabel(f"{info.better} is better" if info.better else "", fontsize=8.5, color=MUTED)
+    return ax
+
+
 def distance_density(
     pred, true, *, ax: Axes | None = None, seed: int = 0, title: str | None = None
 ) -> Axes:

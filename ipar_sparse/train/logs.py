@@ -7,7 +7,8 @@ import io
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,21 @@ def setup_logging(verbose: bool = False) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Sends everything meant for :data:`console` to the end of a file instead."""
+    logger = logging.getLogger("ipar_sparse")
+    before = logger.handlers[:], logger.level, logger.propagate
+    with open(path, "a", buffering=1) as file:
+        setup_logging()
+        console.file = file
+        try:
+            yield
+        finally:
+            console.file = None  # standard error again
+            logger.handlers[:], logger.level, logger.propagate = before
 
 
 class History:

@@ -1,0 +1,793 @@
+"""Variants x held-out slides x seeds: every run on record, none of which saw what scores it.
+
+A study is planned first (which variant, which slides are held out, which slide decides when to
+stop), written to ``study.json``, and then worked off job by job. Every stage of a job is fitted
+by :func:`~ipar_sparse.train.trainer.fit` on training slides; held-out slides are first looked at
+when they are scored. Variants with the same data and encoder settings share one trained encoder.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import signal
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from rich.console import Console
+
+from .. import __version__
+from ..comparison import Comparison, Record, compare
+from ..config import PRESETS, RunConfig, load_config, resolve_device
+from ..errors import UserError
+from ..files import atomic_write
+from ..report import write_metrics
+from ..slide import Slide
+from ..study_report import StudyPage, print_study, write_study_report
+from .checkpoint import LAST
+from .crew import Job, run_jobs
+from .evaluate import FORMS, score_slide
+from .logs import console, log_to
+from .predict import Predictor
+from .trainer import fit, fit_encoder, slide_digest
+from .units import read_file
+
+logger = logging.getLogger(__name__)
+
+PLAN = "study.json"
+METRICS = "metrics.json"
+ERROR = "error.txt"
+LOG = "log.txt"
+RESULTS = "results.csv"
+SUMMARY = "summary.json"
+
+SLIDE, DONOR = "slide", "donor"
+_FLOOR = "true coordinates"
+_COLUMNS = ("variant", "fold", "seed", "slide", "donor", "method", "role", "metric", "value")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Which slides do what.
+
+    Args:
+        name: of the held-out slide or donor.
+        test: names of the slides that are held out of every stage.
+        val: name of the slide that decides when to stop.
+        train: names of the slides that are trained on.
+    """
+
+    name: str
+    test: tuple[str, ...]
+    val: str
+    train: tuple[str, ...]
+
+
+class Task(NamedTuple):
+    """A job of a study: train an encoder, or train and score a variant."""
+
+    folder: str
+    kind: str
+    variant: str
+    fold: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be run.
+
+    Args:
+        files: files of the slides.
+        digests: slide name to a digest of its content.
+        donors: slide name to its donor.
+        variants: name to configuration; the seed in it is not used.
+        folds: which slides are held out.
+        seeds: of everything random.
+        reference: variant that the others are compared with.
+        notes: what a reader should know about the plan.
+    """
+
+    files: tuple[str, ...]
+    digests: dict[str, str]
+    donors: dict[str, str]
+    variants: dict[str, RunConfig]
+    folds: tuple[Fold, ...]
+    seeds: tuple[int, ...]
+    reference: str
+    notes: tuple[str, ...] = ()
+
+    def config(self, variant: str, seed: int) -> RunConfig:
+        """The configuration of one run."""
+        return self.variants[variant].replace(train={"seed": seed})
+
+    def fold(self, name: str) -> Fold:
+        """The fold of a name."""
+        return next(fold for fold in self.folds if fold.name == name)
+
+    @property
+    def encoder_groups(self) -> dict[str, str]:
+        """Variant to the digest of all settings that stage A depends on."""
+        return {name: _encoder_settings(config) for name, config in self.variants.items()}
+
+    @property
+    def baseline_variants(self) -> dict[str, str]:
+        """Digest of stage A to the variant beside which its baselines are run."""
+        groups = self.encoder_groups
+        first = {groups[self.reference]: self.reference}
+        for name, group in groups.items():
+            first.setdefault(group, name)
+        return first
+
+    def tasks(self) -> list[Job]:
+        """Every job, seed by seed, so that a study stopped early has all folds and variants."""
+        jobs: dict[str, Job] = {}
+        groups, leads = self.encoder_groups, self.baseline_variants
+        for seed in self.seeds:
+            for fold in self.folds:
+                for variant, config in self.variants.items():
+                    place = f"{_folder(fold.name)}/seed{seed}"
+                    encoder = None
+                    if config.data.embedding is None:
+                        group = groups[variant]
+                        folder = f"encoders/{group}/{place}"
+                        encoder = Task(folder, "encoder", leads[group], fold.name, seed)
+                        jobs.setdefault(folder, Job(encoder))
+                    folder = f"runs/{variant}/{place}"
+                    jobs[folder] = Job(Task(folder, "run", variant, fold.name, seed), encoder)
+        return list(jobs.values())
+
+    def save(self, out: Path) -> None:
+        """Writes the plan to ``study.json``."""
+        values = asdict(self) | {
+            "variants": {n: c.model_dump(mode="json") for n, c in self.variants.items()},
+            "version": __version__,
+        }
+        atomic_write(out / PLAN, json.dumps(values, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, out: Path) -> Study:
+        """Reads a plan back.
+
+        Raises:
+            UserError: the folder holds no readable study.
+        """
+        try:
+            values = json.loads((Path(out) / PLAN).read_text())
+            values.pop("version")
+            variants = {n: RunConfig.model_validate(c) for n, c in values["variants"].items()}
+            folds = tuple(
+                Fold(f["name"], tuple(f["test"]), f["val"], tuple(f["train"]))
+                for f in values["folds"]
+            )
+            tuples = {name: tuple(values[name]) for name in ("files", "seeds", "notes")}
+            return cls(**values | tuples | {"variants": variants, "folds": folds})
+        except FileNotFoundError:
+            raise UserError(f"{out} is no study: it has no {PLAN}; choose another --out") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{Path(out) / PLAN} cannot be read ({error}); choose another --out"
+            ) from None
+
+
+@dataclass
+class Outcome:
+    """What a study came to.
+
+    Args:
+        comparison: every method and metric.
+        done: runs that are finished.
+        total: runs that were planned.
+        failed: folder of a job to its one-line error.
+        page: the HTML page, None before the first run is finished.
+    """
+
+    comparison: Comparison
+    done: int
+    total: int
+    failed: dict[str, str] = field(default_factory=dict)
+    page: Path | None = None
+
+
+def plan_study(
+    files: Sequence[Path],
+    variants: Mapping[str, RunConfig],
+    *,
+    hold_out: str = SLIDE,
+    seeds: Iterable[int] = (0,),
+    reference: str | None = None,
+    donor_key: str | None = None,
+    donor_pattern: str | None = None,
+    donor_map: Path | None = None,
+) -> Study:
+    """Reads the slides and decides who is held out when.
+
+    Args:
+        files: AnnData files of slides with positions.
+        variants: name to configuration.
+        hold_out: ``"slide"`` (each in turn), ``"donor"`` (all slides of each in turn), or names
+            of slides or donors with commas, each held out in turn.
+        seeds: of everything random; all variants are run with each.
+        reference: the variant compared with; the first one if left out.
+        donor_key: obs column that names the donor.
+        donor_pattern: regular expression searched in the slide's name: its first group, or all
+            of it, is the donor.
+        donor_map: YAML file of ``slide: donor``.
+
+    Raises:
+        UserError: on anything that cannot be run as asked.
+    """
+    if not variants:
+        raise UserError("a study needs a variant; name a preset, e.g. v1")
+    for name in variants:
+        if not re.fullmatch(r"[\w.+=-]+", name):
+            raise UserError(f"variant {name!r}: use letters, digits and . + = - _ only")
+    reference = reference or next(iter(variants))
+    if reference not in variants:
+        raise UserError(
+            f"the reference {reference!r} is not among the variants ({', '.join(variants)})"
+        )
+    files = tuple(str(Path(path).absolute()) for path in files)
+    per_setting = {_reading(config): config for config in variants.values()}
+    slides = {s.name: s for config in per_setting.values() for s in read_all(files, config)}
+    donors = find_donors(slides.values(), donor_key, donor_pattern, donor_map)
+    folds, notes = plan_folds(donors, hold_out)
+    units = [config.train for config in variants.values() if config.train.unit != "slide"]
+    smallest = max((settings.miniset_min for settings in units), default=0)
+    for name in dict.fromkeys(name for fold in folds for name in (*fold.train, fold.val)):
+        if slides[name].num_cells < smallest:
+            raise UserError(
+                f"{name} has {slides[name].num_cells} cells, fewer than the smallest miniset "
+                f"({smallest}); leave it out or --set train.miniset_min={slides[name].num_cells}"
+            )
+    seeds = tuple(dict.fromkeys(seeds))
+    if not seeds:
+        raise UserError("a study needs a seed, e.g. --seeds 0-4")
+    digests = {name: _digest(slide) for name, slide in slides.items()}
+    return Study(
+        files, digests, donors, dict(variants), tuple(folds), seeds, reference, tuple(notes)
+    )
+
+
+def plan_folds(donors: Mapping[str, str], hold_out: str) -> tuple[list[Fold], list[str]]:
+    """Folds for slides of known donors, and what is to be told about them.
+
+    The slide that decides when to stop is one whose donor has another slide to train on, where
+    there is such a one; which one rotates over the folds.
+
+    Args:
+        donors: slide to donor, in the order of the slides.
+        hold_out: as in :func:`plan_study`.
+
+    Raises:
+        UserError: an unknown name, one donor only, or too few slides.
+    """
+    of_donor: dict[str, list[str]] = {}
+    for slide, donor in donors.items():
+        of_donor.setdefault(donor, []).append(slide)
+    if hold_out == SLIDE:
+        held = {slide: [slide] for slide in donors}
+    elif hold_out == DONOR:
+        if len(of_donor) < 2:
+            raise UserError(
+                f"all slides are of one donor ({next(iter(of_donor))}), so none can be held out; "
+                "give slides of two donors, or say whose they are with --donor-pattern, "
+                "--donor-key or --donor-map"
+            )
+        held = of_donor
+    else:
+        held = {}
+        for name in (part.strip() for part in hold_out.split(",")):
+            if name not in donors and name not in of_donor:
+                raise UserError(
+                    f"--hold-out {name}: no such slide or donor; slides: {', '.join(donors)}; "
+                    f"donors: {', '.join(of_donor)}"
+                )
+            held[name] = [name] if name in donors else of_donor[name]
+    folds, notes = [], []
+    for number, (name, test) in enumerate(held.items()):
+        rest = [slide for slide in donors if slide not in test]
+        if len(rest) < 2:
+            left = f"one slide ({rest[0]})" if rest else "no slide"
+            notes.append(
+                f"{name} cannot be held out: that leaves {left} to train on, and two are needed, "
+                "one of them to decide when to stop"
+            )
+            continue
+        count = Counter(donors[slide] for slide in rest)
+        able = [slide for slide in rest if count[donors[slide]] > 1] or rest
+        val = able[number % len(able)]
+        folds.append(
+            Fold(name, tuple(test), val, tuple(slide for slide in rest if slide != val))
+        )
+    if notes and (not folds or hold_out not in (SLIDE, DONOR)):
+        raise UserError(f"{notes[0]}; give more slides")
+    return folds, notes
+
+
+def find_donors(
+    slides: Iterable[Slide],
+    key: str | None = None,
+    pattern: str | None = None,
+    table: Path | None = None,
+) -> dict[str, str]:
+    """Slide to donor; every slide is its own donor if nothing is said.
+
+    Args:
+        slides: in order.
+        key: obs column.
+        pattern: regular expression on the slide's name.
+        table: YAML file of ``slide: donor``.
+
+    Raises:
+        UserError: a slide whose donor cannot be told.
+    """
+    if sum(given is not None for given in (key, pattern, table)) > 1:
+        raise UserError("give one of --donor-key, --donor-pattern and --donor-map")
+    if pattern is not None:
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"--donor-pattern {pattern!r} is no regular expression: {error}"
+            ) from None
+    mapping = _read_yaml(table) if table is not None else {}
+    donors = {}
+    for slide in slides:
+        if key is not None:
+            if key not in slide.obs:
+                raise UserError(
+                    f"{slide.name} has no obs column {key!r} to tell its donor; "
+                    f"there are {', '.join(slide.obs) or 'none'}"
+                )
+            values = np.unique(np.asarray(slide.obs[key]).astype(str))
+            if len(values) != 1:
+                raise UserError(
+                    f"{slide.name}: obs[{key!r}] names {len(values)} donors on one slide; "
+                    "use --slide-key if the file holds several slides"
+                )
+            donors[slide.name] = str(values[0])
+        elif pattern is not None:
+            match = regex.search(slide.name)
+            if match is None:
+                raise UserError(f"--donor-pattern {pattern!r} does not match slide {slide.name}")
+            donors[slide.name] = match[1] if regex.groups else match[0]
+        elif table is not None:
+            if slide.name not in mapping:
+                raise UserError(f"{table} does not name the donor of {slide.name}")
+            donors[slide.name] = str(mapping[slide.name])
+        else:
+            donors[slide.name] = slide.name
+    return donors
+
+
+def load_variants(
+    names: Sequence[str],
+    files: Sequence[Path] = (),
+    overrides: Sequence[str] = (),
+    **sections: Mapping[str, Any],
+) -> tuple[dict[str, RunConfig], dict[str, Any]]:
+    """Configurations of presets and of the variants in study files.
+
+    A study file is YAML: ``variants`` maps each name to settings in which it differs
+    (``model.beta: 1.0``; ``preset: NAME`` to start from); ``set`` holds settings of all of them;
+    ``reference``, ``seeds`` and ``hold_out`` are defaults of the command line. Later wins:
+    preset, ``set``, ``overrides``, the variant's own settings.
+
+    Args:
+        names: presets.
+        files: study files.
+        overrides: ``section.key=value`` for all variants.
+        **sections: values for all variants.
+
+    Returns:
+        variants by name, and what the files say of ``reference``, ``seeds`` and ``hold_out``.
+
+    Raises:
+        UserError: an unknown preset or key, a variant given twice, an unreadable file.
+    """
+    given: dict[str, dict[str, Any]] = {name: {"preset": name} for name in names}
+    common: dict[str, dict[str, Any]] = {}
+    said: dict[str, Any] = {}
+    for path in files:
+        values = _read_yaml(path)
+        known = ("description", "reference", "seeds", "hold_out", "set", "variants")
+        for key in values:
+            if key not in known:
+                raise UserError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
+        variants = values.get("variants")
+        if not isinstance(variants, dict) or not variants:
+            raise UserError(f"{path}: needs `variants:` with a name and settings for each")
+        for name, own in variants.items():
+            name = str(name)
+            if name in given:
+                raise UserError(f"{path}: variant {name} is given twice; rename one")
+            own = {} if own is None else own
+            if not isinstance(own, dict):
+                raise UserError(f"{path}: variant {name} needs settings such as model.beta: 1.0")
+            given[name] = {"preset": name if name in PRESETS else None} | own
+            common[name] = values.get("set") or {}
+        said |= {k: values[k] for k in ("reference", "seeds", "hold_out") if k in values}
+    configs = {}
+    for name, own in given.items():
+        own = dict(own)
+        preset = own.pop("preset")
+        shared = [f"{key}={_as_text(value)}" for key, value in common.get(name, {}).items()]
+        mine = [f"{key}={_as_text(value)}" for key, value in own.items()]
+        configs[name] = load_config(
+            None, [*shared, *overrides, *mine], preset=preset, **sections
+        )
+    return configs, said
+
+
+def run_study(
+    study: Study, out: Path, *, jobs: int | None = None, device: str | None = None
+) -> Outcome:
+    """Works off a study, or what is left of it, and writes tables, figure and page.
+
+    Finished runs are kept, stopped ones go on from their last checkpoint, failed ones are tried
+    again. A study in ``out`` may grow by variants and seeds; another study is refused.
+
+    Args:
+        study: the plan.
+        out: folder of the study.
+        jobs: runs side by side; half of the cores if left out.
+        device: where all runs are computed; as configured if left out.
+
+    Raises:
+        UserError: ``out`` holds something else.
+        KeyboardInterrupt: after ctrl-C; results of what is finished are written.
+    """
+    out = Path(out)
+    _take_folder(study, out)
+    if device is not None:
+        resolve_device(device)
+        variants = {n: c.replace(train={"device": device}) for n, c in study.variants.items()}
+        study = Study(**{**study.__dict__, "variants": variants})
+    out.mkdir(parents=True, exist_ok=True)
+    study.save(out)
+    tasks = study.tasks()
+    runs = [job for job in tasks if job.key.kind == "run"]
+    todo = [job for job in tasks if not _is_done(out, job.key)]
+    needed = {job.after for job in todo if job.after is not None}
+    todo = [job for job in todo if job.key.kind == "run" or job.key in needed]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = max(1, min(jobs or cores // 2, len(todo)))
+    told = Console(stderr=True, highlight=False)
+    count, left = len(runs), sum(job.key.kind == "run" for job in todo)
+    told.print(
+        f"{count} runs: {len(study.variants)} variants x {len(study.folds)} held out x "
+        f"{len(study.seeds)} seeds; {count - left} are done, {processes} at a time"
+    )
+    for note in study.notes:
+        told.print(f"note: {note}", markup=False, soft_wrap=True)
+    failed: dict[str, str] = {}
+    done, start = count - left, time.monotonic()
+    try:
+        with _stop_on_sigterm():
+            threads = max(1, cores // processes) if processes > 1 else None
+            for task, error in run_jobs(
+                _Work(out), todo, processes=processes, threads=threads
+            ):
+                if error is not None:
+                    failed[task.folder] = error
+                if task.kind == "run":
+                    done += error is None
+                    told.print(
+                        _line(out, study, task, error, done, count, time.monotonic() - start),
+                        markup=False, soft_wrap=True,
+                    )  # fmt: skip
+    finally:
+        outcome = collect(out, study, failed)
+    print_study(outcome.comparison, study.reference)
+    return outcome
+
+
+def collect(out: Path, study: Study, failed: Mapping[str, str] | None = None) -> Outcome:
+    """Reads the finished runs of a study and writes ``results.csv``, ``summary.json`` and page.
+
+    Args:
+        out: folder of the study.
+        study: its plan.
+        failed: folder of a job to its error.
+    """
+    out, failed = Path(out), dict(failed or {})
+    runs = [job.key for job in study.tasks() if job.key.kind == "run"]
+    finished = [task for task in runs if _is_done(out, task)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    records = []
+    for task in finished:
+        for row in _rows(out, study, task):
+            writer.writerow(row)
+            records.append(_record(study, row))
+    comparison = compare(records, study.reference)
+    outcome = Outcome(comparison, len(finished), len(runs), failed)
+    if finished:
+        atomic_write(out / RESULTS, text.getvalue())
+        outcome.page = write_study_report(
+            out,
+            StudyPage(
+                comparison=comparison,
+                records=records,
+                donors=study.donors,
+                folds=[asdict(fold) for fold in study.folds],
+                seeds=study.seeds,
+                settings={n: _differences(c) for n, c in study.variants.items()},
+                notes=list(study.notes),
+                failed=failed,
+                done=len(finished),
+                total=len(runs),
+            ),
+        )
+    write_metrics(
+        out / SUMMARY,
+        {
+            "done": len(finished), "total": len(runs), "failed": failed,
+            "notes": list(study.notes), "seeds": list(study.seeds),
+            "folds": [asdict(fold) for fold in study.folds],
+            **comparison.as_dict(),
+        },
+    )  # fmt: skip
+    return outcome
+
+
+@lru_cache(maxsize=2)
+def _read_cached(files: tuple[str, ...], reading: str) -> list[Slide]:
+    data = RunConfig.model_validate({"data": json.loads(reading)}).data
+    slides = [slide for path in files for slide in read_file(Path(path), data, require_pos=True)]
+    for name, count in Counter(slide.name for slide in slides).items():
+        if count > 1:
+            raise UserError(f"{count} slides are called {name}; give each once, or rename a file")
+    return slides
+
+
+def read_all(files: Sequence[str], config: RunConfig) -> list[Slide]:
+    """The slides of a study as a variant reads them; kept in memory for the next job.
+
+    Raises:
+        UserError: two slides of one name, or a file that cannot be read.
+    """
+    return _read_cached(tuple(files), _reading(config))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The work of a job, for a process of its own: all it needs to know lies in the folder."""
+
+    out: Path
+
+    def __call__(self, task: Task) -> None:
+        study = Study.load(self.out)
+        folder = self.out / task.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ERROR).unlink(missing_ok=True)
+        with log_to(folder / LOG):
+            try:
+                (_train_encoder if task.kind == "encoder" else _run)(study, self.out, task)
+            except Exception as error:
+                console.print(traceback.format_exc(), markup=False)
+                atomic_write(folder / ERROR, f"{error}\n")
+                raise
+
+
+def _train_encoder(study: Study, out: Path, task: Task) -> None:
+    slides, fold = _by_name(study, task), study.fold(task.fold)
+    train = [slides[name] for name in fold.train]
+    fit_encoder(train, study.config(task.variant, task.seed), out / task.folder)
+
+
+def _run(study: Study, out: Path, task: Task) -> None:
+    slides, fold = _by_name(study, task), study.fold(task.fold)
+    folder, config = out / task.folder, study.config(task.variant, task.seed)
+    group = study.encoder_groups[task.variant]
+    encoder = None
+    if config.data.embedding is None:
+        encoder = out / f"encoders/{group}/{_folder(fold.name)}/seed{task.seed}"
+    start = time.monotonic()
+    config.save(folder)
+    result = fit(
+        [slides[name] for name in fold.train], [slides[fold.val]], config, folder,
+        resume=(folder / LAST).is_file(), encoder=encoder,
+    )  # fmt: skip
+    trained = time.monotonic()
+    predictor = Predictor.load(folder, resolve_device(config.train.device))
+    with_baselines = task.variant == study.baseline_variants[group]
+    scores = {}
+    for name in fold.test:
+        bundle = score_slide(predictor, slides[name], baselines=with_baselines)
+        if not bundle.held_out:
+            raise UserError(
+                f"{name} is held out, but a slide with the same cells is trained on; "
+                "give each slide once"
+            )
+        scores[name] = {
+            "methods": bundle.methods,
+            "metrics": bundle.metrics,
+            "diagnostics": bundle.diagnostics,
+        }
+    write_metrics(
+        folder / METRICS,
+        {
+            "best_epoch": result.best_epoch, "validation_e_geo": result.best,
+            "seconds_training": round(trained - start, 1),
+            "seconds_scoring": round(time.monotonic() - trained, 1),
+            "slides": scores,
+        },
+    )  # fmt: skip
+
+
+def _by_name(study: Study, task: Task) -> dict[str, Slide]:
+    return {slide.name: slide for slide in read_all(study.files, study.variants[task.variant])}
+
+
+def _rows(out: Path, study: Study, task: Task) -> Iterator[tuple]:
+    """Rows of the results of one run, in the order of the columns."""
+    content = json.loads((out / task.folder / METRICS).read_text())
+    for slide, found in content["slides"].items():
+        for method, values in found["methods"].items():
+            role = "variant" if method == "model" else "baseline"
+            role = "form" if method in FORMS else "floor" if method == _FLOOR else role
+            if method == "model":
+                floors = {k: v for k, v in found["metrics"].items() if k.endswith("_floor")}
+                extra = {k: v for k, v in found["metrics"].items() if k not in floors}
+                values = {**values, **extra, **found["diagnostics"]}
+            elif method == _FLOOR:
+                names = {k.replace("_floor", "_hgate"): v for k, v in found["metrics"].items()
+                         if k.endswith("_floor")}  # fmt: skip
+                values = {**values, **names}
+            for metric, value in values.items():
+                if value is not None:
+                    yield (
+                        task.variant, task.fold, task.seed, slide, study.donors[slide], method,
+                        role, metric, value,
+                    )  # fmt: skip
+
+
+def _record(study: Study, row: tuple) -> Record:
+    variant, _, seed, slide, _, method, role, metric, value = row
+    if role == "variant":
+        method = variant
+    elif role == "form":
+        method = f"{variant}: {method}"
+    elif role == "baseline" and len(set(study.encoder_groups.values())) > 1:
+        method = f"{method} [{variant}]"
+    return Record(method, role, slide, seed, metric, float(value))
+
+
+def _line(out, study, task, error, done, count, seconds) -> str:
+    head = f"[{done}/{count}] {task.variant}, {task.fold} held out, seed {task.seed}"
+    if error is not None:
+        return f"{head}: failed: {error}"
+    found = json.loads((out / task.folder / METRICS).read_text())
+    scores = [slide["methods"]["model"]["distance_spearman"] for slide in found["slides"].values()]
+    took = found["seconds_training"] + found["seconds_scoring"]
+    return (
+        f"{head}: distance Spearman {np.mean(scores):.3f} "
+        f"({took:.0f} s; {seconds / 60:.1f} min in all)"
+    )
+
+
+def _take_folder(study: Study, out: Path) -> None:
+    """Refuses a folder that holds anything but this study, or a part of it."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise UserError(f"--out: {out} is a file, not a folder; choose another")
+    if not (out / PLAN).is_file():
+        raise UserError(f"{out} is not empty and holds no study; choose another --out")
+    before = Study.load(out)
+    differs = [
+        name for name in ("digests", "donors", "folds")
+        if getattr(before, name) != getattr(study, name)
+    ]  # fmt: skip
+    changed = [
+        name for name, config in before.variants.items()
+        if name not in study.variants or _identity(config) != _identity(study.variants[name])
+    ]  # fmt: skip
+    if not set(before.seeds) <= set(study.seeds):
+        differs.append("seeds")
+    if changed:
+        differs.append(f"variant {changed[0]}")
+    if differs:
+        what = {"digests": "slides", "folds": "held-out slides"}.get(differs[0], differs[0])
+        raise UserError(
+            f"{out} holds another study ({what} differ); choose another --out, or ask for the "
+            "same study to go on with it (seeds and variants may be added)"
+        )
+
+
+def _is_done(out: Path, task: Task) -> bool:
+    folder = out / task.folder
+    if task.kind == "run":
+        return (folder / METRICS).is_file()
+    return (folder / LAST).is_file()
+
+
+def _identity(config: RunConfig) -> dict:
+    values = config.model_dump(mode="json")
+    del values["train"]["device"], values["train"]["seed"], values["data"]["cache"]
+    return values
+
+
+def _differences(config: RunConfig) -> list[str]:
+    """Settings in which a configuration differs from the defaults, as ``section.key=value``."""
+    own, default = _identity(config), _identity(RunConfig())
+    return [
+        f"{section}.{key}={value}"
+        for section, values in own.items() if isinstance(values, dict)
+        for key, value in values.items() if value != default[section][key]
+    ]  # fmt: skip
+
+
+def _reading(config: RunConfig) -> str:
+    """The settings that decide how a file is read, as text."""
+    values = config.data.model_dump(mode="json")
+    return json.dumps({k: v for k, v in values.items() if k not in ("max_genes", "cache")})
+
+
+def _encoder_settings(config: RunConfig) -> str:
+    values = _identity(config)
+    text = json.dumps([values["data"], values["encoder"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _digest(slide: Slide) -> str:
+    digest = hashlib.sha256(slide_digest(slide).encode())
+    if slide.expression is not None:
+        for part in (slide.expression.indptr, slide.expression.indices, slide.expression.data):
+            digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()[:16]
+
+
+def _folder(name: str) -> str:
+    return re.sub(r"[^\w.+=-]", "_", name)
+
+
+def _as_text(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"{path} is not valid YAML; correct it") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `name: value` lines")
+    return values
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """A polite kill is ctrl-C: workers save, and results so far are written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
