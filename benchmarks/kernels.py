@@ -2,7 +2,8 @@
 
     python -m benchmarks.kernels --n 1000000 --out kernels.json
 
-Sections: ``check`` (against float64), ``attention``, ``gate``, ``order``, ``knn``, ``model``.
+Sections: ``check`` (against float64), ``attention``, ``gate``, ``order``, ``model``,
+``inference``.
 Kernel times are the profiler's device times, medians over the repeats; bandwidth is the bytes an
 edge must read and write, without reuse, over that time.
 """
@@ -172,6 +173,29 @@ class Bench:
                 yield {"depth": depth, "maxnreg": registers or 0}
             triton_attention._Shape.of, triton_attention._DEPTH = tile, 8
 
+    def inference(self):
+        """Gate and recycles without gradients at ten million cells, on a local table."""
+        from ipar_sparse.nn import EdgeGateSoft, IPALiteModel
+
+        n, k = 10_000_000, self.args.k
+        table = torch.empty(n, k, dtype=torch.int32, device="cuda")
+        for start in range(0, n, 1 << 20):
+            rows = torch.arange(start, min(n, start + (1 << 20)), device="cuda").unsqueeze(-1)
+            away = torch.randint(1, 2000, (rows.numel(), k), device="cuda")
+            table[start : start + rows.numel()] = ((rows + away) % n).int()
+        graph = NeighborTable(table)
+        gate, model = EdgeGateSoft(WIDTH).cuda().eval(), IPALiteModel(WIDTH).cuda().eval()
+        h = torch.randn(n, WIDTH, device="cuda", dtype=torch.bfloat16)
+
+        def step():
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                model(h, graph, 2.0 * gate(h, graph))
+
+        self.row(
+            section="inference", n=n, k=k, milliseconds=wall_time(step, 2),
+            peak_gib=torch.cuda.max_memory_allocated() / 2**30,
+        )  # fmt: skip
+
     def packed(self, n):
         qkv = torch.randn(n, 3, HEADS, CHANNELS, device="cuda", dtype=self.dtype)
         return (t.detach() for t in qkv.unbind(1))
@@ -187,9 +211,17 @@ class Bench:
         default = triton_gate._tile
         tiles = [None]
         if self.args.tune:
-            tiles += [(64, 4), (64, 8), (128, 8), (32, 4), (32, 8), (128, 4)]
+            tiles += [(64, 4, 1), (64, 4, 2), (64, 4, 4), (32, 8, 1), (32, 8, 2), (32, 8, 3)]
+            tiles += [(16, 8, 1), (16, 8, 3)]
         for tile in tiles:
-            triton_gate._tile = default if tile is None else lambda *_, tile=tile, **__: tile
+
+            def chosen(dtype, backward, tile=tile):
+                if tile is None:
+                    return default(dtype, backward)
+                names = ("BLOCK", "num_warps", "num_stages")
+                return {**default(dtype, backward), **dict(zip(names, tile, strict=True))}
+
+            triton_gate._tile = chosen
             for frozen in (True, False):
                 leaves = [*weights] if frozen else [h.requires_grad_(), *weights]
                 embedding = h.detach() if frozen else h

@@ -22,7 +22,9 @@ from torch.autograd.function import once_differentiable
 from ..graph import NeighborTable
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_DEPTH = 8  # edges a lane holds in registers: two 16-byte reads each, all in flight at once
+# Edges a lane holds in registers, two 16-byte reads each in flight: few where the registers left
+# over hold more warps, more where sums fill them anyway (measured, docs/kernels.md).
+_DEPTH, _SOURCE_DEPTH = 2, 4
 _CHUNK = 256  # out-edges a program of the source pass takes on: about twice the mean at k = 100
 
 
@@ -125,7 +127,7 @@ class _EdgeAttention(torch.autograd.Function):
                 q, k, v, x_src, plan.edge, bias, d_out, info, plan.task,
                 d_k, d_v, d_x_src, partial, *division(max(graph.k, 1)),
                 q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), scale,
-                INFO=shape.info, **shape.tile,
+                INFO=shape.info, **{**shape.tile, "R": _SOURCE_DEPTH},
             )  # fmt: skip
             if plan.num_heavy:
                 _combine_kernel[(plan.num_heavy,)](
@@ -206,10 +208,9 @@ class _Shape:
         # Edges that lie side by side in the lanes; each keeps its own running sums, so that
         # lanes meet once a row and not once a tile.
         side = max(32 * warps * vector // width, 1)
-        block = max(_DEPTH * side, 4)
         kind = 0 if bias is None else bias.dim()
         layout = {"HEADS": heads, "H": padded, "C": channels}
-        tile = {**layout, "R": block // side, "P": side, "BIAS": kind, "num_warps": warps}
+        tile = {**layout, "R": _DEPTH, "P": side, "BIAS": kind, "num_warps": warps}
         prepare = {**layout, "ROWS": max(1, 2048 // width)}
         return cls(tile, prepare, triton.next_power_of_2(5 * padded + 2))
 

@@ -41,7 +41,7 @@ def edge_gate(h: Tensor, graph: NeighborTable, weights) -> Tensor:
     """See :func:`ipar_sparse.ops.edge_gate`; always (E, G), in the weights' dtype.
 
     The products run in the embeddings' dtype (autocast's, where that is on) with float32 sums;
-    float32 means three TF32 products for each, as exact as float32.
+    float32 products are exact to float32's own rounding, and several times slower.
 
     Raises:
         ValueError: on dtypes or shapes that the kernels do not take.
@@ -62,12 +62,12 @@ class _EdgeGate(torch.autograd.Function):
         logits = torch.empty(graph.num_nodes, graph.k, outputs, dtype=w0.dtype, device=h.device)
         if logits.numel():
             parts = _Parts(h, w0, b0, w1, w2)
-            block, warps = _tile(graph.k, h.dtype)
-            programs = min(graph.num_nodes, _multiprocessors(h.device) * (16 // warps))
+            tile = _tile(h.dtype, backward=False)
+            programs = min(graph.num_nodes, _multiprocessors(h.device) * (16 // tile["num_warps"]))
             _forward_kernel[(programs,)](
                 h, parts.own(0), graph.index, parts.first, parts.second, b1, parts.last, b2,
                 logits, graph.num_nodes, graph.k, programs,
-                **parts.shape, BLOCK=block, num_warps=warps,
+                **parts.shape, **tile,
             )  # fmt: skip
         ctx.save_for_backward(h, w0, b0, w1, b1, w2)
         ctx.graph = graph
@@ -128,7 +128,6 @@ class _Parts:
             "M": m,
             "M2": w1.size(0),
             "G": w2.size(0),
-            "PRECISION": "tf32x3" if h.dtype == torch.float32 else "ieee",
         }
 
     def own(self, block: int) -> Tensor:
@@ -142,10 +141,10 @@ class _Parts:
         m, m2, outputs = self.shape["M"], self.shape["M2"], self.shape["G"]
         width = m + d if need_h else m
         centre = torch.empty(n, width, dtype=torch.float32, device=device)
-        block, warps = _tile(graph.k, h.dtype, backward=True)
+        tile = _tile(h.dtype, backward=True)
         plan = SourcePlan.of(graph) if by_source else None
         tasks = plan.num_tasks if by_source else n
-        programs = min(tasks, _multiprocessors(device) * (8 // warps))
+        programs = min(tasks, _multiprocessors(device) * (8 // tile["num_warps"]))
         total = 0 if by_source else 3 * d * m + m * m2 + m2 + outputs * m2
         sums = torch.empty(programs, total, dtype=torch.float32, device=device)
         partial = torch.empty(
@@ -155,8 +154,7 @@ class _Parts:
             h, self.own(int(by_source)), plan.edge if by_source else graph.index,
             plan.task if by_source else None, self.first, self.second, b1, self.last, d_logits,
             centre, partial, sums, tasks, graph.k, *division(max(graph.k, 1)), programs, total,
-            **self.shape, WIDTH=width, BLOCK=block, BY_SOURCE=by_source, NEED_H=need_h,
-            num_warps=warps,
+            **self.shape, **tile, WIDTH=width, BY_SOURCE=by_source, NEED_H=need_h,
         )  # fmt: skip
         if by_source and plan.num_heavy:
             _combine_kernel[(plan.num_heavy,)](
@@ -165,11 +163,17 @@ class _Parts:
         return centre, sums.sum(0)
 
 
-def _tile(k: int, dtype: torch.dtype, backward: bool = False) -> tuple[int, int]:
-    """Edges a tile and warps a program."""
-    if dtype == torch.float32 or k <= 32:
-        return 32, 8 if backward else 4
-    return 64, 8 if backward else 4
+def _tile(dtype: torch.dtype, backward: bool) -> dict:
+    """Edges a tile, the precision of its products, and warps a program.
+
+    Small tiles in the backward pass leave its registers to the weights' gradients; in float32
+    its operands, split in two for TF32, would not fit into shared memory.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK": 16, "PRECISION": "ieee" if backward else "tf32x3", "num_warps": 8}
+    if backward:
+        return {"BLOCK": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
+    return {"BLOCK": 64, "PRECISION": "ieee", "num_warps": 4}
 
 
 def _multiprocessors(device: torch.device) -> int:
