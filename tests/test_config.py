@@ -117,3 +117,10 @@ def test_every_setting_is_explained():
     rows = describe()
     assert len(rows) == len({key for key, *_ in rows})
     assert all(kind and default and text for _, kind, default, text in rows)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_run_that_can_be_saved(preset, tmp_path):
+    config = load_config(preset=preset)
+    config.save(tmp_path)
+    assert RunConfig.load(tmp_path) == config and config.preset == preset
