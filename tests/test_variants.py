@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from ipar_sparse.train import trainer
 from ipar_sparse.train.checkpoint import BEST, load_checkpoint, read_meta, save_checkpoint
 from ipar_sparse.train.evaluate import recycle_records
 from ipar_sparse.train.predict import Predictor
+from ipar_sparse.train.study import load_variants
 from ipar_sparse.train.units import build_unit, draw_candidates, merge
 
 N, K, D, C, HEADS, HC = 30, 8, 10, 24, 4, 8
@@ -576,6 +578,55 @@ def test_what_cannot_be_combined_is_refused_in_one_line(overrides, words):
 def test_a_recycle_count_that_does_not_fit_a_preset_is_refused():
     with pytest.raises(UserError, match="each of 5 recycles, got 3"):
         load_config(overrides=["model.recycles=5"], preset="ipa-r")
+
+
+STUDIES = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_studies_differ_from_their_reference(path):
+    variants, said = load_variants([], [path])
+    reference = variants.pop(said["reference"])
+    for name, config in variants.items():
+        changed = config.model_dump(exclude={"preset"})
+        assert changed != reference.model_dump(exclude={"preset"}), name
+
+
+def test_every_preset_is_in_a_study():
+    assert set(PRESETS) <= {name for path in STUDIES for name in load_variants([], [path])[0]}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_on_the_gpu_is_the_reference(preset):
+    """Fused kernels in float32 against plain gathers in float64, gradients included."""
+    config = load_config(preset=preset)
+    h = random(300, 128).float()
+    graph = knn_candidates(h, 100)
+    index = graph.index.clone()
+    index[::3, 60:] = -1  # as mutual candidates leave it
+    graph = NeighborTable(index, padded=True)
+    results = []
+    for device, backend, dtype in (
+        ("cpu", "reference", torch.float64),
+        ("cuda", "triton", torch.float32),
+    ):
+        settings = config.replace(model={"backend": backend})
+        gate, model = trainer.build_gate_and_model(settings, 128)
+        scramble(gate, 0.05, seed=1), scramble(model, 0.05).eval()
+        gate.to(device, dtype), model.to(device, dtype)
+        table, embedding = graph.to(device), h.to(device, dtype)
+        bias = None
+        if config.model.gated:
+            bias = config.model.gate_weight * gate(embedding, table)
+        pos = model(embedding, table, edge_bias=bias)
+        weigh = random(300, 2, seed=2).to(device, dtype)
+        grads = gradients((pos * weigh).sum(), [*gate.parameters(), *model.parameters()])
+        results.append([t.detach().cpu().double() for t in (pos, *grads)])
+    for ours, theirs in zip(*results[::-1], strict=True):
+        error = float((ours - theirs).norm())
+        assert error <= 2e-3 * float(theirs.norm()) + 1e-4
 
 
 def test_configuration_names_the_terms_there_are():
