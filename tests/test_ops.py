@@ -216,6 +216,15 @@ def test_chunked_gate_is_the_reference(heads, as_table, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+def test_gate_of_a_graph_without_edges():
+    h = torch.randn(1, 4).requires_grad_()
+    weights = tuple(torch.randn(s) for s in [(3, 16), (3,), (3, 3), (3,), (1, 3), (1,)])
+    logits = ops.edge_gate(h, knn(h, 5), weights, backend="chunked")
+    assert logits.shape == (0,)
+    logits.sum().backward()
+    assert float(h.grad.abs().max()) == 0
+
+
 def test_gate_gradcheck():
     generator = torch.Generator().manual_seed(8)
     h = torch.randn(6, 3, generator=generator, dtype=torch.float64).requires_grad_()

@@ -22,7 +22,7 @@ from .reference import accumulate_dtype
 
 _BLOCK_VALUES = 1 << 24  # edge values held at once by an attention pass: 64 MiB in float32
 _GATHER_VALUES = 1 << 25  # gathered node values held at once where they must be gathered
-_GATE_EDGES = 1 << 14  # edges a gate block: its (edges, 2d) features stay near the caches
+_GATE_EDGES = 1 << 12  # edges a gate block: its (edges, 2d) features stay in the caches
 
 
 def edge_attention(
@@ -54,9 +54,15 @@ def edge_attention(
 
 def edge_gate(h: Tensor, edges: NeighborTable | Tensor, weights) -> Tensor:
     """See :func:`ipar_sparse.ops.edge_gate`; always (E, G)."""
-    edge_index = edges.edge_index if isinstance(edges, NeighborTable) else edges
+    if isinstance(edges, NeighborTable) and not edges.padded:
+        src, dst = edges.index.long(), None
+    else:
+        src, dst = edges.edge_index if isinstance(edges, NeighborTable) else edges
+        src = src.unsqueeze(-1)
+    if not src.numel():
+        return (h.sum() + sum(w.sum() for w in weights)) * h.new_zeros(0, weights[4].size(0))
     with torch.autocast(h.device.type, enabled=False):
-        return _Gate.apply(h.to(weights[0].dtype), edge_index, *weights)
+        return _Gate.apply(h.to(weights[0].dtype), src, dst, *weights)
 
 
 class _Attention(torch.autograd.Function):
@@ -154,16 +160,17 @@ class _Attention(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
+    """Rows of sources (R, k), all of destination r, or of ``dst[r]`` where it is given."""
+
     @staticmethod
-    def forward(ctx, h, edge_index, w0, b0, w1, b1, w2, b2):
+    def forward(ctx, h, src, dst, w0, b0, w1, b1, w2, b2):
         first, own, other = _gate_nodes(h, w0, b0)
-        logits = h.new_empty(edge_index.size(1), w2.size(0))
-        for edges in range(0, edge_index.size(1), _GATE_EDGES):
-            src, dst = edge_index[:, edges : edges + _GATE_EDGES]
-            hidden = _gate_hidden(h, first, own, other, w1, b1, src, dst)[2]
-            logits[edges : edges + _GATE_EDGES] = torch.addmm(b2, hidden, w2.T)
-        ctx.save_for_backward(h, edge_index, w0, b0, w1, b1, w2)
-        return logits
+        logits = h.new_empty(*src.shape, w2.size(0))
+        for rows in _gate_blocks(src):
+            _, _, hidden = _gate_hidden(h, first, own, other, w1, b1, src[rows], _at(dst, rows))
+            torch.addmm(b2, hidden, w2.T, out=logits[rows].view(-1, w2.size(0)))
+        ctx.save_for_backward(h, src, dst, w0, b0, w1, b1, w2)
+        return logits.view(-1, w2.size(0))
 
     @staticmethod
     @once_differentiable
@@ -173,33 +180,54 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, d_logits):
-        h, edge_index, w0, b0, w1, b1, w2 = ctx.saved_tensors
-        d = h.size(1)
+        h, src, dst, w0, b0, w1, b1, w2 = ctx.saved_tensors
+        d, k = h.size(1), src.size(1)
+        d_logits = d_logits.to(h.dtype).view(*src.shape, w2.size(0))
         first, own, other = _gate_nodes(h, w0, b0)
         d_first, d_w1, d_w2 = torch.zeros_like(first), torch.zeros_like(w1), torch.zeros_like(w2)
         d_b1, d_own, d_other = torch.zeros_like(b1), torch.zeros_like(own), torch.zeros_like(other)
         d_h = torch.zeros_like(h) if ctx.needs_input_grad[0] else None
-        for edges in range(0, edge_index.size(1), _GATE_EDGES):
-            src, dst = edge_index[:, edges : edges + _GATE_EDGES]
-            grad = d_logits[edges : edges + _GATE_EDGES].to(h.dtype)
-            features, low, hidden = _gate_hidden(h, first, own, other, w1, b1, src, dst)
+        for rows in _gate_blocks(src):
+            source, to = src[rows], _at(dst, rows)
+            grad = d_logits[rows].reshape(-1, w2.size(0))
+            features, low, hidden = _gate_hidden(h, first, own, other, w1, b1, source, to)
             d_w2.addmm_(grad.T, hidden)
             d_hidden = (grad @ w2).mul_(hidden > 0)
             d_w1.addmm_(d_hidden.T, low)
             d_b1 += d_hidden.sum(0)
             d_low = (d_hidden @ w1).mul_(low > 0)
             d_first.addmm_(d_low.T, features)
-            d_own.index_add_(0, dst, d_low)
-            d_other.index_add_(0, src, d_low)
+            _add_rows(d_own, to, d_low.view(-1, k, d_low.size(1)).sum(1))
+            d_other.index_add_(0, source.flatten(), d_low)
             if d_h is not None:
-                d_gap, d_product = (d_low @ first).split(d, dim=-1)
-                d_gap = d_gap * (h[dst] - h[src]).sign()
-                d_h.index_add_(0, dst, torch.addcmul(d_gap, d_product, h[src]))
-                d_h.index_add_(0, src, torch.addcmul(-d_gap, d_product, h[dst]))
+                d_gap, d_product = (d_low @ first).view(-1, k, 2 * d).split(d, dim=-1)
+                left, right = h[to].unsqueeze(1), h[source]
+                d_gap = d_gap * (left - right).sign()
+                _add_rows(d_h, to, torch.addcmul(d_gap, d_product, right).sum(1))
+                d_right = torch.addcmul(-d_gap, d_product, left).flatten(0, 1)
+                d_h.index_add_(0, source.flatten(), d_right)
         if d_h is not None:
             d_h += d_own @ w0[:, :d] + d_other @ w0[:, d : 2 * d]
         d_w0 = torch.cat([d_own.T @ h, d_other.T @ h, d_first], dim=-1)
-        return d_h, None, d_w0, d_own.sum(0), d_w1, d_b1, d_w2, d_logits.sum(0).to(h.dtype)
+        d_b2 = d_logits.sum((0, 1))
+        return d_h, None, None, d_w0, d_own.sum(0), d_w1, d_b1, d_w2, d_b2
+
+
+def _gate_blocks(src: Tensor):
+    step = max(1, _GATE_EDGES // max(1, src.size(1)))
+    for start in range(0, src.size(0), step):
+        yield slice(start, min(start + step, src.size(0)))
+
+
+def _at(dst: Tensor | None, rows: slice) -> Tensor | slice:
+    return rows if dst is None else dst[rows]
+
+
+def _add_rows(total: Tensor, rows: Tensor | slice, values: Tensor) -> None:
+    if isinstance(rows, slice):
+        total[rows] += values
+    else:
+        total.index_add_(0, rows, values)
 
 
 def _gate_nodes(h, w0, b0):
@@ -209,11 +237,16 @@ def _gate_nodes(h, w0, b0):
 
 
 def _gate_hidden(h, first, own, other, w1, b1, src, dst):
-    """Edge features (e, 2d) and the two hidden layers of the edges (src, dst)."""
-    h_i, h_j = h.index_select(0, dst), h.index_select(0, src)
-    features = torch.cat([(h_i - h_j).abs_(), h_i.mul_(h_j)], dim=-1)
-    low = torch.addmm(own.index_select(0, dst), features, first.T)
-    low = low.add_(other.index_select(0, src)).relu_()
+    """Edge features (e, 2d) and the two hidden layers of edges from src (r, k) to dst (r,)."""
+    d, (r, k) = h.size(1), src.shape
+    left, right = h[dst].unsqueeze(1), h.index_select(0, src.flatten()).view(r, k, d)
+    features = h.new_empty(r, k, 2 * d)
+    torch.sub(left, right, out=features[..., :d]).abs_()
+    torch.mul(left, right, out=features[..., d:])
+    features = features.view(r * k, 2 * d)
+    low = other.index_select(0, src.flatten())
+    low.view(r, k, -1).add_(own[dst].unsqueeze(1))
+    low = low.addmm_(features, first.T).relu_()
     return features, low, torch.addmm(b1, low, w1.T).relu_()
 
 
