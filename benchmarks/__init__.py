@@ -2,8 +2,8 @@
 
 
 def run(*args, **kwargs):
-    """See :func:`benchmarks.run.run`; imported on the first call, since it needs torch."""
-    from .run import run as run_benchmark
+    """See :func:`benchmarks.compare.run`; imported on the first call, since it needs torch."""
+    from .compare import run as run_benchmark
 
     return run_benchmark(*args, **kwargs)
 

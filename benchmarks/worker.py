@@ -15,7 +15,7 @@ from ipar_sparse.losses import gate_loss, geometry_terms
 from ipar_sparse.targets import build_target, gate_target
 
 from .dense import DenseGate, DenseModel, dense_mask
-from .run import load_graph
+from .compare import load_graph
 
 BETA = 2.0
 _ENOUGH_SECONDS = 20.0  # of repeats; slow cases are timed fewer times

@@ -579,7 +579,8 @@ class _Run:
                 )
             values["lr"] = optimizer.param_groups[0]["lr"]
             self._log(stage, values)
-            task.advance(_LOG_EVERY if step > 1 else 1, loss=values["loss"])
+            shown, self._shown = self._shown, step
+            task.advance(step - shown, loss=values["loss"])
 
     def _stop_if_asked(self, stage, *saved) -> None:
         """If ctrl-C was pressed, leave a checkpoint to resume from, and to predict with."""
@@ -609,8 +610,9 @@ class _Run:
     @contextmanager
     def _steps(self, name: str, total: int):
         with self.progress.task(name, total=total) as task:
-            if self.state.step:
-                task.advance(self.state.step)
+            self._shown = self.state.step  # steps the display has counted
+            if self._shown:
+                task.advance(self._shown)
             yield task
 
     def _optimizer(self, *modules: nn.Module) -> torch.optim.Optimizer:

@@ -250,7 +250,7 @@ def _size(count: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """``python -m benchmarks.run``: the same as ``ipar-sparse benchmark``, with more choice."""
+    """``python -m benchmarks.compare``: the same as ``ipar-sparse benchmark``, with more choice."""
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
