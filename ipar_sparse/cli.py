@@ -68,6 +68,17 @@ app = typer.Typer(
 )
 
 
+class Protocol(str, Enum):
+    """Who is held out in turn."""
+
+    slide = "leave-one-slide-out"
+    donor = "leave-one-donor-out"
+
+    @property
+    def hold_out(self) -> str:
+        return self.name
+
+
 class Tissue(str, Enum):
     """Kinds of simulated tissue."""
 
@@ -88,6 +99,7 @@ def _flag(names: str, text: str, panel: str, metavar: str | None = None, **rest:
 
 
 READING, RUNNING, OUTPUT = "Reading the slides", "Running", "Output"
+PROTOCOL = "Leave-one-out"
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")]
 Cells = Annotated[
@@ -424,15 +436,43 @@ def embed(
 
 @app.command()
 def evaluate(
-    run: Run,
-    slide: Annotated[
-        Path,
+    inputs: Annotated[
+        list[Path],
         typer.Argument(
-            help="AnnData file with measured positions, of a slide that was not trained on."
+            metavar="RUN SLIDE",
+            help="Folder of a training run, and an AnnData file with measured positions, of a "
+            "slide that was not trained on. With --protocol: the files of all slides.",
+            show_default=False,
         ),
     ],
     out: OutFolder,
-    seeds: Seeds = None,
+    protocol: Annotated[
+        Protocol | None,
+        _flag(
+            "--protocol",
+            "Train anew for every slide (or donor) that is held out of every stage, and score it.",
+            PROTOCOL,
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, _flag("--preset", "Named variant to train.", PROTOCOL, "NAME")
+    ] = None,
+    overrides: Overrides = None,
+    donor_key: DonorKey = None,
+    donor_pattern: DonorPattern = None,
+    donor_map: DonorMap = None,
+    jobs: Jobs = None,
+    seeds: Annotated[
+        int | None,
+        _flag(
+            "--seeds",
+            "Predict N times from different noise and tell how much each cell moves; with "
+            "--protocol, train N times. [dim]Default: 1; with --protocol 3[/dim]",
+            RUNNING,
+            "N",
+            min=1,
+        ),
+    ] = None,
     baselines: Annotated[
         bool,
         _flag("--baselines/--no-baselines", "Score simple methods beside the model.", RUNNING),
@@ -443,7 +483,42 @@ def evaluate(
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Score a prediction against measured positions: metrics.json, report.html, figures."""
+    """Score a prediction against measured positions: metrics.json, report.html, figures.
+
+    With --protocol, `ipar-sparse experiment` of one variant: the same command goes on with a
+    study that was stopped.
+    """
+    if protocol is not None:
+        _study(
+            [preset or "v1"],
+            [],
+            inputs,
+            out,
+            hold_out=protocol.hold_out,
+            donors=(donor_key, donor_pattern, donor_map),
+            seeds=f"0-{(seeds or 3) - 1}",
+            overrides=[*(overrides or []), *([] if baselines else ["eval.baselines=false"])],
+            data={"layer": layer, "normalized": normalized, "slide_key": slide_key},
+            device=device,
+            jobs=jobs,
+        )
+        return
+    given = {
+        "--preset": preset,
+        "--set": overrides,
+        "--donor-key": donor_key,
+        "--donor-pattern": donor_pattern,
+        "--donor-map": donor_map,
+        "--jobs": jobs,
+    }
+    if stray := [name for name, value in given.items() if value is not None]:
+        raise UserError(f"{stray[0]} belongs to --protocol; give both or leave it out")
+    if len(inputs) != 2:
+        raise UserError(
+            "evaluate takes a run and a slide, e.g. ipar-sparse evaluate RUN SLIDE.h5ad --out DIR, "
+            f"or --protocol with all slides; given {len(inputs)} paths"
+        )
+    run, slide = inputs
     predictor, settings = _predictor(run, device, layer, normalized, slide_key)
     _check_output_folder(out, overwrite)
     slides = _read([slide], settings, require_pos=True)
@@ -973,10 +1048,10 @@ def _study(
     donors: tuple[str | None, str | None, Path | None],
     seeds: str | None,
     overrides: list[str],
-    reference: str | None,
     data: dict[str, Any],
     device: str | None,
     jobs: int | None,
+    reference: str | None = None,
 ) -> None:
     from .train.study import load_variants, plan_study, run_study
 

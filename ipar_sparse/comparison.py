@@ -17,7 +17,8 @@ ROLES = ("variant", "form", "baseline", "floor")
 BEYOND = 2.0
 """Standard errors from which on a difference counts."""
 
-_FEW = 3  # below, two differences that happen to be alike would pass for a small error
+FEW = 3
+"""Slides (or seeds) from which on: two differences that happen to be alike prove nothing."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def difference(
     mean, se = float(np.mean(per_slide)), _standard_error(samples)
     verdict = ""
     # a difference of rounding has a standard error of rounding
-    if len(samples) >= _FEW and abs(mean) > max(BEYOND * se, 1e-9):
+    if len(samples) >= FEW and abs(mean) > max(BEYOND * se, 1e-9):
         sign = {"higher": 1, "lower": -1}.get(metric_info(metric).better)
         verdict = "different" if sign is None else "better" if sign * mean > 0 else "worse"
     return Difference(name, mean, se, over, len(samples), verdict)

@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 
 from . import pl
-from .comparison import BEYOND, Comparison, Difference, Record
+from .comparison import BEYOND, FEW, Comparison, Difference, Record
 from .files import atomic_write
 from .metrics import metric_info
 from .page import draw_figure, environment, number_text
 
 PAGE = "report.html"
-MAIN = (
-    "distance_spearman", "neighbor_hit@15", "procrustes", "E_geo_hgate", "candidate_recall@15",
-)  # fmt: skip
+MAIN = ("distance_spearman", "neighbor_hit@15", "procrustes", "E_geo", "candidate_recall@15")
 """Metrics of the table and the figure; all others are in the CSV."""
 
 _MARKS = {"better": "▲", "worse": "▼", "different": "≠", "": ""}
@@ -63,9 +61,9 @@ def write_study_report(out: Path, page: StudyPage) -> Path:
     """
     comparison = page.comparison
     metrics = main_metrics(comparison)
-    rows = len(comparison.methods("variant", "form", "baseline"))
+    rows = len(_drawn(comparison))
     columns = 2 if len(metrics) > 1 else 1
-    size = (10.0, math.ceil(len(metrics) / columns) * (0.9 + 0.24 * rows))
+    size = (10.0, math.ceil(len(metrics) / columns) * (1.2 + 0.22 * rows))
     drawn = draw_figure(
         "study", size, lambda figure: _draw(figure, page, metrics, columns),
         "Main metrics of every method", dense=True,
@@ -98,26 +96,43 @@ def main_metrics(comparison: Comparison) -> list[str]:
 
 
 def answers(comparison: Comparison) -> list[str]:
-    """One sentence for each variant and main metric that a baseline has too."""
+    """The reference against the best baseline, metric by metric; the others against it."""
     found = []
+    reference = comparison.reference
+    for metric in main_metrics(comparison):
+        own = comparison.of(metric, reference)
+        if own is None or own.vs_baseline is None:
+            continue
+        gap = own.vs_baseline
+        verdict = {"better": "better than", "worse": "worse than"}.get(
+            gap.verdict, "no different from" if gap.count >= FEW else "on too few to tell from"
+        )
+        found.append(
+            f"{reference}, {metric_info(metric).label}: {number_text(own.mean)}, {verdict} the "
+            f"best baseline, {gap.other} "
+            f"({number_text(comparison.of(metric, gap.other).mean)}; difference {_gap_text(gap)} "
+            f"over {gap.count} {gap.over if gap.count > 1 else gap.over.rstrip('s')})."
+        )
     for method in comparison.methods("variant"):
-        for metric in main_metrics(comparison):
-            own = comparison.of(metric, method)
-            if own is None or own.vs_baseline is None:
-                continue
-            gap = own.vs_baseline
-            verdict = {
-                "better": "better than", "worse": "worse than", "": "no different from",
-            }[gap.verdict]  # fmt: skip
-            if gap.se is None:
-                verdict = "compared once with"
-            found.append(
-                f"{method}, {metric_info(metric).label}: {number_text(own.mean)}, {verdict} the "
-                f"best baseline, {gap.other} "
-                f"({number_text(comparison.of(metric, gap.other).mean)}; "
-                f"difference {_gap_text(gap)}{_count_text(gap)})."
-            )
+        if method != reference and (told := _told(comparison, method)):
+            found.append(f"{method} against {reference}: {told}.")
     return found
+
+
+def _told(comparison: Comparison, method: str) -> str:
+    """On which main metrics a variant differs from the reference."""
+    by_verdict: dict[str, list[str]] = {}
+    for metric in main_metrics(comparison):
+        own = comparison.of(metric, method)
+        if own is not None and own.vs_reference is not None:
+            label = metric_info(metric).label
+            by_verdict.setdefault(own.vs_reference.verdict, []).append(label)
+    said = [
+        f"{verdict} on {', '.join(by_verdict[verdict])}"
+        for verdict in ("better", "worse", "different")
+        if verdict in by_verdict
+    ]
+    return "; ".join(said) or ("no difference beyond the noise" if by_verdict else "")
 
 
 def print_study(comparison: Comparison, reference: str) -> None:
@@ -139,6 +154,8 @@ def print_study(comparison: Comparison, reference: str) -> None:
         column = _column(name)
         table.add_column(f"{column['short']} {column['arrow']}", justify="right")
     for row in _scores(comparison, metrics):
+        if row["role"] == "form" and not _is_of_reference(comparison, row["name"]):
+            continue
         style = {"variant": "bold", "floor": "dim", "form": ""}.get(row["role"], "")
         cells = [f"{cell['text']} {cell['error']}".rstrip() for cell in row["cells"]]
         table.add_row(row["name"], *cells, style=style)
@@ -163,7 +180,7 @@ def print_study(comparison: Comparison, reference: str) -> None:
 def _column(name: str) -> dict[str, str]:
     info = metric_info(name)
     arrow = {"higher": "↑", "lower": "↓"}.get(info.better, "")
-    short = name.removesuffix("_hgate").replace("_", " ")
+    short = name.replace("_", " ")
     return {"name": name, "label": info.label, "short": short, "arrow": arrow,
             "explanation": info.explanation}  # fmt: skip
 
@@ -248,28 +265,48 @@ def _draw(figure, page: StudyPage, metrics: Sequence[str], columns: int) -> None
     comparison = page.comparison
     rows = math.ceil(len(metrics) / columns)
     axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
-    floors = comparison.methods("floor")
     for ax, name in zip(axes, metrics, strict=False):
         values = _by_method(page.records, name)
-        shown = comparison.methods("variant", "form", "baseline")
-        floor = comparison.of(name, floors[0]) if floors else None
+        shown = [m for m in _drawn(comparison) if m in values]
         pl.metric_dots(
-            {method: values[method] for method in shown if method in values},
+            {method: values[method] for method in shown},
             name,
-            errors={method: comparison.of(name, method).se for method in shown if method in values},
+            errors={method: comparison.of(name, method).se for method in shown},
             strong=comparison.methods("variant"),
-            floor=floor and floor.mean,
-            line=comparison.best_baseline.get(name),
+            lines=_lines(comparison, name),
             ax=ax,
         )
     for ax in axes[len(metrics) :]:
         ax.set_visible(False)
 
 
+def _drawn(comparison: Comparison) -> list[str]:
+    """Methods in the figure: of the forms only those of the reference, or they would fill it."""
+    return [
+        method
+        for method in comparison.methods("variant", "form", "baseline")
+        if comparison.roles[method] != "form" or _is_of_reference(comparison, method)
+    ]
+
+
+def _is_of_reference(comparison: Comparison, form: str) -> bool:
+    return form.startswith(f"{comparison.reference}: ")
+
+
+def _lines(comparison: Comparison, metric: str) -> dict[str, float]:
+    """Values to compare with: the best baseline, chance, and an ideal that is not plain 0 or 1."""
+    lines = {}
+    if best := comparison.best_baseline.get(metric):
+        lines["best baseline"] = comparison.of(metric, best).mean
+    chance = comparison.metrics.get(metric.replace("@", "_chance@"), {})
+    if "@" in metric and chance:
+        lines["chance"] = next(iter(chance.values())).mean
+    for method in comparison.methods("floor"):
+        if metric_info(metric).perfect is None and comparison.of(metric, method):
+            lines[method] = comparison.of(metric, method).mean
+    return lines
+
+
 def _gap_text(gap: Difference) -> str:
     error = "" if gap.se is None else f" ± {number_text(gap.se)}"
     return f"{'+' if gap.mean >= 0 else '−'}{number_text(abs(gap.mean))}{error}"
-
-
-def _count_text(gap: Difference) -> str:
-    return f", {gap.count} {gap.over}" if gap.se is not None else ""

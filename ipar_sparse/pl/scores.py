@@ -74,8 +74,7 @@ def metric_dots(
     *,
     errors: Mapping[str, float | None] | None = None,
     strong: Collection[str] = (),
-    floor: float | None = None,
-    line: str | None = None,
+    lines: Mapping[str, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """One metric over many slides: a dot for the mean of each method, faint dots for its slides.
@@ -85,8 +84,7 @@ def metric_dots(
         metric: its flat name.
         errors: standard error of each mean; whiskers span two of them.
         strong: methods in strong colour.
-        floor: what the true coordinates score, a dashed line.
-        line: the method whose mean is drawn as a dotted line through all rows.
+        lines: name to a value drawn through all rows, at most three.
     """
     names = [name for name in values if values[name]]
     ax = tidy(new_axes(ax, (4.6, 0.8 + 0.28 * max(len(names), 1))))
@@ -99,16 +97,16 @@ def metric_dots(
         spread = 2 * (errors.get(name) or 0.0)
         ax.errorbar(slides.mean(), place, xerr=spread or None, fmt="o", ms=6, color=color,
                     elinewidth=1.6, capsize=3)  # fmt: skip
-    if floor is not None:
-        ax.axvline(floor, color=INK, lw=1.0, ls="--")
-    if line in names:
-        mean = np.mean(list(values[line].values()))
-        ax.axvline(mean, color=MUTED, lw=1.1, ls=":")
+    for style, (label, value) in zip((":", "--", "-."), (lines or {}).items(), strict=False):
+        ax.axvline(value, color=MUTED, lw=1.1, ls=style, label=label)
+    if lines:
+        ax.legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1.0, -0.06))
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     info = metric_info(metric)
     ax.set_title(info.label, fontsize=10, color=INK, loc="left")
-    ax.set_xlabel(f"{info.better} is better" if info.better else "", fontsize=8.5, color=MUTED)
+    arrow = f"{info.better} is better" if info.better else ""
+    ax.set_xlabel(arrow, fontsize=8.5, color=MUTED, loc="left")
     return ax
 
 

@@ -35,6 +35,11 @@ logger = logging.getLogger(__name__)
 FORMS = ("no gate", "true neighbours")
 """Forms of the model that are scored beside it; no baselines."""
 
+ENERGY_OF = {
+    "model": "hgate", "no gate": "nogate", "true neighbours": "tedge", "true coordinates": "floor",
+}  # fmt: skip
+"""Methods whose E_geo is measured, and how the flat metrics call them."""
+
 _PROBE_ROWS = 1024  # walk rows that E_geo is estimated from on slides of more than 1,536 cells
 _ATTENTION_EDGES = 3_000_000  # diagnostics hold attention (E, heads) of one recycle
 
@@ -172,14 +177,10 @@ def energies(layouts: dict[str, np.ndarray], pos, seed: int) -> dict[str, float]
         pos: true positions (n, 2).
         seed: of the sketch and the probe rows.
     """
-    names = {
-        "model": "hgate", "no gate": "nogate", "true neighbours": "tedge",
-        "true coordinates": "floor",
-    }  # fmt: skip
     target = build_target(pos, seed=seed)
     probes = _PROBE_ROWS if len(pos) > 1536 else None
     out = {}
-    for method, suffix in names.items():
+    for method, suffix in ENERGY_OF.items():
         if method in layouts:
             generator = torch.Generator().manual_seed(seed)
             layout = torch.as_tensor(layouts[method], dtype=torch.float64)

@@ -41,7 +41,7 @@ from ..slide import Slide
 from ..study_report import StudyPage, print_study, write_study_report
 from .checkpoint import LAST
 from .crew import Job, run_jobs
-from .evaluate import FORMS, score_slide
+from .evaluate import ENERGY_OF, FORMS, score_slide
 from .logs import console, log_to
 from .predict import Predictor
 from .trainer import fit, fit_encoder, slide_digest
@@ -57,7 +57,7 @@ RESULTS = "results.csv"
 SUMMARY = "summary.json"
 
 SLIDE, DONOR = "slide", "donor"
-_FLOOR = "true coordinates"
+_ROLES = {"model": "variant", **dict.fromkeys(FORMS, "form"), "true coordinates": "floor"}
 _COLUMNS = ("variant", "fold", "seed", "slide", "donor", "method", "role", "metric", "value")
 
 
@@ -608,7 +608,7 @@ def _run(study: Study, out: Path, task: Task) -> None:
     )  # fmt: skip
     trained = time.monotonic()
     predictor = Predictor.load(folder, resolve_device(config.train.device))
-    with_baselines = task.variant == study.baseline_variants[group]
+    with_baselines = config.eval.baselines and task.variant == study.baseline_variants[group]
     scores = {}
     for name in fold.test:
         bundle = score_slide(predictor, slides[name], baselines=with_baselines)
@@ -641,23 +641,24 @@ def _rows(out: Path, study: Study, task: Task) -> Iterator[tuple]:
     """Rows of the results of one run, in the order of the columns."""
     content = json.loads((out / task.folder / METRICS).read_text())
     for slide, found in content["slides"].items():
+        place = (task.variant, task.fold, task.seed, slide, study.donors[slide])
         for method, values in found["methods"].items():
-            role = "variant" if method == "model" else "baseline"
-            role = "form" if method in FORMS else "floor" if method == _FLOOR else role
-            if method == "model":
-                floors = {k: v for k, v in found["metrics"].items() if k.endswith("_floor")}
-                extra = {k: v for k, v in found["metrics"].items() if k not in floors}
-                values = {**values, **extra, **found["diagnostics"]}
-            elif method == _FLOOR:
-                names = {k.replace("_floor", "_hgate"): v for k, v in found["metrics"].items()
-                         if k.endswith("_floor")}  # fmt: skip
-                values = {**values, **names}
+            role = _ROLES.get(method, "baseline")
+            if role == "variant":
+                values = values | found["metrics"] | found["diagnostics"]
+            if method in ENERGY_OF:
+                values = _energies(values, found["metrics"], ENERGY_OF[method])
             for metric, value in values.items():
                 if value is not None:
-                    yield (
-                        task.variant, task.fold, task.seed, slide, study.donors[slide], method,
-                        role, metric, value,
-                    )  # fmt: skip
+                    yield (*place, method, role, metric, value)
+
+
+def _energies(values: dict, metrics: dict, own: str) -> dict:
+    """Values of a method with E_geo and its parts under one name for all methods."""
+    suffixes = tuple(f"_{suffix}" for suffix in ENERGY_OF.values())
+    values = {name: value for name, value in values.items() if not name.endswith(suffixes)}
+    end = f"_{own}"
+    return values | {k.removesuffix(end): v for k, v in metrics.items() if k.endswith(end)}
 
 
 def _record(study: Study, row: tuple) -> Record:
