@@ -215,11 +215,11 @@ class Bench:
             tiles += [(16, 8, 1), (16, 8, 3)]
         for tile in tiles:
 
-            def chosen(dtype, backward, tile=tile):
+            def chosen(dtype, tile=tile, **options):
                 if tile is None:
-                    return default(dtype, backward)
+                    return default(dtype, **options)
                 names = ("BLOCK", "num_warps", "num_stages")
-                return {**default(dtype, backward), **dict(zip(names, tile, strict=True))}
+                return {**default(dtype, **options), **dict(zip(names, tile, strict=True))}
 
             triton_gate._tile = chosen
             for frozen in (True, False):
@@ -268,14 +268,17 @@ class Bench:
             self.args.n = n
             self.graphs.pop("shuffled", None)
             graph, h = self.graph("shuffled"), self.h
+            tables = {"user": NeighborTable(graph.index), "reordered": graph}
             order, perm, _ = reorder(graph, h)
+            tables["local"] = order
             gate, model = EdgeGateSoft(WIDTH).cuda(), IPALiteModel(WIDTH).cuda()
             for module in (*model.blocks,):
                 for parameter in module.parameters():
                     if not parameter.any():  # else the first gradients are zeros
                         torch.nn.init.normal_(parameter, std=0.02)
             parameters = [*gate.parameters(), *model.parameters()]
-            for name, table, embedding in (("user", graph, h), ("local", order, h[perm])):
+            for name, table in tables.items():
+                embedding = h[perm] if name == "local" else h
                 for amp in (True, False):
 
                     def step(embedding=embedding, table=table, amp=amp, gate=gate, model=model):

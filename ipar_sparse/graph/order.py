@@ -104,6 +104,10 @@ def rcm_order(graph: NeighborTable) -> Tensor:
 def reorder(graph: NeighborTable, points: Tensor) -> tuple[NeighborTable, Tensor, Tensor]:
     """The graph with its nodes renumbered for locality; found once and kept with the graph.
 
+    Fused attention over a graph that has been reordered runs in the new order by itself, with its
+    inputs and outputs in the user's. It pays once a block's keys and values outgrow the GPU's
+    cache, at about 100,000 nodes.
+
     Per-node values go in as ``value[perm]`` and come back as ``value[inverse]``. Slots keep their
     place in a row, so per-edge values (n, k, ...) follow their rows in the same way.
 
@@ -122,6 +126,11 @@ def reorder(graph: NeighborTable, points: Tensor) -> tuple[NeighborTable, Tensor
         return graph.permute(perm), perm, inverse
 
     return graph._cached("reordered", build)
+
+
+def local_order(graph: NeighborTable) -> tuple[NeighborTable, Tensor, Tensor] | None:
+    """What :func:`reorder` found for this graph, None if it was not called."""
+    return graph._cache.get("reordered")
 
 
 def source_reuse(graph: NeighborTable, tile: int = 1024) -> float:

@@ -62,7 +62,7 @@ class _EdgeGate(torch.autograd.Function):
         logits = torch.empty(graph.num_nodes, graph.k, outputs, dtype=w0.dtype, device=h.device)
         if logits.numel():
             parts = _Parts(h, w0, b0, w1, w2)
-            tile = _tile(h.dtype, backward=False)
+            tile = _tile(h.dtype)
             programs = min(graph.num_nodes, _multiprocessors(h.device) * (16 // tile["num_warps"]))
             _forward_kernel[(programs,)](
                 h, parts.own(0), graph.index, parts.first, parts.second, b1, parts.last, b2,
@@ -141,7 +141,7 @@ class _Parts:
         m, m2, outputs = self.shape["M"], self.shape["M2"], self.shape["G"]
         width = m + d if need_h else m
         centre = torch.empty(n, width, dtype=torch.float32, device=device)
-        tile = _tile(h.dtype, backward=True)
+        tile = _tile(h.dtype, backward=True, exact=need_h or d > 128)
         plan = SourcePlan.of(graph) if by_source else None
         tasks = plan.num_tasks if by_source else n
         programs = min(tasks, _multiprocessors(device) * (8 // tile["num_warps"]))
@@ -163,16 +163,18 @@ class _Parts:
         return centre, sums.sum(0)
 
 
-def _tile(dtype: torch.dtype, backward: bool) -> dict:
-    """Edges a tile, the precision of its products, and warps a program.
+def _tile(dtype: torch.dtype, *, backward: bool = False, exact: bool = True) -> dict:
+    """Edges a tile, the precision of its products, warps and stages of a program.
 
-    Small tiles in the backward pass leave its registers to the weights' gradients; in float32
-    its operands, split in two for TF32, would not fit into shared memory.
+    Small tiles in the backward pass leave its registers to the weights' gradients. ``exact``
+    float32 products run on plain cores, where operands split in two for TF32 would not fit into
+    shared memory.
     """
     if dtype == torch.float32:
-        return {"BLOCK": 16, "PRECISION": "ieee" if backward else "tf32x3", "num_warps": 8}
+        precision = "ieee" if backward and exact else "tf32x3"
+        return {"BLOCK": 16, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
     if backward:
-        return {"BLOCK": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
+        return {"BLOCK": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
     return {"BLOCK": 64, "PRECISION": "ieee", "num_warps": 4}
 
 
