@@ -151,8 +151,10 @@ class IPALiteConv(MessagePassing):
                 f"{self} needs states of width {self.channels}; "
                 f"given {tuple(s_src.shape)} and {tuple(s_dst.shape)}"
             )
+        query, key = self._query_key(s_src, s_dst)
         value = self.lin_value(s_src).view(-1, self.heads, self.head_channels)
-        query, key = self._query_key(s_src, s_dst, value.dtype)
+        # Norms leave float32 behind under autocast.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         if edge_bias is not None and edge_bias.dim() == 2 and edge_bias.size(1) == 1:
             edge_bias = edge_bias.squeeze(-1)
 
@@ -223,7 +225,7 @@ class IPALiteConv(MessagePassing):
         src, dst = edge_index
         found = {}
         if self.lin_query is not None:
-            query, key = self._query_key(s, s, s.dtype)
+            query, key = self._query_key(s, s)
             found["qk"] = attention_logits(query[dst], key[src], None)
         if use_terms:
             for name, term in self.terms.items():
@@ -245,7 +247,7 @@ class IPALiteConv(MessagePassing):
                 found |= term.measures(s, s)
         return found
 
-    def _query_key(self, s_src: Tensor, s_dst: Tensor, dtype: torch.dtype):
+    def _query_key(self, s_src: Tensor, s_dst: Tensor) -> tuple[Tensor, Tensor]:
         shape = (self.heads, self.head_channels)
         if self.lin_query is None:
             query, key = (s.new_zeros(s.size(0), *shape) for s in (s_dst, s_src))
@@ -255,7 +257,7 @@ class IPALiteConv(MessagePassing):
         if self.qk_scale is not None:
             query, key = (nn.functional.layer_norm(x, shape[1:]) for x in (query, key))
             query = query * (self.qk_scale() * math.sqrt(self.head_channels))
-        return query.to(dtype), key.to(dtype)
+        return query, key
 
     def _with_terms(self, bias, *ends) -> Tensor:
         if bias is not None and bias.dim() == 1:

@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -202,19 +200,22 @@ class IPALiteModel(nn.Module):
     def edge_terms(
         self, recycle: int, edge_bias: Tensor | None, pair: list[Tensor] | None
     ) -> dict[str, Tensor]:
-        """What the edges bring to the logits of a recycle: ``gate`` and ``pair``, (E, heads | 1).
+        """What the edges bring to the logits of a recycle: ``gate`` and ``pair``.
 
         Args:
             recycle: counted from 0.
             edge_bias: the bias given to the model (E,) or (E, heads), or None.
             pair: from :meth:`pair_logits`.
+
+        Returns:
+            Logits by name, of the shape of the bias and (E, heads).
         """
         terms = {}
         if edge_bias is not None:
-            terms["gate"] = edge_bias.unsqueeze(-1) if edge_bias.dim() == 1 else edge_bias
+            terms["gate"] = edge_bias
             if self.beta is not None:
-                removed = torch.isinf(terms["gate"])  # beta times them has no gradient
-                finite = terms["gate"].masked_fill(removed, 0.0)
+                removed = torch.isinf(edge_bias)  # beta times them has no gradient
+                finite = edge_bias.masked_fill(removed, 0.0)
                 terms["gate"] = (self.beta()[recycle] * finite).masked_fill(removed, -math.inf)
         if pair is not None:
             terms["pair"] = pair[0 if self.shared else recycle]
@@ -237,7 +238,11 @@ class IPALiteModel(nn.Module):
 
     def _recycle(self, recycle, state, pos, graph, edge_bias, pair, batch, **kwargs):
         terms = self.edge_terms(recycle, edge_bias, pair)
-        bias = reduce(add, terms.values()) if terms else None
+        bias = terms.get("gate")
+        if "pair" in terms:
+            shared = bias is not None and bias.dim() == 1
+            bias = bias.unsqueeze(-1) if shared else bias
+            bias = terms["pair"] if bias is None else bias + terms["pair"]
         return self.block(recycle)(
             state, pos, graph, bias, batch=batch, use_terms=self.uses_terms(recycle), **kwargs
         )

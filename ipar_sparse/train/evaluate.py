@@ -219,7 +219,10 @@ def recycle_records(
         terms = model.edge_terms(recycle, edge_bias, pair) | block.logit_terms(
             state, pos, graph.edge_index, use_terms=model.uses_terms(recycle)
         )
-        terms = {name: values.expand(-1, block.heads) for name, values in terms.items()}
+        terms = {
+            name: values.view(len(values), -1).expand(-1, block.heads)
+            for name, values in terms.items()
+        }
         logits = sum(terms.values())
         attention, _ = ops.segment_softmax(logits, graph.edge_index[1], graph.num_nodes)
         yield RecycleRecord(attention, logits, terms, model.measures(recycle, state))

@@ -104,12 +104,13 @@ def build_unit(
         )
     extra = config.train.lambda_multiscale > 0
     target = build_target(pos, seed=seed, mode=mode, multiscale=extra)
-    walk = sum(
-        weight * gate_target(graph, target.walk, step)
-        for step, weight in enumerate(config.train.gate_walk, start=1)
-        if weight > 0
-    )
-    return Unit(h, graph, target, _per_row(graph, walk).float(), whole)
+    weights = {step: w for step, w in enumerate(config.train.gate_walk, start=1) if w > 0}
+    walks = {step: gate_target(graph, target.walk, step) for step in weights}
+    if len(walks) == 1:
+        (walk,) = walks.values()
+    else:
+        walk = _per_row(graph, sum(w * walks[step] for step, w in weights.items()))
+    return Unit(h, graph, target, walk.float(), whole)
 
 
 def draw_candidates(unit: Unit, settings: TrainConfig, generator: torch.Generator) -> Unit:
