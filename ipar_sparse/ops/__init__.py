@@ -32,15 +32,23 @@ __all__ = [
 
 
 def _triton_attention(*args):
-    from .triton_attention import edge_attention as fused
+    from . import triton_attention
 
-    return fused(*args)
+    return triton_attention.edge_attention(*args)
 
 
 def _triton_gate(*args):
-    from .triton_gate import edge_gate as fused
+    from . import triton_gate
 
-    return fused(*args)
+    return triton_gate.edge_gate(*args)
+
+
+def _fused_if_supported(name: str, *args) -> str:
+    """``"triton"``, or ``"chunked"`` for what its kernels do not take."""
+    from . import triton_attention, triton_gate
+
+    module = {"attention": triton_attention, "gate": triton_gate}[name]
+    return "chunked" if module.unsupported(*args) else "triton"
 
 
 ATTENTION_BACKENDS: dict[str, Callable] = {
@@ -115,8 +123,10 @@ def edge_attention(
     """
     x_src, x_dst = x if isinstance(x, tuple) else (x, x)
     _check_attention(q, k, v, x_src, x_dst, bias, graph)
-    run = ATTENTION_BACKENDS[resolve_backend(backend, q)]
-    return run(q, k, v, x_src, x_dst, bias, graph)
+    chosen = resolve_backend(backend, q)
+    if backend == "auto" and chosen == "triton":
+        chosen = _fused_if_supported("attention", q, x_src)
+    return ATTENTION_BACKENDS[chosen](q, k, v, x_src, x_dst, bias, graph)
 
 
 def edge_gate(
@@ -148,10 +158,12 @@ def edge_gate(
         ValueError: on shapes or devices that do not fit together.
     """
     _check_gate(h, edges, weights)
-    backend = resolve_backend(backend, h)
-    if backend == "triton" and not isinstance(edges, NeighborTable):
-        backend = "chunked"  # the fused kernel reads rows of a table
-    logits = GATE_BACKENDS[backend](h, edges, weights)
+    chosen = resolve_backend(backend, h)
+    if chosen == "triton" and not isinstance(edges, NeighborTable):
+        chosen = "chunked"  # the fused kernel reads rows of a table
+    elif backend == "auto" and chosen == "triton":
+        chosen = _fused_if_supported("gate", h, weights)
+    logits = GATE_BACKENDS[chosen](h, edges, weights)
     return logits.squeeze(-1) if weights[4].size(0) == 1 else logits
 
 

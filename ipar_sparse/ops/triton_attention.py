@@ -11,6 +11,7 @@ added, so that large biases (1e4) cost no digits.
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ _CHUNK = 256  # out-edges a program of the source pass takes on: about twice the
 
 def unsupported(q: Tensor, x: Tensor) -> str | None:
     """Why these inputs cannot run here, or None if they can."""
+    if wrong := wrong_device(q):
+        return wrong
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"float32, bfloat16 or float16 queries (given {q.dtype})"
     if q.size(-1) not in (8, 16, 32, 64, 128):
@@ -40,6 +43,13 @@ def unsupported(q: Tensor, x: Tensor) -> str | None:
     if x.size(-1) != 2:
         return f"positions in two dimensions (given {x.size(-1)})"
     return None
+
+
+def wrong_device(x: Tensor) -> str | None:
+    """Why kernels cannot run where a tensor lies; Triton's interpreter runs them on the CPU."""
+    if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"tensors on a CUDA device (given {x.device})"
 
 
 def edge_attention(

@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..graph import NeighborTable
-from .triton_attention import SourcePlan, division
+from .triton_attention import SourcePlan, division, wrong_device
 
 
 def unsupported(h: Tensor, weights) -> str | None:
     """Why these inputs cannot run here, or None if they can."""
     hidden = (weights[0].size(0), weights[2].size(0))
+    if wrong := wrong_device(h):
+        return wrong
     if h.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"float32, bfloat16 or float16 embeddings (given {h.dtype})"
     if h.size(1) > 256:
