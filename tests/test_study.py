@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from ipar_sparse.simulate import simulate
 from ipar_sparse.study_report import answers
 from ipar_sparse.train import study as study_module
 from ipar_sparse.train.checkpoint import BEST, LAST
-from ipar_sparse.train.crew import Job, run_jobs
 from ipar_sparse.train.study import (
     find_donors,
     load_variants,
@@ -243,35 +241,6 @@ def test_a_study_file_holds_variants(tmp_path):
         load_variants(["v1"], [path])
 
 
-def _errand(key):
-    if key == "bad":
-        raise UserError("this\nwent wrong")
-    if key == "dies":
-        os._exit(3)
-    if isinstance(key, Path):
-        key.write_text(str(torch.get_num_threads()))
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_one_failing_job_takes_only_its_followers_with_it(processes, tmp_path):
-    good, late = tmp_path / "good", tmp_path / "late"
-    jobs = [Job("bad"), Job("follows", "bad"), Job("follows on", "follows"),
-            Job(good), Job(late, good)]  # fmt: skip
-    if processes > 1:
-        jobs.insert(0, Job("dies"))
-    ended = list(run_jobs(_errand, jobs, processes=processes, threads=1 if processes > 1 else None))
-    assert len(ended) == len(jobs)
-    errors = dict(ended)
-    for key in ("bad", "follows", "follows on"):
-        assert errors[key] == "this went wrong"
-    assert errors[good] is None and errors[late] is None and late.exists()
-    order = [key for key, _ in ended]
-    assert order.index(good) < order.index(late)
-    if processes > 1:
-        assert "exit code 3" in errors["dies"]
-        assert good.read_text() == "1"
-
-
 def test_the_table_holds_every_run_once(done, plan):
     table = rows(done)
     scores = [r for r in table if r["metric"] == "distance_spearman"]
@@ -431,6 +400,10 @@ def test_plans_that_cannot_be_run_are_refused(files, plan, slides, tmp_path):
         plan_study(files, {"base": large})
     with pytest.raises(UserError, match="called A1"):
         plan_study([*files, files[0]], {"base": base})
+    again = tmp_path / "again.h5ad"
+    shutil.copy(files[0], again)
+    with pytest.raises(UserError, match="A1 and again are the same cells"):
+        plan_study([*files, again], {"base": base})
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,22 +134,26 @@ class Study:
             first.setdefault(group, name)
         return first
 
-    def tasks(self) -> list[Job]:
+    def encoder_task(self, variant: str, fold: str, seed: int) -> Task | None:
+        """The job that trains the encoder of a run; None where embeddings are brought along."""
+        if self.variants[variant].data.embedding is not None:
+            return None
+        group = self.encoder_groups[variant]
+        folder = f"encoders/{group}/{_folder(fold)}/seed{seed}"
+        return Task(folder, "encoder", self.baseline_variants[group], fold, seed)
+
+    def jobs(self) -> list[Job]:
         """Every job, seed by seed, so that a study stopped early has all folds and variants."""
-        jobs: dict[str, Job] = {}
-        groups, leads = self.encoder_groups, self.baseline_variants
+        jobs: dict[Task, Job] = {}
         for seed in self.seeds:
-            for fold in self.folds:
-                for variant, config in self.variants.items():
-                    place = f"{_folder(fold.name)}/seed{seed}"
-                    encoder = None
-                    if config.data.embedding is None:
-                        group = groups[variant]
-                        folder = f"encoders/{group}/{place}"
-                        encoder = Task(folder, "encoder", leads[group], fold.name, seed)
-                        jobs.setdefault(folder, Job(encoder))
-                    folder = f"runs/{variant}/{place}"
-                    jobs[folder] = Job(Task(folder, "run", variant, fold.name, seed), encoder)
+            for fold in (fold.name for fold in self.folds):
+                for variant in self.variants:
+                    encoder = self.encoder_task(variant, fold, seed)
+                    if encoder is not None:
+                        jobs.setdefault(encoder, Job(encoder))
+                    folder = f"runs/{variant}/{_folder(fold)}/seed{seed}"
+                    task = Task(folder, "run", variant, fold, seed)
+                    jobs[task] = Job(task, encoder)
         return list(jobs.values())
 
     def save(self, out: Path) -> None:
@@ -259,6 +263,11 @@ def plan_study(
     if not seeds:
         raise UserError("a study needs a seed, e.g. --seeds 0-4")
     digests = {name: _digest(slide) for name, slide in slides.items()}
+    same: dict[str, str] = {}
+    for name, slide in slides.items():
+        other = same.setdefault(slide_digest(slide), name)
+        if other != name:
+            raise UserError(f"{other} and {name} are the same cells; give each slide once")
     return Study(
         files, digests, donors, dict(variants), tuple(folds), seeds, reference, tuple(notes)
     )
@@ -458,12 +467,12 @@ def run_study(
     if device is not None:
         resolve_device(device)
         variants = {n: c.replace(train={"device": device}) for n, c in study.variants.items()}
-        study = Study(**{**study.__dict__, "variants": variants})
+        study = replace(study, variants=variants)
     out.mkdir(parents=True, exist_ok=True)
     study.save(out)
-    tasks = study.tasks()
-    runs = [job for job in tasks if job.key.kind == "run"]
-    todo = [job for job in tasks if not _is_done(out, job.key)]
+    planned = study.jobs()
+    runs = [job for job in planned if job.key.kind == "run"]
+    todo = [job for job in planned if not _is_done(out, job.key)]
     needed = {job.after for job in todo if job.after is not None}
     todo = [job for job in todo if job.key.kind == "run" or job.key in needed]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -507,7 +516,7 @@ def collect(out: Path, study: Study, failed: Mapping[str, str] | None = None) ->
         failed: folder of a job to its error.
     """
     out, failed = Path(out), dict(failed or {})
-    runs = [job.key for job in study.tasks() if job.key.kind == "run"]
+    runs = [job.key for job in study.jobs() if job.key.kind == "run"]
     finished = [task for task in runs if _is_done(out, task)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -596,27 +605,20 @@ def _train_encoder(study: Study, out: Path, task: Task) -> None:
 def _run(study: Study, out: Path, task: Task) -> None:
     slides, fold = _by_name(study, task), study.fold(task.fold)
     folder, config = out / task.folder, study.config(task.variant, task.seed)
-    group = study.encoder_groups[task.variant]
-    encoder = None
-    if config.data.embedding is None:
-        encoder = out / f"encoders/{group}/{_folder(fold.name)}/seed{task.seed}"
+    shared = study.encoder_task(task.variant, task.fold, task.seed)
     start = time.monotonic()
     config.save(folder)
     result = fit(
         [slides[name] for name in fold.train], [slides[fold.val]], config, folder,
-        resume=(folder / LAST).is_file(), encoder=encoder,
+        resume=(folder / LAST).is_file(), encoder=shared and out / shared.folder,
     )  # fmt: skip
     trained = time.monotonic()
     predictor = Predictor.load(folder, resolve_device(config.train.device))
-    with_baselines = config.eval.baselines and task.variant == study.baseline_variants[group]
+    beside = study.baseline_variants[study.encoder_groups[task.variant]]
+    with_baselines = config.eval.baselines and task.variant == beside
     scores = {}
     for name in fold.test:
         bundle = score_slide(predictor, slides[name], baselines=with_baselines)
-        if not bundle.held_out:
-            raise UserError(
-                f"{name} is held out, but a slide with the same cells is trained on; "
-                "give each slide once"
-            )
         scores[name] = {
             "methods": bundle.methods,
             "metrics": bundle.metrics,
@@ -758,6 +760,7 @@ def _digest(slide: Slide) -> str:
 
 
 def _folder(name: str) -> str:
+    """A name as that of a folder."""
     return re.sub(r"[^\w.+=-]", "_", name)
 
 
