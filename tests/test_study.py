@@ -236,8 +236,11 @@ def test_a_study_file_holds_variants(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             load_variants([], [path])
+    path.write_text("variants: {v1: , other: {preset: no-gate, train.k_range: null}}")
+    both, _ = load_variants(["v1"], [path, path])
+    assert list(both) == ["v1", "other"] and both["other"].model.beta == 0
     path.write_text("variants: {v1: {graph.k: 3}}")
-    with pytest.raises(UserError, match="v1 is given twice"):
+    with pytest.raises(UserError, match="v1 is given elsewhere"):
         load_variants(["v1"], [path])
 
 

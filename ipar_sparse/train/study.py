@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -424,13 +425,16 @@ def load_variants(
             raise UserError(f"{path}: needs `variants:` with a name and settings for each")
         for name, own in variants.items():
             name = str(name)
-            if name in given:
-                raise UserError(f"{path}: variant {name} is given twice; rename one")
             own = {} if own is None else own
             if not isinstance(own, dict):
                 raise UserError(f"{path}: variant {name} needs settings such as model.beta: 1.0")
-            given[name] = {"preset": name if name in PRESETS else None} | own
-            common[name] = values.get("set") or {}
+            own = {"preset": name if name in PRESETS else None} | own
+            shared = values.get("set") or {}
+            if name in given and (own, shared) != (given[name], common.get(name, {})):
+                raise UserError(
+                    f"{path}: variant {name} is given elsewhere with other settings; rename one"
+                )
+            given[name], common[name] = own, shared
         said |= {k: values[k] for k in ("reference", "seeds", "hold_out") if k in values}
     configs = {}
     for name, own in given.items():
@@ -765,7 +769,8 @@ def _folder(name: str) -> str:
 
 
 def _as_text(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
