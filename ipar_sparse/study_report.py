@@ -299,8 +299,9 @@ def _lines(comparison: Comparison, metric: str) -> dict[str, float]:
     if best := comparison.best_baseline.get(metric):
         lines["best baseline"] = comparison.of(metric, best).mean
     chance = comparison.metrics.get(metric.replace("@", "_chance@"), {})
-    if "@" in metric and chance:
-        lines["chance"] = next(iter(chance.values())).mean
+    levels = [summary.mean for summary in chance.values()]
+    if "@" in metric and levels and max(levels) - min(levels) < 1e-9:
+        lines["chance"] = levels[0]
     for method in comparison.methods("floor"):
         if metric_info(metric).perfect is None and comparison.of(metric, method):
             lines[method] = comparison.of(metric, method).mean

@@ -451,3 +451,19 @@ def test_evaluate_by_protocol(files, tmp_path, capsys):
     assert held == {("A", "A1"), ("A", "A2"), ("B", "B1"), ("B", "B2")}
     assert {r["role"] for r in table} == {"variant", "form", "floor"}
     assert "distance spearman" in capsys.readouterr().out
+
+
+def test_baselines_are_told_apart_where_encoders_differ(plan):
+    other = plan.variants["base"].replace(encoder={"steps": 5})
+    study = replace(plan, variants={**plan.variants, "other": other})
+    jobs = study.jobs()
+    assert sum(job.key.kind == "encoder" for job in jobs) == 2 * 4
+    assert study.encoder_task("blind", "A1", 0) == study.encoder_task("base", "A1", 0)
+    assert study.encoder_task("other", "A1", 0) != study.encoder_task("base", "A1", 0)
+    names = {
+        variant: study_module._record(
+            study, (variant, "A1", 0, "A1", "A", "ridge", "baseline", "procrustes", 0.5)
+        ).method
+        for variant in ("base", "other")
+    }
+    assert names == {"base": "ridge [base]", "other": "ridge [other]"}

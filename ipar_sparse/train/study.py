@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,12 +121,12 @@ class Study:
         """The fold of a name."""
         return next(fold for fold in self.folds if fold.name == name)
 
-    @property
+    @cached_property
     def encoder_groups(self) -> dict[str, str]:
         """Variant to the digest of all settings that stage A depends on."""
         return {name: _encoder_settings(config) for name, config in self.variants.items()}
 
-    @property
+    @cached_property
     def baseline_variants(self) -> dict[str, str]:
         """Digest of stage A to the variant beside which its baselines are run."""
         groups = self.encoder_groups
@@ -673,8 +673,8 @@ def _record(study: Study, row: tuple) -> Record:
         method = variant
     elif role == "form":
         method = f"{variant}: {method}"
-    elif role == "baseline" and len(set(study.encoder_groups.values())) > 1:
-        method = f"{method} [{variant}]"
+    elif role == "baseline" and len(study.baseline_variants) > 1:
+        method = f"{method} [{study.baseline_variants[study.encoder_groups[variant]]}]"
     return Record(method, role, slide, seed, metric, float(value))
 
 
