@@ -46,6 +46,8 @@ class ReportBundle:
             variants, the baselines, true coordinates. One of them may be enough.
         model: key in ``methods`` of the model itself.
         variants: keys that are forms of the model (no gate), not baselines.
+        oracles: keys that were given what a user does not have (true neighbours); shown, but
+            no competitors.
         floor: key of what the true coordinates score; not a competitor either.
         metrics: further flat measures of this slide (``E_geo_hgate``, ``candidate_recall@15``,
             ``candidate_recall_chance@15`` ...), shown in a table of their own.
@@ -72,6 +74,7 @@ class ReportBundle:
     methods: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     model: str = "model"
     variants: Sequence[str] = ()
+    oracles: Sequence[str] = ()
     floor: str | None = "true coordinates"
     metrics: Mapping[str, float] = field(default_factory=dict)
     diagnostics: Mapping[str, float] | None = None
@@ -93,7 +96,7 @@ class ReportBundle:
     @property
     def baselines(self) -> list[str]:
         """Methods the model has to beat."""
-        own = {self.model, self.floor, *self.variants}
+        own = {self.model, self.floor, *self.variants, *self.oracles}
         return [name for name in self.methods if name not in own]
 
 
@@ -227,7 +230,7 @@ def metric_table(bundle: ReportBundle) -> dict:
         ``baseline`` or ``floor``) and cells of text, error and whether it is the best.
     """
     names = _columns(bundle)
-    competitors = [m for m in bundle.methods if m != bundle.floor]
+    competitors = [m for m in bundle.methods if m not in (bundle.floor, *bundle.oracles)]
     best = {}
     for name in names:
         sign = {"higher": 1, "lower": -1}.get(metric_info(name).better)
@@ -314,7 +317,8 @@ def _score_section(bundle):
         columns = 2 if len(names) > 1 else 1
         axes = np.ravel(figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False))
         for ax, name in zip(axes, names, strict=False):
-            pl.metric_bars(bundle.methods, name, model=bundle.model, variants=bundle.variants,
+            pl.metric_bars(bundle.methods, name, model=bundle.model,
+                           variants=(*bundle.variants, *bundle.oracles),
                            floor=bundle.floor, ax=ax)  # fmt: skip
         for ax in axes[len(names) :]:
             ax.set_visible(False)
@@ -536,7 +540,8 @@ def _role(bundle: ReportBundle, method: str) -> str:
         return "model"
     if method == bundle.floor:
         return "floor"
-    return "variant" if method in bundle.variants else "baseline"
+    forms = (*bundle.variants, *bundle.oracles)
+    return "variant" if method in forms else "baseline"
 
 
 def _known(values: Mapping, name: str) -> float | None:

@@ -32,15 +32,17 @@ from .trainer import REFERENCE, slide_digest
 
 logger = logging.getLogger(__name__)
 
-FORMS = ("no gate", "true neighbours")
+ORACLE = "true neighbours"
+"""The model on the true spatial neighbours, which no user has: how good its attention could be."""
+
+FORMS = ("no gate", ORACLE)
 """Forms of the model that are scored beside it; no baselines."""
 
 ENERGY_OF = {
-    "model": "hgate", "no gate": "nogate", "true neighbours": "tedge", "true coordinates": "floor",
+    "model": "hgate", "no gate": "nogate", ORACLE: "tedge", "true coordinates": "floor",
 }  # fmt: skip
-"""Methods whose E_geo is measured, and how the flat metrics call them."""
+"""Forms of the model, and how the flat metrics call their E_geo."""
 
-_PROBE_ROWS = 1024  # walk rows that E_geo is estimated from on slides of more than 1,536 cells
 _ATTENTION_EDGES = 3_000_000  # diagnostics hold attention (E, heads) of one recycle
 
 
@@ -140,7 +142,14 @@ def score_slide(
                     num_rows=settings.sample_rows,
                 )  # fmt: skip
                 task.advance(now=name)
-    metrics = energies(layouts, slide.pos, predictor.config.train.seed)
+            scored = energies(layouts, slide.pos, predictor.config.train.seed)
+    for name, values in scored.items():
+        methods[name] |= values
+    metrics = {
+        f"{key}_{suffix}": value
+        for name, suffix in ENERGY_OF.items()
+        for key, value in scored.get(name, {}).items()
+    }
     metrics |= candidate_recall(prediction.graph, slide.pos, k=15)
     if prediction.graph.recall is not None:
         metrics["graph_recall"] = prediction.graph.recall
@@ -151,7 +160,8 @@ def score_slide(
         pred=prediction.pos,
         true=slide.pos,
         methods=methods,
-        variants=[name for name in FORMS if name in methods],
+        variants=[name for name in FORMS if name in methods and name != ORACLE],
+        oracles=[ORACLE],
         metrics=metrics,
         diagnostics=measures,
         trajectory=prediction.trajectory,
@@ -167,27 +177,24 @@ def score_slide(
     )
 
 
-def energies(layouts: dict[str, np.ndarray], pos, seed: int) -> dict[str, float]:
-    """E_geo and its parts of the model's layouts, and what the true coordinates reach.
+def energies(layouts: dict[str, np.ndarray], pos, seed: int) -> dict[str, dict[str, float]]:
+    """E_geo of layouts and its parts ``L_RW`` and ``L_stress``; 0 at the true coordinates.
 
     Exact up to 384 cells; beyond, on a sketch of the same reach, the walk by probe rows.
 
     Args:
-        layouts: method to layout (n, 2); those that are forms of the model are scored.
+        layouts: method to layout (n, 2).
         pos: true positions (n, 2).
         seed: of the sketch and the probe rows.
     """
     target = build_target(pos, seed=seed)
-    probes = _PROBE_ROWS if len(pos) > 1536 else None
     out = {}
-    for method, suffix in ENERGY_OF.items():
-        if method in layouts:
-            generator = torch.Generator().manual_seed(seed)
-            layout = torch.as_tensor(layouts[method], dtype=torch.float64)
-            values = e_geo(layout, target, probes, generator)
-            out[f"E_geo_{suffix}"] = float(values["e_geo"])
-            out[f"L_RW_{suffix}"] = float(values["l_rw"])
-            out[f"L_stress_{suffix}"] = float(values["l_stress"])
+    for method, layout in layouts.items():
+        generator = torch.Generator().manual_seed(seed)
+        layout = torch.as_tensor(layout, dtype=torch.float64)
+        values = e_geo(layout, target, generator=generator)
+        names = {"E_geo": "e_geo", "L_RW": "l_rw", "L_stress": "l_stress"}
+        out[method] = {name: float(values[key]) for name, key in names.items()}
     return out
 
 
@@ -231,7 +238,7 @@ def recycle_records(
 @torch.no_grad()
 def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> dict:
     """The model without its gate, and with true neighbours in place of candidates."""
-    graphs = {"true neighbours": target_graph(pos).to(h.device)}
+    graphs = {ORACLE: target_graph(pos).to(h.device)}
     if prediction.gate_logits is not None:
         graphs["no gate"] = prediction.graph
     return {
