@@ -14,8 +14,8 @@ from ipar_sparse import EdgeGateSoft, IPALiteModel
 from ipar_sparse.losses import gate_loss, geometry_terms
 from ipar_sparse.targets import build_target, gate_target
 
-from .dense import DenseGate, DenseModel, dense_mask
 from .compare import load_graph
+from .dense import DenseGate, DenseModel, dense_mask
 
 BETA = 2.0
 _ENOUGH_SECONDS = 20.0  # of repeats; slow cases are timed fewer times

@@ -1,6 +1,5 @@
 """The gauge: what a layout is known up to, and the representative we keep."""
 
-import torch
 from torch import Tensor
 
 

@@ -252,7 +252,7 @@ def test_gate_weights_do_not_depend_on_whether_the_embedding_learns():
     for learns in (False, True):
         logits = ops.edge_gate(h.requires_grad_(learns), table, tuple(leaves), backend="triton")
         grads.append(torch.autograd.grad(logits.square().sum(), leaves))
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert max(error(a, b) for a, b in zip(*grads, strict=True)) < TOLERANCE[torch.float32]
 
 
 def test_half_precision_gradients_of_a_mean_over_many_edges_survive():
