@@ -71,9 +71,11 @@ def run(
         ]
     works = list(works or ["forward", "backward"])
     for name, known in ((implementations, IMPLEMENTATIONS), (works, WORKS)):
-        unknown = sorted(set(name) - set(known))
+        unknown = [given for given in name if given not in known]
         if unknown:
-            raise ValueError(f"unknown {unknown}; choose from {list(known)}")
+            raise ValueError(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
+    if precision not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"unknown precision {precision!r}; choose float32, bfloat16 or float16")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     machine = describe_machine(device)

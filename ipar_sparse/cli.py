@@ -614,7 +614,23 @@ def experiment(
 @app.command()
 def benchmark(
     out: OutFolder,
-    sizes: Annotated[str, typer.Option(help="Numbers of cells, with commas.")] = "384,1300,5000",
+    sizes: Annotated[
+        str, typer.Option(help="Numbers of cells, with commas.")
+    ] = "384,1300,2600,5000",
+    forms: Annotated[
+        str | None,
+        _flag(
+            "--forms",
+            "Which to time: dense, pyg (plain message passing), chunked, triton. "
+            "[dim]Default: all that this machine can run[/dim]",
+            RUNNING,
+            "NAME,...",
+        ),
+    ] = None,
+    works: Annotated[
+        str, typer.Option(help="What to time: forward, backward, step (a whole training step).")
+    ] = "forward,backward",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -627,7 +643,18 @@ def benchmark(
 
     from .benchmarks import run as run_benchmark
 
-    run_benchmark(sizes=numbers, out=out, device=target)
+    try:
+        run_benchmark(
+            sizes=numbers,
+            out=out,
+            device=target,
+            implementations=forms.split(",") if forms else None,
+            works=works.split(","),
+            precision=precision,
+        )
+    except ValueError as error:
+        raise UserError(f"benchmark: {error}") from None
+    _say(f"{out / 'benchmark.json'}\n{out / 'benchmark.png'}")
 
 
 @app.command()
