@@ -285,6 +285,24 @@ def test_checkpointed_recycles_have_the_same_gradients(h, graph):
     assert_all_close(*results)
 
 
+@pytest.mark.parametrize("bias_heads", [0, 1, 4])
+def test_reordering_inside_is_invisible(h, graph, bias_heads):
+    plain = scramble(IPALiteModel(D, reorder=False)).eval()
+    ordered = IPALiteModel(D, reorder=True).double().eval()
+    ordered.load_state_dict(plain.state_dict())
+    h.requires_grad_()
+    given, bias = [h], None
+    if bias_heads:
+        bias = torch.randn((graph.num_edges, bias_heads)[:bias_heads]).double().requires_grad_()
+        given.append(bias)
+    batch = (torch.arange(N) >= 25).long()
+    results = []
+    for model in (plain, ordered):
+        pos, trajectory = model(h, graph, bias, batch=batch, return_trajectory=True)
+        results.append([pos, *trajectory, *grads_of((pos**3).sum(), model, *given)])
+    assert_all_close(*results)
+
+
 def test_start_noise_follows_the_generator(h, graph):
     model = scramble(IPALiteModel(D))
     first, again, other = (
