@@ -8,7 +8,7 @@ import torch
 
 from ipar_sparse import EdgeGateSoft, IPALiteModel, knn_candidates
 from ipar_sparse.diagnostics import collapse_diagnostics
-from ipar_sparse.losses import e_geo, gate_loss
+from ipar_sparse.losses import e_geo, gate_loss, log_stress_loss, long_range_loss
 from ipar_sparse.targets import build_target
 
 SLIDE = Path(__file__).parents[2] / "shared/data/mouse_embryo_seqfish/embryo1.h5ad"
@@ -24,11 +24,14 @@ def fit_one(h, pos, steps, lr=2e-3, seed=0):
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-5)
     values = []
-    for _ in range(steps):
+    for step in range(steps):
         logits = gate(h, graph)
         layout = model(h, graph, edge_bias=2.0 * logits)
         value = e_geo(layout, target)["e_geo"]
         loss = value + 0.05 * gate_loss(logits, graph, target.walk)
+        # E_geo alone stalls near 0.3 in a folded layout: distances of all ranges unfold it first.
+        if step < steps // 3:
+            loss = 0.1 * log_stress_loss(layout, target.stress) + long_range_loss(layout, target)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -48,10 +51,10 @@ def test_one_real_miniset_is_fitted():
     from ipar_sparse.io import read_slides
 
     slide = read_slides(SLIDE, require_pos=True)[0]
-    rows = np.random.default_rng(0).permutation(slide.num_cells)[:300]
+    rows = np.random.default_rng(0).permutation(slide.num_cells)[:200]
     genes, _ = match_genes([slide])
     embedding = PCA(128, random_state=0).fit_transform(Expression.from_slide(slide, genes).rows())
-    h = torch.from_numpy(embedding / embedding.std()).float()[rows]
+    h = torch.from_numpy(embedding / embedding.std(0)).float()[rows]
     values, layout = fit_one(h, slide.pos[rows], steps=300)
     print(f"E_geo of one real miniset: {values[0]:.3f} -> {values[-1]:.4f}")
     assert values[0] > 0.5
@@ -66,4 +69,4 @@ def test_a_miniset_whose_embedding_holds_the_position_is_fitted():
     h = torch.cos(pos @ torch.randn(2, 32, generator=generator) * 2)
     h = h + 0.1 * torch.randn(h.shape, generator=generator)
     values, _ = fit_one(h, pos, steps=60)
-    assert values[-1] < 0.15 < values[0]
+    assert values[-1] < 0.15 < 0.5 < values[0]
