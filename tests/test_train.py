@@ -107,6 +107,27 @@ def test_a_stopped_run_resumes_to_the_same_bits(run, slides, tmp_path, monkeypat
     assert steps == [row["step"] for row in read_history(run / HISTORY)]
 
 
+def test_a_short_run_that_was_stopped_keeps_its_last_weights(slides, tmp_path, monkeypatch):
+    """No epoch counts before the ramp ends: the weights of the stop must not stay the best."""
+    config = load_config(None, [*SMALL, "train.epochs=2", "train.ramp_epochs=5"])
+    stepped = trainer_module._Run._stepped
+
+    def stop(self, stage, step, *rest):
+        stepped(self, stage, step, *rest)
+        if (stage, step) == ("joint", 3):
+            self.interrupted.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module._Run, "_stepped", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(slides[:2], slides[2:3], config, tmp_path)
+    stopped = states(tmp_path / BEST)
+    fit(slides[:2], slides[2:3], config, tmp_path, resume=True)
+    best, last = states(tmp_path / BEST), states(tmp_path / LAST)
+    key = "model.mlp_pos.0.weight"
+    assert torch.equal(best[key], last[key]) and not torch.equal(best[key], stopped[key])
+
+
 def test_another_seed_is_another_run(run, slides, tmp_path):
     config = load_config(None, [*SMALL, "train.seed=1", "train.epochs=1", "encoder.steps=2"])
     fit(slides[:2], slides[2:3], config, tmp_path)

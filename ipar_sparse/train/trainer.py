@@ -316,7 +316,7 @@ class _Run:
                 if step % per_epoch == 0:
                     self._validate(step // per_epoch - 1, optimizer, scaler)
                 self._stop_if_asked("joint", optimizer, scaler)
-        if not (self.out / BEST).exists():
+        if self.state.best is None:
             logger.warning(
                 "no epoch came after the random-walk weight reached its cap (epoch %d): "
                 "the last weights are kept", self._first_counted_epoch() + 1,
