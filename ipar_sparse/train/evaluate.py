@@ -194,7 +194,8 @@ def energies(layouts: dict[str, np.ndarray], pos, seed: int) -> dict[str, dict[s
         layout = torch.as_tensor(layout, dtype=torch.float64)
         values = e_geo(layout, target, generator=generator)
         names = {"E_geo": "e_geo", "L_RW": "l_rw", "L_stress": "l_stress"}
-        out[method] = {name: float(values[key]) for name, key in names.items()}
+        # Rounding noise must not show as -0.000.
+        out[method] = {name: round(float(values[key]), 12) + 0.0 for name, key in names.items()}
     return out
 
 
