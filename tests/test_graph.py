@@ -80,10 +80,11 @@ def test_exact_search_in_blocks_is_the_search_in_one(monkeypatch):
     assert torch.equal(knn(points, 7, backend="exact").index, whole)
 
 
-def test_neighbours_far_from_the_origin_survive_float32():
+@pytest.mark.parametrize("backend", ["exact", "faiss"])
+def test_neighbours_far_from_the_origin_survive_float32(backend):
     points = torch.randn(200, 16) + 1000.0
     distance, nearest = plain_knn(points, 10)
-    found = distance.gather(-1, knn(points, 10, backend="exact").index.long())
+    found = distance.gather(-1, knn(points, 10, backend=available(backend)).index.long())
     torch.testing.assert_close(found, nearest, rtol=1e-4, atol=1e-4)
 
 

