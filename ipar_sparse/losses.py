@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .gauge import gauge_fix
 from .graph import NeighborTable
+from .ops import resolve_backend
 from .targets import SlideTarget, StressTarget, WalkTarget, gate_target
 
 __all__ = [
@@ -67,11 +68,11 @@ def rw_kl_loss(
         values = walk.transition(pos)
         if probe_rows is not None and probe_rows < n:
             rows = _random_rows(n, probe_rows, generator, pos.device)
-            return _probe_kl(values, walk, rows).mean()
+            return _probe_kl(values, walk, rows) / probe_rows
         if max(walk.sizes) <= _DENSE_LIMIT:
             return _dense_kl(values, walk)
         rows = torch.arange(n, device=pos.device).split(max(1, _BLOCK_ELEMENTS // n))
-        return sum(_probe_kl(values, walk, block).sum() for block in rows) / n
+        return sum(_probe_kl(values, walk, block) for block in rows) / n
 
 
 def log_stress_loss(
@@ -387,20 +388,24 @@ class _DenseWalkKL(torch.autograd.Function):
 
 
 def _probe_kl(values: Tensor, walk: WalkTarget, rows: Tensor) -> Tensor:
-    """Divergence of each probe row (m,), every row carried as one column of (n, m)."""
+    """Divergence summed over probe rows (m,), every row carried as one column of (n, m)."""
+    steps = torch.arange(1, walk.steps + 1, device=values.device).unsqueeze(-1)
+    weight = (walk.row_steps.index_select(0, rows) >= steps) * 0.5 ** (steps - 1)
+    if values.dtype == torch.float32 and resolve_backend("auto", values) == "triton":
+        from .ops import triton_walk
+
+        return triton_walk.probe_divergence(values, walk, rows, weight)
     reference = walk.reference(values.dtype)
     start = values.new_zeros(walk.num_nodes, rows.numel())
     start.scatter_(0, rows.unsqueeze(0), 1.0)
-    row_steps = walk.row_steps.index_select(0, rows)
     predicted = expected = start
     total = 0.0
-    for s in range(1, walk.steps + 1):
+    for s in range(walk.steps):
         predicted = _WalkStep.apply(values, predicted, walk)
         with torch.no_grad():
             expected = _WalkStep.apply(reference, expected, walk)
-        weight = (row_steps >= s).to(values.dtype) * 0.5 ** (s - 1)
-        total = total + _kl(expected, predicted, dim=0) * weight
-    return total
+        total = total + _kl(expected, predicted, dim=0) * weight[s].to(values.dtype)
+    return total.sum()
 
 
 def _kl(p: Tensor, q: Tensor, dim: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .gauge import gauge_fix
 from .graph import NeighborTable, knn
+from .ops import resolve_backend
 from .ops.segment import segment_softmax
 
 __all__ = [
@@ -139,6 +140,10 @@ class WalkTarget(_Tensors):
             raise ValueError(
                 f"positions {tuple(pos.shape)} do not match the target's {tuple(self.pos.shape)}"
             )
+        if pos.dtype == torch.float32 and resolve_backend("auto", pos) == "triton":
+            from .ops import triton_walk
+
+            return triton_walk.transition(pos, self)
         difference = pos.index_select(0, self.pair[0]) - pos.index_select(0, self.pair[1])
         square = difference.square().sum(-1)
         logit = self.log_multiplicity.to(pos.dtype) - square * self.precision.to(pos.dtype)
@@ -393,7 +398,7 @@ def collate(targets: Sequence[SlideTarget]) -> SlideTarget:
     extras = [target.multiscale for target in targets]
     return SlideTarget(
         pos=torch.cat([target.pos for target in targets]),
-        walk=_collate_walks([target.walk for target in targets]),
+        walk=collate_walks([target.walk for target in targets]),
         stress=_collate_stress([target.stress for target in targets], node),
         batch=torch.cat(
             [target.batch + s for target, s in zip(targets, graph, strict=True)]
@@ -604,7 +609,7 @@ def _stress_from_pairs(pos: Tensor, pairs: np.ndarray) -> StressTarget:
     return StressTarget(edge_index, torch.from_numpy(dist[keep]), edge_batch)
 
 
-def _collate_walks(walks: Sequence[WalkTarget]) -> WalkTarget:
+def collate_walks(walks: Sequence[WalkTarget]) -> WalkTarget:
     node = _offsets(walk.num_nodes for walk in walks)
     pair = _offsets(walk.pair.size(1) for walk in walks)
     entry = _offsets(walk.row.numel() for walk in walks)

@@ -10,6 +10,7 @@ from ipar_sparse import EdgeGateSoft, IPALiteConv, IPALiteModel, SharedEncoder
 from ipar_sparse.gauge import gauge_fix
 from ipar_sparse.graph import NeighborTable, knn_candidates
 from ipar_sparse.nn import LOGIT_TERMS
+from ipar_sparse.ops import chunked
 
 N, K, D = 60, 12, 16
 
@@ -283,6 +284,16 @@ def test_checkpointed_recycles_have_the_same_gradients(h, graph):
         pos = model(h, graph, generator=torch.Generator().manual_seed(1))
         results.append([pos, *grads_of((pos**3).sum(), model)])
     assert_all_close(*results)
+
+
+def test_checkpointed_recycles_do_not_attend_twice(h, graph, monkeypatch):
+    model, calls = scramble(IPALiteModel(D, checkpoint_recycles=True)), []
+    sums = chunked._Attention._sums
+    monkeypatch.setattr(
+        chunked._Attention, "_sums", staticmethod(lambda *a: calls.append(1) or sums(*a))
+    )
+    (model(h, graph) ** 3).sum().backward()
+    assert len(calls) == model.num_recycles
 
 
 @pytest.mark.parametrize("bias_heads", [0, 1, 4])

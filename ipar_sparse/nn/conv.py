@@ -192,7 +192,8 @@ class IPALiteConv(MessagePassing):
         moved = self.weight_pos.to(displacement.dtype) * displacement.unsqueeze(-2)
         pos_out = pos_dst + moved.sum(dim=(1, 3))
         aggregated = out.reshape(-1, self.heads * self.head_channels).to(query.dtype)
-        s_out = s_dst + self.mlp(torch.cat([self.norm(s_dst), aggregated], dim=-1))
+        normed = self._normed(s_dst).to(query.dtype)
+        s_out = s_dst + self.mlp(torch.cat([normed, aggregated], dim=-1))
         if return_attention_weights:
             return s_out, pos_out, (edge_index, attention)
         return s_out, pos_out
@@ -258,6 +259,13 @@ class IPALiteConv(MessagePassing):
             query, key = (nn.functional.layer_norm(x, shape[1:]) for x in (query, key))
             query = query * (self.qk_scale() * math.sqrt(self.head_channels))
         return query, key
+
+    def _normed(self, s: Tensor) -> Tensor:
+        # Autocast would keep a float32 copy of half-precision states; sums are float32 anyway.
+        with torch.autocast(s.device.type, enabled=False):
+            weight, bias = self.norm.weight.to(s.dtype), self.norm.bias.to(s.dtype)
+            return nn.functional.layer_norm(s, self.norm.normalized_shape, weight, bias,
+                                            self.norm.eps)  # fmt: skip
 
     def _with_terms(self, bias, *ends) -> Tensor:
         if bias is not None and bias.dim() == 1:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_geometric.nn import inits
 from torch_geometric.typing import Adj
 
+from .. import ops
 from ..gauge import gauge_fix
 from ..graph import NeighborTable
 from ..graph.order import reorder
@@ -54,8 +55,8 @@ class IPALiteModel(nn.Module):
         step_gate: start of the learned step size :math:`\eta_r` in (0, 1) of every recycle; None
             takes whole steps (default: None).
         init_noise: std of the Gaussian noise on the first positions in training (default: 0.05).
-        checkpoint_recycles: keep only each recycle's input for the backward pass, so that
-            activation memory does not grow with the work inside a recycle (default: False).
+        checkpoint_recycles: keep only each recycle's input and the outputs of its attention for
+            the backward pass, and make the rest again there (default: False).
         backend: of the attention (default: ``"auto"``).
         reorder: renumber cells inside so that neighbours lie side by side in memory; results
             stay in the order given, start noise is drawn in the new one. None does so where it
@@ -187,10 +188,7 @@ class IPALiteModel(nn.Module):
         self, h, graph, edge_bias, batch, num_graphs, generator, return_attention_weights=False
     ) -> tuple[list[Tensor], list]:
         """Positions before the first recycle and after each, and attention if asked for."""
-        state = self.mlp_state(h)
-        # Half precision cannot hold neighbour distances on a large slide: positions stay float32.
-        pos = self.mlp_pos(h)
-        pos = pos.float() if pos.dtype in (torch.float16, torch.bfloat16) else pos
+        state, pos = self._maybe_checkpoint(self._start, h)
         if self.training and self.init_noise > 0:
             noise = torch.empty_like(pos).normal_(generator=generator)
             pos = pos + self.init_noise * noise
@@ -202,14 +200,29 @@ class IPALiteModel(nn.Module):
             if return_attention_weights:
                 state, moved, weights = self._recycle(*given, return_attention_weights=True)
                 attention.append(weights)
-            elif self.checkpoint_recycles and torch.is_grad_enabled():
-                state, moved = checkpoint(self._recycle, *given, use_reentrant=False)
             else:
-                state, moved = self._recycle(*given)
+                state, moved = self._maybe_checkpoint(self._recycle, *given)
             pos = moved if self.step is None else pos + self.step()[recycle] * (moved - pos)
             pos = gauge_fix(pos, batch, num_graphs)
             trajectory.append(pos)
         return trajectory, attention
+
+    def _start(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """States and positions before the first recycle."""
+        if h.dtype == torch.float32 and torch.is_autocast_enabled(h.device.type):
+            h = h.to(torch.get_autocast_dtype(h.device.type))  # once for both
+        pos = self.mlp_pos(h)
+        # Half precision cannot hold neighbour distances on a large slide: positions stay float32.
+        pos = pos.float() if pos.dtype in (torch.float16, torch.bfloat16) else pos
+        return self.mlp_state(h), pos
+
+    def _maybe_checkpoint(self, function, *given):
+        if not (self.checkpoint_recycles and torch.is_grad_enabled()):
+            return function(*given)
+        return checkpoint(
+            function, *given, use_reentrant=False, preserve_rng_state=False,
+            context_fn=ops.keep_attention,
+        )  # fmt: skip
 
     def _orders(self, graph: NeighborTable | Adj) -> bool:
         """Whether cells are renumbered on the way: where neighbours do not fit the GPU's cache."""

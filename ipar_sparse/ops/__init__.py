@@ -17,6 +17,7 @@ from torch import Tensor
 from ..graph import NeighborTable
 from . import chunked, reference
 from .edges import map_edges
+from .keep import keep_attention
 from .segment import scatter_sum, segment_softmax
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "GATE_BACKENDS",
     "edge_attention",
     "edge_gate",
+    "keep_attention",
     "map_edges",
     "resolve_backend",
     "scatter_sum",

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..graph import NeighborTable
+from .keep import kept_or
 from .reference import accumulate_dtype
 
 _BLOCK_VALUES = 1 << 24  # edge values held at once by an attention pass: 64 MiB in float32
@@ -70,7 +71,22 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, x_src, x_dst, bias, graph):
         dtype = accumulate_dtype(q.dtype)
         channels = q.size(-1)
-        query = _heads_first(q, dtype) / math.sqrt(channels)
+        total, lse = kept_or(lambda: _Attention._sums(q, k, v, x_src, bias, graph))
+        nonempty = torch.isfinite(lse).unsqueeze(-1)
+        displacement = total[..., channels:] - x_dst.to(dtype) * nonempty
+        ctx.save_for_backward(q, k, v, x_src, x_dst, bias, total, lse)
+        ctx.graph = graph
+        return (
+            total[..., :channels].transpose(0, 1).to(v.dtype).contiguous(),
+            displacement.transpose(0, 1).to(x_src.dtype).contiguous(),
+            lse.T.contiguous(),
+        )
+
+    @staticmethod
+    def _sums(q, k, v, x_src, bias, graph) -> tuple[Tensor, Tensor]:
+        """Weighted sums of values and positions (H, n, C + D), and log-sum-exp (H, n)."""
+        dtype = accumulate_dtype(q.dtype)
+        query = _heads_first(q, dtype) / math.sqrt(q.size(-1))
         key = _heads_first(k, dtype)
         value = torch.cat([_heads_first(v, dtype), _per_head(x_src, q.size(1), dtype)], dim=-1)
         rowptr, col = graph.rowptr, graph.index.flatten().long()
@@ -83,15 +99,7 @@ class _Attention(torch.autograd.Function):
             lse[:, rows] = logits.logsumexp(dim=-1)
             weight = (logits - _finite(lse[:, rows]).unsqueeze(-1)).exp().flatten(1)
             total[:, rows] = _spmm(weight, start, col[edges], value)
-        nonempty = torch.isfinite(lse).unsqueeze(-1)
-        displacement = total[..., channels:] - x_dst.to(dtype) * nonempty
-        ctx.save_for_backward(q, k, v, x_src, x_dst, bias, total, lse)
-        ctx.graph = graph
-        return (
-            total[..., :channels].transpose(0, 1).to(v.dtype).contiguous(),
-            displacement.transpose(0, 1).to(x_src.dtype).contiguous(),
-            lse.T.contiguous(),
-        )
+        return total, lse
 
     @staticmethod
     @once_differentiable

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ..graph import NeighborTable
 from ..graph.order import local_order
+from .keep import kept_or
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Edges a lane holds in registers, two 16-byte reads each in flight: few where the registers left
@@ -77,17 +78,17 @@ def edge_attention(
     order = local_order(graph)
     if order is not None:
         graph, perm, inverse = order
-        tensors = [None if t is None else _Reorder.apply(t, perm, inverse) for t in tensors]
+        tensors = [None if t is None else Reorder.apply(t, perm, inverse) for t in tensors]
     bias = None if bias is None else tensors[5].flatten(0, 1)
     out, displacement, lse = _EdgeAttention.apply(*tensors[:5], bias, graph)
     if order is not None:
         out, displacement, lse = (
-            _Reorder.apply(t, inverse, perm) for t in (out, displacement, lse)
+            Reorder.apply(t, inverse, perm) for t in (out, displacement, lse)
         )
     return out, displacement.to(dtype), lse
 
 
-class _Reorder(torch.autograd.Function):
+class Reorder(torch.autograd.Function):
     """Rows in another order; the gradient's come back by a gather, not a scatter."""
 
     @staticmethod
@@ -106,6 +107,17 @@ class _EdgeAttention(torch.autograd.Function):
         q, k, v = _rows(q), _rows(k), _rows(v)
         x_src, x_dst = x_src.contiguous(), x_dst.contiguous()
         bias = None if bias is None else bias.contiguous()
+        if any(ctx.needs_input_grad[1:4]):
+            SourcePlan.of(graph)  # sorting takes memory: best before anything is kept
+        out, displacement, lse, norm = kept_or(
+            lambda: _EdgeAttention._forward(q, k, v, x_src, x_dst, bias, graph)
+        )
+        ctx.save_for_backward(q, k, v, x_src, x_dst, bias, out, displacement, norm)
+        ctx.graph = graph
+        return out, displacement, lse
+
+    @staticmethod
+    def _forward(q, k, v, x_src, x_dst, bias, graph):
         n, heads, channels = q.shape
         out = torch.empty(n, heads, channels, dtype=q.dtype, device=q.device)
         displacement = torch.empty(n, heads, 2, dtype=torch.float32, device=q.device)
@@ -119,9 +131,7 @@ class _EdgeAttention(torch.autograd.Function):
                 graph.k, q.stride(0), k.stride(0), v.stride(0), channels**-0.5,
                 **shape.tile,
             )  # fmt: skip
-        ctx.save_for_backward(q, k, v, x_src, x_dst, bias, out, displacement, norm)
-        ctx.graph = graph
-        return out, displacement, lse
+        return out, displacement, lse, norm
 
     @staticmethod
     @once_differentiable

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..graph import NeighborTable
-from .triton_attention import SourcePlan, division, wrong_device
+from ..graph.order import local_order
+from .triton_attention import Reorder, SourcePlan, division, wrong_device
 
 
 def unsupported(h: Tensor, weights) -> str | None:
@@ -42,8 +43,12 @@ def unsupported(h: Tensor, weights) -> str | None:
 def edge_gate(h: Tensor, graph: NeighborTable, weights) -> Tensor:
     """See :func:`ipar_sparse.ops.edge_gate`; always (E, G), in the weights' dtype.
 
-    The products run in the embeddings' dtype (autocast's, where that is on) with float32 sums;
-    float32 products are exact to float32's own rounding, and several times slower.
+    The products run in the embeddings' dtype (autocast's, where that is on) with float32 sums.
+    float32 products follow :func:`torch.set_float32_matmul_precision`: exact to float32's own
+    rounding with ``"highest"``, torch's default, and TF32 otherwise.
+
+    A graph that :func:`~ipar_sparse.graph.order.reorder` has been called on runs in its local
+    order.
 
     Raises:
         ValueError: on dtypes or shapes that the kernels do not take.
@@ -52,19 +57,24 @@ def edge_gate(h: Tensor, graph: NeighborTable, weights) -> Tensor:
         h = h.to(torch.get_autocast_dtype(h.device.type))
     if reason := unsupported(h, weights):
         raise ValueError(f"the triton backend takes {reason}; use backend='chunked'")
-    logits = _EdgeGate.apply(h, graph, *weights)
-    return graph.from_table(logits)
+    order = local_order(graph)
+    if order is None:
+        return graph.from_table(_EdgeGate.apply(h, graph, *weights))
+    local, perm, inverse = order
+    logits = _EdgeGate.apply(Reorder.apply(h, perm, inverse), local, *weights)
+    return graph.from_table(Reorder.apply(logits, inverse, perm))
 
 
 class _EdgeGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, graph, w0, b0, w1, b1, w2, b2):
         h = h.contiguous()
+        exact = torch.get_float32_matmul_precision() == "highest"
         outputs = w2.size(0)
         logits = torch.empty(graph.num_nodes, graph.k, outputs, dtype=w0.dtype, device=h.device)
         if logits.numel():
-            parts = _Parts(h, w0, b0, w1, w2)
-            tile = _tile(h.dtype)
+            parts = _Parts(h, w0, b0, w1, w2, exact=exact)
+            tile = _tile(h.dtype, exact=exact)
             programs = min(graph.num_nodes, _multiprocessors(h.device) * (16 // tile["num_warps"]))
             _forward_kernel[(programs,)](
                 h, parts.own(0), graph.index, parts.first, parts.second, b1, parts.last, b2,
@@ -72,7 +82,7 @@ class _EdgeGate(torch.autograd.Function):
                 **parts.shape, **tile,
             )  # fmt: skip
         ctx.save_for_backward(h, w0, b0, w1, b1, w2)
-        ctx.graph = graph
+        ctx.graph, ctx.exact = graph, exact
         return logits
 
     @staticmethod
@@ -91,7 +101,7 @@ class _EdgeGate(torch.autograd.Function):
         if h.dtype == torch.float16:  # a mean over millions of edges is below its range
             scale = d_logits.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
             d_logits = d_logits / scale
-        parts = _Parts(h, w0, b0, w1, w2)
+        parts = _Parts(h, w0, b0, w1, w2, exact=ctx.exact)
         m, m2, outputs = w0.size(0), w1.size(0), w2.size(0)
         by_dst, sums = parts.backward(graph, b1, d_logits, by_source=False, need_h=need_h)
         d_other, d_product, d_gap, d_w1, d_b1, d_w2 = sums.split(
@@ -117,8 +127,8 @@ class _EdgeGate(torch.autograd.Function):
 class _Parts:
     """The weights as the kernels read them: input-major blocks in the products' dtype."""
 
-    def __init__(self, h, w0, b0, w1, w2):
-        self.h, self.b0 = h, b0
+    def __init__(self, h, w0, b0, w1, w2, *, exact):
+        self.h, self.b0, self.exact = h, b0, exact
         d, m = h.size(1), w0.size(0)
         # own, other, gap, product: each (d, m)
         self.first = w0.view(m, 4, d).permute(1, 2, 0).to(h.dtype).contiguous()
@@ -143,7 +153,7 @@ class _Parts:
         m, m2, outputs = self.shape["M"], self.shape["M2"], self.shape["G"]
         width = m + d if need_h else m
         centre = torch.empty(n, width, dtype=torch.float32, device=device)
-        tile = _tile(h.dtype, backward=True, exact=need_h or d > 128)
+        tile = _tile(h.dtype, backward=True, exact=self.exact, large=need_h or d > 128)
         plan = SourcePlan.of(graph) if by_source else None
         tasks = plan.num_tasks if by_source else n
         programs = min(tasks, _multiprocessors(device) * (8 // tile["num_warps"]))
@@ -165,15 +175,17 @@ class _Parts:
         return centre, sums.sum(0)
 
 
-def _tile(dtype: torch.dtype, *, backward: bool = False, exact: bool = True) -> dict:
+def _tile(
+    dtype: torch.dtype, *, exact: bool, backward: bool = False, large: bool = False
+) -> dict:
     """Edges a tile, the precision of its products, warps and stages of a program.
 
-    Small tiles in the backward pass leave its registers to the weights' gradients. ``exact``
-    float32 products run on plain cores, where operands split in two for TF32 would not fit into
-    shared memory.
+    Small tiles in the backward pass leave its registers to the weights' gradients. float32
+    products that are to be exact take operands split in two for TF32, or plain cores in ``large``
+    backward passes, where these would not fit into shared memory.
     """
     if dtype == torch.float32:
-        precision = "ieee" if backward and exact else "tf32x3"
+        precision = "tf32" if not exact else "ieee" if large and backward else "tf32x3"
         return {"BLOCK": 16, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
     if backward:
         return {"BLOCK": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}

@@ -1,0 +1,92 @@
+"""The fused random walk against plain sparse products in float64, value and gradient.
+
+On a GPU, or with TRITON_INTERPRET=1 at small sizes on the CPU.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ipar_sparse.losses import _probe_kl, rw_kl_loss  # noqa: E402
+from ipar_sparse.ops import triton_walk  # noqa: E402
+from ipar_sparse.targets import build_walk_target, collate_walks  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+N, K, PROBES = (40, 4, 19) if INTERPRETED else (4000, 20, 150)
+
+
+def points(n, seed=0):
+    return torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def walk_of(kind):
+    if kind == "one step":
+        return build_walk_target(points(N), K, steps=1)
+    if kind == "batch":
+        return collate_walks([build_walk_target(points(n), K, steps) for n, steps in
+                              ((N // 2, 2), (N, 4))])  # fmt: skip
+    if kind == "duplicates":
+        return build_walk_target(points(N).round(), K)
+    return build_walk_target(points(N), K, steps=5)
+
+
+def relative(got, want):
+    return float((got.cpu().double() - want).norm() / want.norm().clamp(min=1e-6))
+
+
+@pytest.mark.parametrize("kind", ["plain", "one step", "batch", "duplicates"])
+def test_transition_and_divergence_are_the_definition(kind):
+    walk = walk_of(kind)
+    n = walk.num_nodes
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(1))[:PROBES]
+    start = walk.pos + 0.1 * points(n, 2)
+
+    exact = start.clone().requires_grad_()
+    values = walk.transition(exact)
+    loss = _probe_kl(values, walk, rows)
+    (grad,) = torch.autograd.grad(loss, exact)
+
+    found, there = start.float().to(DEVICE).requires_grad_(), walk.to(DEVICE)
+    steps = torch.arange(1, walk.steps + 1, device=DEVICE).unsqueeze(-1)
+    rows = rows.to(DEVICE)
+    weight = (there.row_steps[rows] >= steps) * 0.5 ** (steps - 1)
+    for _ in range(2):
+        ours = triton_walk.transition(found, there)
+        total = triton_walk.probe_divergence(ours, there, rows, weight)
+        (slope,) = torch.autograd.grad(total, found)
+        results = [ours.detach(), total.detach(), slope]
+    again = triton_walk.probe_divergence(ours.detach(), there, rows, weight)
+    assert torch.equal(again, results[1])
+    assert relative(results[0], values.detach()) < 1e-5
+    assert relative(results[1], loss.detach()) < 1e-4
+    assert relative(results[2], grad) < 1e-4
+
+
+def test_walks_in_parts_add_up(monkeypatch):
+    walk = walk_of("plain").to(DEVICE)
+    pos = (walk.pos + 0.1 * points(N, 2).to(DEVICE)).float()
+    rows = torch.arange(PROBES, device=DEVICE)
+    weight = torch.rand(walk.steps, PROBES, device=DEVICE)
+    totals = []
+    for size in (1 << 40, 1):
+        monkeypatch.setattr(triton_walk, "_STATE_BYTES", size)
+        values = triton_walk.transition(pos, walk).requires_grad_()
+        total = triton_walk.probe_divergence(values, walk, rows, weight)
+        totals.append((total.detach(), *torch.autograd.grad(total, values)))
+    for one, other in zip(*totals, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_true_positions_cost_nothing():
+    walk = walk_of("plain").to(DEVICE)
+    values = triton_walk.transition(walk.pos.float(), walk)
+    walk._cache["reference", torch.float32] = values
+    rows = torch.arange(PROBES, device=DEVICE)
+    weight = torch.ones(walk.steps, PROBES, device=DEVICE)
+    assert triton_walk.probe_divergence(values, walk, rows, weight) == 0
+    assert abs(float(rw_kl_loss(walk.pos.float(), walk, PROBES))) < 1e-5
