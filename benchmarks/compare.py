@@ -1,21 +1,28 @@
 """Dense against sparse: time and peak memory of gate and five recycles, side by side.
 
-Each measurement runs in a process of its own, so that peak memory is that of one implementation
-and a failure takes nothing else down. What will not fit is skipped by an estimate made
-beforehand: the peak at the size before, scaled by the number of pairs or edges.
+On CPU each measurement runs in a process of its own, so that peak memory is that of one
+implementation; on a GPU, whose allocator counts for itself, one process takes them all and a new
+one follows where it fails. What will not fit, or would take too long, is skipped by an estimate
+made beforehand: memory and time at the size before, scaled by the number of pairs or edges.
+
+Effective bandwidth counts what the fused form has to move (:func:`traffic`), whatever an
+implementation does move.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ipar_sparse.graph import NeighborTable, knn
 
@@ -24,13 +31,16 @@ IMPLEMENTATIONS = {
     "pyg": "plain message passing: every edge has gate features, keys and values",
     "chunked": "blocks of rows, recomputed in the backward pass",
     "triton": "fused CUDA kernels",
+    "triton-checkpoint": "the same, most of a recycle made again in the backward pass",
 }
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 WORKS = {
     "forward": "gate and five recycles, no gradients",
     "backward": "forward and backward",
     "step": "a whole training step on a slide: forward, losses, backward, optimiser",
 }
-_FIRST_GUESS = {"dense": 1000, "pyg": 2000, "chunked": 60, "triton": 60}  # floats a pair or edge
+_FIRST_GUESS = {"dense": 1000, "pyg": 2000}  # floats a pair or edge
+_GUESS = 60
 _HEADROOM = 0.8  # share of the free memory an estimate may take
 _KNN_LIMIT = 2_000_000  # beyond, neighbours are drawn near by instead of searched for
 
@@ -46,6 +56,8 @@ def run(
     precision: str = "float32",
     repeats: int = 5,
     seed: int = 0,
+    train_up_to: int = 2_000_000,
+    patience: float = 60.0,
 ) -> list[dict]:
     """Measure every implementation at every size; write JSON, a table and a figure.
 
@@ -56,50 +68,67 @@ def run(
         k: candidates a cell.
         implementations: of ``IMPLEMENTATIONS``; all that this device can run if left out.
         works: of ``WORKS``; forward and backward if left out.
-        precision: float32, bfloat16 or float16 (autocast).
+        precision: float32, tf32 (float32 with products in TF32), bfloat16 or float16 (autocast).
         repeats: timed repetitions; the median counts.
         seed: of embeddings and weights.
+        train_up_to: largest size at which more than the forward pass is measured.
+        patience: seconds that one call may be expected to take.
 
     Returns:
-        One row a measurement: implementation, work, n, seconds, peak bytes, or why it was
-        skipped.
+        One row a measurement: implementation, work, n, seconds, peak bytes, edges a second and
+        effective bandwidth, or why it was skipped.
     """
     device = torch.device(device)
     if implementations is None:
         implementations = [
-            name for name in IMPLEMENTATIONS if name != "triton" or device.type == "cuda"
+            name for name in IMPLEMENTATIONS if "triton" not in name or device.type == "cuda"
         ]
     works = list(works or ["forward", "backward"])
     for name, known in ((implementations, IMPLEMENTATIONS), (works, WORKS)):
         unknown = [given for given in name if given not in known]
         if unknown:
             raise ValueError(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
-    if precision not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"unknown precision {precision!r}; choose float32, bfloat16 or float16")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     machine = describe_machine(device)
     print(f"{machine['device']}, torch {machine['torch']}, {machine['threads']} threads, k = {k}")
     rows: list[dict] = []
-    peaks: dict[tuple[str, str], tuple[int, int]] = {}
+    before: dict[tuple[str, str], dict] = {}
     given = {"k": k, "device": str(device), "precision": precision, "repeats": repeats}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _Workers(device) as workers:
+        targets = {}
+        if "step" in works:
+            trained = [n for n in sorted(sizes, reverse=True) if n <= train_up_to]
+            targets = {n: workers.build_target(n, seed, Path(folder)) for n in trained}
+            if device.type == "cpu":  # which it would take from what is measured
+                for target in targets.values():
+                    target.result()
         for n in sorted(sizes):
-            data = Path(folder) / "problem.pt"
-            make_problem(n, k, seed, data, device, with_target="step" in works)
+            data = None
+            if device.type == "cpu":
+                data = str(Path(folder) / "problem.pt")
+                torch.save(make_problem(n, k, seed, device), data)
             for implementation in implementations:
                 for work in works:
                     if implementation == "dense" and work == "step":
                         continue  # the losses of a whole slide are sparse
                     row = {"implementation": implementation, "work": work, "n": n, **given}
-                    estimate = _estimate(implementation, n, k, peaks.get((implementation, work)))
-                    free = free_memory(device)
-                    if estimate > _HEADROOM * free:
-                        row["skipped"] = f"needs about {_size(estimate)}, {_size(free)} are free"
+                    last = before.get((implementation, work))
+                    reason = _too_much(row, last, device, patience)
+                    if work != "forward" and n > train_up_to:
+                        reason = f"beyond {train_up_to:,} cells only forward is measured"
+                    if reason:
+                        row["skipped"] = reason
                     else:
-                        row |= _measure(implementation, work, data, device, precision, repeats)
-                    if "peak_bytes" in row:
-                        peaks[implementation, work] = (n, row["peak_bytes"])
+                        job = {**row, "seed": seed, "data": data, "target": None}
+                        if work == "step":
+                            job["target"] = targets[n].result()
+                        row |= _measure(workers, job)
+                    if "seconds" in row:
+                        before[implementation, work] = row
+                        row |= rates(row)
                     rows.append(row)
                     print(_line(row), flush=True)
                     document = {"machine": machine, "rows": rows}
@@ -110,30 +139,74 @@ def run(
     return rows
 
 
-def make_problem(n: int, k: int, seed: int, path: Path, device, with_target: bool = False) -> None:
-    """Embeddings of a tissue-like sheet, their neighbours, and the sheet: saved for the workers.
+def make_problem(n: int, k: int, seed: int, device) -> dict:
+    """Embeddings of a tissue-like sheet, their neighbours, and the sheet, on a device.
 
     The embedding is a smooth random map of 2D positions into 128 dimensions, plus noise, so that
     the candidate graph has the locality and the popular nodes of a real one.
     """
-    generator = torch.Generator().manual_seed(seed)
-    pos = torch.randn(n, 2, generator=generator)
-    wave = torch.randn(2, 128, generator=generator)
-    phase = 6.28 * torch.rand(128, generator=generator)
-    h = torch.cos(pos @ wave * 2 + phase) + 0.3 * torch.randn(n, 128, generator=generator)
+    pos = _sheet(n, seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    wave = torch.randn(2, 128, generator=generator, device=device)
+    phase = 6.28 * torch.rand(128, generator=generator, device=device)
+    h = torch.empty(n, 128, device=device)
+    for rows, part in zip(pos.split(1 << 20), h.split(1 << 20), strict=True):
+        part.normal_(generator=generator).mul_(0.3)
+        part += torch.cos(rows.to(device) @ wave * 2 + phase)
     if n <= _KNN_LIMIT:
-        index = knn(h.to(device), k).index.cpu()
+        index = knn(h, k).index
     else:
-        shift = torch.randint(1, 1000, (n, k), generator=generator, dtype=torch.int32)
-        index = (torch.arange(n, dtype=torch.int32).unsqueeze(1) + shift) % n
-    torch.save({"h": h, "index": index, "pos": pos, "seed": seed, "target": with_target}, path)
+        index = torch.empty(n, k, dtype=torch.int32, device=device)
+        for start in range(0, n, 1 << 20):
+            part = index[start : start + (1 << 20)]
+            shift = torch.randint(1, 1000, part.shape, generator=generator, device=device)
+            own = torch.arange(start, start + len(part), device=device).unsqueeze(1)
+            part.copy_((own + shift) % n)
+    return {"h": h, "index": index, "pos": pos}
+
+
+def _sheet(n: int, seed: int) -> Tensor:
+    return torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def _save_target(n: int, seed: int, path: str) -> str:
+    from ipar_sparse.targets import build_target
+
+    torch.save(build_target(_sheet(n, seed), multiscale=False), path)
+    return path
+
+
+def traffic(work: str, n: int, k: int, precision: str) -> int:
+    """Bytes that gate and five recycles must gather over all edges, each row read every time.
+
+    Forward a recycle reads a key and a value row, a position, an index and a bias an edge; its
+    backward pass the rows twice (by destination and by source) and the gradient and bias of each
+    edge. The gate reads an embedding row an edge, once more in the backward pass.
+    """
+    row = 128 * (2 if precision in ("bfloat16", "float16") else 4)
+    forward = 5 * (2 * row + 16) + row + 8
+    backward = 5 * (2 * row + 20 + 2 * row + 132) + row + 12
+    return n * k * (forward if work == "forward" else forward + backward)
+
+
+def rates(row: dict) -> dict:
+    """Edges a second, and effective bandwidth in TB/s."""
+    moved = traffic(row["work"], row["n"], row["k"], row["precision"])
+    return {
+        "edges_per_s": row["n"] * row["k"] / row["seconds"],
+        "tb_per_s": moved / row["seconds"] / 1e12,
+    }
 
 
 def describe_machine(device: torch.device) -> dict:
     """What the numbers were measured on."""
-    name = platform.processor() or platform.machine()
+    name, extra = platform.processor() or platform.machine(), {}
     if device.type == "cuda":
+        from .kernels import copy_bandwidth
+
         name = torch.cuda.get_device_name(device)
+        extra["copy_tb_per_s"] = copy_bandwidth()
+        torch.cuda.empty_cache()
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
@@ -143,6 +216,7 @@ def describe_machine(device: torch.device) -> dict:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "memory_bytes": free_memory(device),
+        **extra,
     }
 
 
@@ -159,9 +233,9 @@ def free_memory(device: torch.device) -> int:
 
 def table(rows: list[dict]) -> str:
     """The rows as text: one line a size and work, one column an implementation."""
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    names, width = list(dict.fromkeys(row["implementation"] for row in rows)), 24
     cells = {(r["n"], r["work"], r["implementation"]): r for r in rows}
-    heads = [f"{'cells':>10}  {'work':<9}", *(f"{name:>22}" for name in names)]
+    heads = [f"{'cells':>10}  {'work':<9}", *(f"{name:>{width}}" for name in names)]
     against = "dense" if "dense" in names else names[0]
     lines = ["".join(heads) + f"   against {against}"]
     for n, work in dict.fromkeys((r["n"], r["work"]) for r in rows):
@@ -173,14 +247,20 @@ def table(rows: list[dict]) -> str:
                 text = f"{_time(row['seconds'])} {_size(row['peak_bytes']):>10}"
                 best = row if name != against else best
             else:
-                text = "does not fit" if "skipped" in row else row.get("failed", "")[:20]
-            line += f"{text:>22}"
+                text = _short(row.get("skipped") or row.get("failed", ""))
+            line += f"{text:>{width}}"
         if best is not None and "seconds" in base:
             faster = base["seconds"] / best["seconds"]
             smaller = base["peak_bytes"] / max(1, best["peak_bytes"])
             line += f"   {faster:.1f}x faster, {smaller:.0f}x less memory"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _short(reason: str) -> str:
+    """Why there is no number, in a cell of the table."""
+    known = {"needs about": "does not fit", "would take": "too slow", "beyond": "not measured"}
+    return next((text for start, text in known.items() if reason.startswith(start)), reason[:20])
 
 
 def figure(rows: list[dict], machine: dict, path: Path) -> None:
@@ -195,7 +275,8 @@ def figure(rows: list[dict], machine: dict, path: Path) -> None:
     if not works:
         return
     fig, axes = plt.subplots(2, len(works), figsize=(4.6 * len(works), 7), squeeze=False)
-    colors = dict(zip(IMPLEMENTATIONS, ("#D55E00", "#E69F00", "#0072B2", "#009E73"), strict=True))
+    palette = ("#D55E00", "#E69F00", "#0072B2", "#009E73", "#56B4E9")
+    colors = dict(zip(IMPLEMENTATIONS, palette, strict=True))
     for column, work in enumerate(works):
         for name in dict.fromkeys(row["implementation"] for row in done):
             mine = [r for r in done if r["implementation"] == name and r["work"] == work]
@@ -219,32 +300,90 @@ def figure(rows: list[dict], machine: dict, path: Path) -> None:
     plt.close(fig)
 
 
-def _measure(implementation, work, data, device, precision, repeats) -> dict:
-    command = [
-        sys.executable, "-m", f"{__package__}.worker", implementation, work, str(data),
-        str(device), precision, str(repeats),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return {"failed": reason[0][:200]}
+class _Workers:
+    """Processes that measure: one after the other on CPU, one for all on a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.process = device, None
+        self.errors = tempfile.TemporaryFile("w+")
+        self.pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.stop()
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.errors.close()
+
+    def build_target(self, n: int, seed: int, folder: Path):
+        """The file of the target of a size, in the background: it can take a minute."""
+        return self.pool.submit(_save_target, n, seed, str(folder / f"target-{n}.pt"))
+
+    def ask(self, job: dict) -> dict:
+        if self.process is None:
+            command = [sys.executable, "-m", f"{__package__}.worker"]
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+                text=True,
+            )  # fmt: skip
+        try:
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            result = json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, ValueError):
+            code = self.stop()
+            self.errors.seek(0)
+            reason = self.errors.read().strip().splitlines()[-1:] or [f"exit code {code}"]
+            return {"failed": reason[0][:200]}
+        if self.device.type == "cpu":
+            self.stop()
+        return result
+
+    def stop(self) -> int | None:
+        if self.process is None:
+            return None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        code, self.process = self.process.wait(), None
+        return code
 
 
-def _estimate(implementation, n, k, before) -> float:
-    count = (lambda m: m * m) if implementation == "dense" else (lambda m: m * k)
+def _measure(workers: _Workers, job: dict) -> dict:
+    return workers.ask(job)
+
+
+def _too_much(row: dict, before: dict | None, device, patience: float) -> str | None:
+    """Why a measurement is left out: memory or time it can be expected to need."""
+    estimate = _estimate(row["implementation"], row["n"], row["k"], before)
+    free = free_memory(device)
+    if estimate > _HEADROOM * free:
+        return f"needs about {_size(estimate)}, {_size(free)} are free"
     if before is not None:
-        size, peak = before
-        return peak * count(n) / count(size)
-    return 4 * _FIRST_GUESS[implementation] * count(n)
+        seconds = before["seconds"] * _count(row, row["n"]) / _count(row, before["n"])
+        if seconds > patience:
+            return f"would take about {seconds:.0f} s"
+    return None
+
+
+def _count(row: dict, n: int) -> int:
+    """Pairs or edges at a size."""
+    return n * n if row["implementation"] == "dense" else n * row["k"]
+
+
+def _estimate(implementation: str, n: int, k: int, before: dict | None) -> float:
+    row = {"implementation": implementation, "k": k}
+    if before is not None:
+        return before["peak_bytes"] * _count(row, n) / _count(row, before["n"])
+    return 4 * _FIRST_GUESS.get(implementation, _GUESS) * _count(row, n)
 
 
 def _line(row: dict) -> str:
     head = f"  n = {row['n']:<10,} {row['implementation']:<8} {row['work']:<9}"
     if "seconds" in row:
         spread = f"± {1000 * row['seconds_spread']:.1f} ms"
-        return f"{head} {_time(row['seconds'])} {spread}, {_size(row['peak_bytes'])}"
+        text = f"{head} {_time(row['seconds'])} {spread}, {_size(row['peak_bytes'])}"
+        return f"{text}, {row['edges_per_s']:.2g} edges/s, {row['tb_per_s']:.2f} TB/s"
     return f"{head} skipped: {row['skipped']}" if "skipped" in row else f"{head} {row['failed']}"
 
 
@@ -267,8 +406,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--k", type=int, default=100)
     parser.add_argument("--implementations")
     parser.add_argument("--works", default="forward,backward")
-    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--train-up-to", type=float, default=2e6, help="cells; beyond, forward")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds a call may take")
     args = parser.parse_args(argv)
     run(
         [int(float(size)) for size in args.sizes.split(",")],
@@ -279,6 +420,8 @@ def main(argv: list[str] | None = None) -> None:
         works=args.works.split(","),
         precision=args.precision,
         repeats=args.repeats,
+        train_up_to=int(args.train_up_to),
+        patience=args.patience,
     )
 
 

@@ -1,7 +1,8 @@
-"""One measurement in a process of its own: prints one line of JSON."""
+"""Measurements in a process of their own: a line of JSON in, a line of JSON out."""
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import statistics
@@ -14,7 +15,7 @@ from ipar_sparse import EdgeGateSoft, IPALiteModel
 from ipar_sparse.losses import gate_loss, geometry_terms
 from ipar_sparse.targets import build_target, gate_target
 
-from .compare import load_graph
+from .compare import load_graph, make_problem
 from .dense import DenseGate, DenseModel, dense_mask
 
 BETA = 2.0
@@ -22,20 +23,41 @@ _ENOUGH_SECONDS = 20.0  # of repeats; slow cases are timed fewer times
 
 
 def main() -> None:
-    implementation, work, path, device, precision, repeats = sys.argv[1:]
-    device = torch.device(device)
-    saved = torch.load(path, weights_only=True)
-    torch.manual_seed(saved["seed"])
-    try:
-        call = prepare(implementation, work, saved, device, precision)
-        result = measure(call, device, int(repeats))
-    except torch.cuda.OutOfMemoryError:
-        result = {"failed": "out of memory"}
-    print(json.dumps(result))
+    """Take measurements from standard input, one JSON object a line, and answer in kind."""
+    problem, name = None, None
+    for line in sys.stdin:
+        job = json.loads(line)
+        device = torch.device(job["device"])
+        if name != (job["n"], job["k"], job["seed"]):
+            problem = None  # before the next one takes its place
+            name = (job["n"], job["k"], job["seed"])
+            problem = load_problem(job)
+        torch.manual_seed(job["seed"])
+        tf32 = "high" if job["precision"] == "tf32" else "highest"
+        torch.set_float32_matmul_precision(tf32)
+        try:
+            call = prepare(job, problem, device)
+            result = measure(call, device, job["repeats"])
+        except torch.cuda.OutOfMemoryError:
+            result = {"failed": "out of memory"}
+        call = None
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        print(json.dumps(result), flush=True)
 
 
-def prepare(implementation: str, work: str, saved: dict, device, precision: str):
+def load_problem(job: dict) -> dict:
+    """The problem of a file, or, made on the device, the same kind of problem."""
+    if job["data"] is not None:
+        return torch.load(job["data"], weights_only=True)
+    return make_problem(job["n"], job["k"], job["seed"], job["device"])
+
+
+def prepare(job: dict, saved: dict, device):
     """The function to time; all its inputs lie on the device already."""
+    implementation, work, precision = (job[key] for key in ("implementation", "work", "precision"))
+    implementation, _, saving = implementation.partition("-")
     graph, h = load_graph(saved, device), saved["h"].to(device)
     width = h.size(1)
     if implementation == "dense":
@@ -44,7 +66,9 @@ def prepare(implementation: str, work: str, saved: dict, device, precision: str)
     else:
         backend = {"pyg": "reference"}.get(implementation, implementation)
         gate = EdgeGateSoft(width, backend=backend)
-        model = IPALiteModel(width, init_noise=0.0, backend=backend)
+        model = IPALiteModel(
+            width, init_noise=0.0, backend=backend, checkpoint_recycles=bool(saving)
+        )
         edges = graph.edge_index if implementation == "pyg" else graph
         forward = lambda: model(h, edges, edge_bias=BETA * gate(h, edges))  # noqa: E731
     gate.to(device), model.to(device)
@@ -52,8 +76,8 @@ def prepare(implementation: str, work: str, saved: dict, device, precision: str)
     with torch.no_grad():  # a fresh model does not move: its gradients would be zeros
         for parameter in model.blocks.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    half = precision != "float32"
-    kind = getattr(torch, precision)
+    half = precision in ("bfloat16", "float16")
+    kind = getattr(torch, precision) if half else None
 
     def run_forward():
         with torch.no_grad(), torch.autocast(device.type, dtype=kind, enabled=half):
@@ -74,9 +98,11 @@ def prepare(implementation: str, work: str, saved: dict, device, precision: str)
         return run_backward
     if implementation == "dense":
         raise ValueError("the dense form has no whole-slide step")
-    target = build_target(saved["pos"])
-    probability = gate_target(graph.to("cpu"), target.walk).float().to(device)
-    target = target.to(device)
+    if "step" not in saved:  # kept for the other implementations
+        target = torch.load(job["target"], weights_only=False) if job["target"] else None
+        target = (target or build_target(saved["pos"], multiscale=False)).to(device)
+        saved["step"] = target, gate_target(graph, target.walk).float()
+    target, probability = saved["step"]
     optimizer = torch.optim.AdamW(parameters, lr=5e-4)
     generator = torch.Generator(device).manual_seed(0)
     weights = {"rw_kl": 0.3, "stress_log": 0.1, "repulsion": 0.01, "entropy_reg": 0.01}

@@ -10,13 +10,14 @@ from benchmarks import compare
 
 def test_small_sizes_are_measured_and_reported(tmp_path, capsys):
     rows = compare.run(
-        [60], tmp_path, "cpu", k=8, works=["step"], repeats=1,
+        [60, 90], tmp_path, "cpu", k=8, works=["step"], repeats=1, train_up_to=60,
         implementations=["pyg", "chunked"],
     )  # fmt: skip
-    assert [(r["implementation"], r["work"]) for r in rows] == [
-        ("pyg", "step"), ("chunked", "step"),
+    assert [(r["n"], r["implementation"], r["work"]) for r in rows] == [
+        (60, "pyg", "step"), (60, "chunked", "step"), (90, "pyg", "step"), (90, "chunked", "step"),
     ]  # fmt: skip
-    assert all(r["seconds"] > 0 and r["peak_bytes"] >= 0 for r in rows)
+    assert all(r["seconds"] > 0 and r["peak_bytes"] >= 0 for r in rows[:2])
+    assert all("only forward" in r["skipped"] for r in rows[2:])
     saved = json.loads((tmp_path / "benchmark.json").read_text())
     assert saved["rows"] == rows and saved["machine"]["device"]
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
@@ -33,13 +34,32 @@ def test_what_will_not_fit_is_skipped_beforehand(tmp_path, monkeypatch):
 
 
 def test_the_estimate_scales_with_pairs_or_edges():
-    assert compare._estimate("dense", 200, 10, (100, 5)) == 20
-    assert compare._estimate("chunked", 200, 10, (100, 5)) == 10
+    before = {"n": 100, "peak_bytes": 5, "seconds": 1.0}
+    assert compare._estimate("dense", 200, 10, before) == 20
+    assert compare._estimate("chunked", 200, 10, before) == 10
+    row = {"implementation": "dense", "n": 200, "k": 10}
+    assert "about 4 s" in compare._too_much(row, before, torch.device("cpu"), 3.0)
+    assert compare._too_much(row, before, torch.device("cpu"), 5.0) is None
 
 
-def test_a_problem_has_neighbours_worth_finding(tmp_path):
-    compare.make_problem(300, 10, 0, tmp_path / "p.pt", "cpu")
-    saved = torch.load(tmp_path / "p.pt", weights_only=True)
+def test_effective_bandwidth_counts_rows_in_the_given_precision():
+    half, full = (compare.traffic("forward", 10, 7, kind) for kind in ("bfloat16", "float32"))
+    assert full - half == 10 * 7 * 128 * 2 * 11  # two rows a recycle and one of the gate
+    row = {"work": "forward", "n": 10, "k": 7, "precision": "bfloat16", "seconds": 2.0}
+    assert compare.rates(row) == {"edges_per_s": 35.0, "tb_per_s": half / 2e12}
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path):
+    with compare._Workers(torch.device("cpu")) as workers:
+        assert "KeyError" in workers.ask({"device": "cpu"})["failed"]
+        job = {"implementation": "chunked", "work": "forward", "n": 40, "k": 5, "seed": 0,
+               "device": "cpu", "precision": "float32", "repeats": 1, "data": None,
+               "target": None}  # fmt: skip
+        assert workers.ask(job)["seconds"] > 0
+
+
+def test_a_problem_has_neighbours_worth_finding():
+    saved = compare.make_problem(300, 10, 0, "cpu")
     near = (saved["pos"][saved["index"].long()] - saved["pos"].unsqueeze(1)).norm(dim=-1).mean()
     assert float(near) < 0.5 * float(torch.pdist(saved["pos"]).mean())
 
