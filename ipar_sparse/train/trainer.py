@@ -47,6 +47,7 @@ REFERENCE = "reference.safetensors"
 """Embeddings and positions of (at most 5,000 cells of) each training slide, for baselines."""
 
 STAGES = ("encoder", "gate", "joint")
+_BYTES_A_CELL = 10_000  # of a whole slide: embedding, graph both ways, targets, k = 100
 _SLIDE_STEPS = 100  # steps an epoch on whole slides, where none are asked for
 _LOG_EVERY = 10
 
@@ -296,7 +297,6 @@ class _Run:
         )
         self._restore(optimizer, scaler)
         self.gate.train(), self.model.train()
-        parameters = [*self.gate.parameters(), *self.model.parameters()]
         with self._steps("Model", total) as task:
             step = self.state.step
             while step < total and not self._stop_early():
@@ -304,13 +304,7 @@ class _Run:
                 unit = self._unit("joint", step).to(self.device)
                 unit = draw_candidates(unit, self.config.train, generator)
                 _set_lr(optimizer, _cosine(step, total, settings.lr, settings.lr_min))
-                losses = self._joint_losses(unit, generator, step / per_epoch)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(losses["loss"]).backward()
-                scaler.unscale_(optimizer)
-                losses["grad_norm"] = nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
-                scaler.step(optimizer)
-                scaler.update()
+                losses = self._joint_step(unit, generator, step / per_epoch, optimizer, scaler)
                 step += 1
                 self._stepped("joint", step, optimizer, losses, task)
                 if step % per_epoch == 0:
@@ -327,6 +321,19 @@ class _Run:
         for log in (self.history, self.board):
             if log is not None:
                 log.close()
+
+    def _joint_step(self, unit: Unit, generator, epoch: float, optimizer, scaler) -> dict:
+        """One step; on a GPU it never waits for the device, but for float16's scale."""
+        losses = self._joint_losses(unit, generator, epoch)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(losses["loss"]).backward()
+        scaler.unscale_(optimizer)
+        losses["grad_norm"] = nn.utils.clip_grad_norm_(
+            [*self.gate.parameters(), *self.model.parameters()], self.config.train.grad_clip
+        )
+        scaler.step(optimizer)
+        scaler.update()
+        return losses
 
     def _joint_losses(self, unit: Unit, generator: torch.Generator, epoch: float) -> dict:
         settings, target = self.config.train, unit.target
@@ -456,12 +463,21 @@ class _Run:
         if settings.unit in ("slide", "mixed"):
             for slide in self.progress.track(self.train_data, "Graphs and targets"):
                 self.whole.append(self._whole_unit(slide, oracle))
+            self.whole = self._resident(self.whole)
             self.val_units = [self._whole_unit(slide) for slide in self.val_data]
         else:
             val = MinisetPool(self.val_data, settings.val_minisets, self.config, settings.seed + 1)
             self.val_units = [val[i] for i in range(len(val))]
         every = math.ceil(len(self.pool) / settings.batch_size) if pool else _SLIDE_STEPS
         self.steps_per_epoch = settings.steps_per_epoch or every
+
+    def _resident(self, units: list[Unit]) -> list[Unit]:
+        """Units on the device, with all that a step finds out about their graphs, if they fit."""
+        if self.device.type != "cuda":
+            return units
+        needed = _BYTES_A_CELL * sum(len(unit.h) for unit in units)
+        room = torch.cuda.get_device_properties(self.device).total_memory // 4
+        return [unit.to(self.device) for unit in units] if needed <= room else units
 
     def _whole_unit(self, slide: TrainingSlide, oracle: bool = False) -> Unit:
         """Graph and targets of a whole slide, from the disk where they were made before."""

@@ -1,0 +1,182 @@
+"""Training on a GPU: no waiting in a step, precision, node order, checkpoints."""
+
+import math
+
+import pytest
+import torch
+
+from ipar_sparse import EdgeGateSoft, IPALiteModel
+from ipar_sparse.graph import NeighborTable, knn
+from ipar_sparse.losses import gate_loss, geometry_terms
+from ipar_sparse.nn.model import _ORDER_FROM
+from ipar_sparse.targets import build_target, gate_target
+
+pytestmark = pytest.mark.gpu
+WEIGHTS = {"rw_kl": 0.3, "stress_log": 0.1, "repulsion": 0.01, "entropy_reg": 0.01}
+
+
+def sheet(n, width=32, seed=0, device="cuda"):
+    """Positions of cells, and embeddings that are a smooth map of them."""
+    generator = torch.Generator().manual_seed(seed)
+    pos = torch.randn(n, 2, generator=generator)
+    wave = 1.5 * torch.randn(2, width, generator=generator)
+    h = torch.cos(pos @ wave + 6.28 * torch.rand(width, generator=generator))
+    return pos, (h + 0.1 * torch.randn(n, width, generator=generator)).to(device)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_on_a_whole_slide_never_waits(tmp_path, monkeypatch, precision):
+    pytest.importorskip("anndata")
+    from ipar_sparse.config import load_config
+    from ipar_sparse.simulate import simulate
+    from ipar_sparse.train import trainer
+
+    config = load_config(
+        None,
+        ["encoder.steps=2", "encoder.hidden=[24]", "train.unit=slide", "train.epochs=2",
+         "train.steps_per_epoch=3", "train.warmup_epochs=0", "train.ramp_epochs=0",
+         "train.gate_steps=2", "train.val_minisets=1", "train.probe_rows=64",
+         "train.lambda_long=0.1", "train.lambda_multiscale=0.1", "data.max_genes=60",
+         "train.device=cuda", f"train.precision={precision}"],
+    )  # fmt: skip
+    step, watched = trainer._Run._joint_step, []
+
+    def watch(run, *args):
+        if run.state.step == 0:  # compiles kernels, and orders the graph
+            return step(run, *args)
+        watched.append(run.state.step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(run, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(trainer._Run, "_joint_step", watch)
+    slides = simulate("cortex", slides=2, spots=1500, genes=80, seed=3)
+    trainer.fit(slides[:1], slides[1:], config, tmp_path)
+    assert watched == [1, 2, 3, 4, 5]
+
+
+def train(precision, seed, steps=200):
+    """Mean loss of the first and of the last thirty steps of a small model."""
+    torch.manual_seed(seed)
+    pos, h = sheet(500)
+    graph = knn(h, 60)
+    target = build_target(pos, mode="exact")
+    probability = gate_target(graph.to("cpu"), target.walk).float().cuda()
+    target = target.to("cuda")
+    gate = EdgeGateSoft(32).cuda()
+    model = IPALiteModel(32, channels=32, heads=2, num_recycles=3).cuda()
+    parameters = [*gate.parameters(), *model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    generator = torch.Generator("cuda").manual_seed(seed)
+    losses = []
+    for _ in range(steps):
+        noisy = h + 0.1 * torch.empty_like(h).normal_(generator=generator)
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+            logits = gate(h, graph)
+            found = model(noisy, graph, edge_bias=2.0 * logits.float(), generator=generator)
+        terms = geometry_terms(found, target, WEIGHTS, generator=generator)
+        loss = sum(weight * terms[name] for name, weight in WEIGHTS.items())
+        loss = loss + 0.05 * gate_loss(logits.float(), graph, probability=probability)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+    losses = torch.stack(losses)
+    return float(losses[:30].mean()), float(losses[-30:].mean())
+
+
+def test_bfloat16_converges_as_float32_does():
+    reached = {
+        precision: torch.tensor([train(precision, seed) for seed in range(4)])
+        for precision in ("float32", "bfloat16")
+    }
+    first, last = reached["float32"].unbind(1)
+    assert bool((last < 0.5 * first).all())
+    noise = float(last.std())
+    gap = reached["bfloat16"][:, 1] - last
+    print(f"float32 {last.tolist()}, bfloat16 - float32 {gap.tolist()}")
+    # Means of four differ by half of one run's noise, standard deviation, in each precision.
+    assert abs(float(gap.mean())) < 2.5 * noise * math.sqrt(2 / 4)
+
+
+@pytest.mark.parametrize("saving", [False, True])
+def test_large_graphs_run_in_another_order_and_come_back(saving):
+    n = _ORDER_FROM
+    _, h = sheet(n, 16)
+    index = knn(h, 12).index
+    bias = torch.randn(n * 12, device="cuda")
+    weigh = torch.randn(n, 2, device="cuda")
+    results = []
+    for reorder in (False, None):
+        torch.manual_seed(0)
+        model = IPALiteModel(
+            16, channels=32, heads=2, num_recycles=3, reorder=reorder, checkpoint_recycles=saving,
+            init_noise=0.0,
+        ).cuda()  # fmt: skip
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        graph = NeighborTable(index)
+        assert model._orders(graph) is (reorder is None)
+        given = [h.clone().requires_grad_(), bias.clone().requires_grad_()]
+        pos = model(given[0], graph, edge_bias=given[1])
+        grads = torch.autograd.grad((pos * weigh).sum(), [*given, *model.parameters()])
+        results.append([pos.detach(), *grads])
+    for plain, ordered in zip(*results, strict=True):
+        assert float((plain - ordered).norm()) <= 2e-4 * float(plain.norm()) + 1e-5
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_checkpointed_recycles_compute_the_same_in_less_memory(precision):
+    n, k = 20_000, 20
+    _, h = sheet(n, 32)
+    graph = knn(h, k)
+    torch.manual_seed(0)
+    model = IPALiteModel(32, init_noise=0.0).cuda()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    results, peaks = [], []
+    for saving in (False, True, False, True):
+        model.checkpoint_recycles = saving
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+            pos = model(h, graph)
+        grads = torch.autograd.grad((pos**2)[:, 0].sum(), list(model.parameters()))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        results.append([pos.detach(), *grads])
+    for plain, saved in zip(*results[:2], strict=True):
+        assert torch.equal(plain, saved)
+    assert peaks[3] < 0.6 * peaks[2]
+
+
+def test_gate_products_follow_torchs_float32_precision():
+    _, h = sheet(3000, 128)
+    graph = knn(h, 40)
+    torch.manual_seed(0)
+    gate = EdgeGateSoft(128).cuda()
+    grad = torch.rand(graph.num_edges, device="cuda")
+    results = {}
+    for name in ("exact", "highest", "high"):
+        backend, dtype = ("reference", torch.float64) if name == "exact" else ("triton", None)
+        gate.backend = backend
+        module = gate.double() if dtype else gate.float()
+        try:
+            torch.set_float32_matmul_precision("high" if name == "high" else "highest")
+            logits = module(h.to(dtype or h.dtype), graph)
+            grads = torch.autograd.grad(logits, list(gate.parameters()), grad.to(logits.dtype))
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        results[name] = [t.double() for t in (logits.detach(), *grads)]
+
+    def error(name, part):
+        want = results["exact"][part]
+        return float((results[name][part] - want).norm() / want.norm())
+
+    assert error("highest", 0) < 1e-5 < error("high", 0) < 2e-3
+    assert max(error("high", part) for part in range(1, 7)) < 5e-2
