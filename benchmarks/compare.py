@@ -31,6 +31,7 @@ IMPLEMENTATIONS = {
     "pyg": "plain message passing: every edge has gate features, keys and values",
     "chunked": "blocks of rows, recomputed in the backward pass",
     "triton": "fused CUDA kernels",
+    "triton-graph": "the same, replayed as one CUDA graph",
     "triton-checkpoint": "the same, most of a recycle made again in the backward pass",
 }
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
@@ -80,9 +81,8 @@ def run(
     """
     device = torch.device(device)
     if implementations is None:
-        implementations = [
-            name for name in IMPLEMENTATIONS if "triton" not in name or device.type == "cuda"
-        ]
+        names = {"cpu": ("dense", "pyg", "chunked"), "cuda": ("dense", "pyg", "chunked", "triton")}
+        implementations = list(names[device.type])
     works = list(works or ["forward", "backward"])
     for name, known in ((implementations, IMPLEMENTATIONS), (works, WORKS)):
         unknown = [given for given in name if given not in known]
@@ -112,8 +112,8 @@ def run(
                 torch.save(make_problem(n, k, seed, device), data)
             for implementation in implementations:
                 for work in works:
-                    if implementation == "dense" and work == "step":
-                        continue  # the losses of a whole slide are sparse
+                    if implementation in ("dense", "triton-graph") and work == "step":
+                        continue  # losses of a whole slide are sparse, and draw from a generator
                     row = {"implementation": implementation, "work": work, "n": n, **given}
                     last = before.get((implementation, work))
                     reason = _too_much(row, last, device, patience)
@@ -275,7 +275,7 @@ def figure(rows: list[dict], machine: dict, path: Path) -> None:
     if not works:
         return
     fig, axes = plt.subplots(2, len(works), figsize=(4.6 * len(works), 7), squeeze=False)
-    palette = ("#D55E00", "#E69F00", "#0072B2", "#009E73", "#56B4E9")
+    palette = ("#D55E00", "#E69F00", "#0072B2", "#009E73", "#56B4E9", "#CC79A7")
     colors = dict(zip(IMPLEMENTATIONS, palette, strict=True))
     for column, work in enumerate(works):
         for name in dict.fromkeys(row["implementation"] for row in done):

@@ -125,8 +125,10 @@ def test_large_graphs_run_in_another_order_and_come_back(saving):
         pos = model(given[0], graph, edge_bias=given[1])
         grads = torch.autograd.grad((pos * weigh).sum(), [*given, *model.parameters()])
         results.append([pos.detach(), *grads])
+    # The gauge makes the gradient of the first positions' bias a sum that cancels to nothing.
+    floor = 1e-3 * max(float(plain.norm()) for plain in results[0])
     for plain, ordered in zip(*results, strict=True):
-        assert float((plain - ordered).norm()) <= 2e-4 * float(plain.norm()) + 1e-5
+        assert float((plain - ordered).norm()) <= 5e-4 * max(float(plain.norm()), floor)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -120,7 +120,8 @@ def reorder(graph: NeighborTable, points: Tensor) -> tuple[NeighborTable, Tensor
     """
 
     def build():
-        perm = bisection_order(points.detach())
+        with torch.autocast(points.device.type, enabled=False):
+            perm = bisection_order(points.detach())
         inverse = torch.empty_like(perm)
         inverse[perm] = torch.arange(perm.numel(), device=perm.device)
         return graph.permute(perm), perm, inverse

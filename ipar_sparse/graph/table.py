@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+_ROWS = 1 << 20  # rows renumbered at once
+
 
 @dataclass
 class NeighborTable:
@@ -110,10 +112,8 @@ class NeighborTable:
 
     def to(self, device) -> "NeighborTable":
         """The same graph on another device (itself where it is there already)."""
-        device = torch.device(device)
-        if device == self.device:
-            return self
-        return replace(self, index=self.index.to(device), _cache={})
+        index = self.index.to(device)
+        return self if index is self.index else replace(self, index=index, _cache={})
 
     def permute(self, perm: Tensor) -> "NeighborTable":
         """The same graph with nodes renumbered: new node i is old node ``perm[i]``.
@@ -127,7 +127,10 @@ class NeighborTable:
         inverse = torch.empty(perm.numel() + 1, dtype=torch.int32, device=self.device)
         inverse[perm] = torch.arange(perm.numel(), dtype=torch.int32, device=self.device)
         inverse[-1] = -1  # so that the padding mark, read as the last entry, maps to itself
-        return replace(self, index=inverse[self.index[perm].long()], _cache={})
+        index = torch.empty_like(self.index)
+        for rows, part in zip(perm.split(_ROWS), index.split(_ROWS), strict=True):
+            part.copy_(inverse[self.index[rows].long()])
+        return replace(self, index=index, _cache={})
 
     @classmethod
     def from_edge_index(

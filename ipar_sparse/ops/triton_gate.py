@@ -74,7 +74,8 @@ class _EdgeGate(torch.autograd.Function):
         logits = torch.empty(graph.num_nodes, graph.k, outputs, dtype=w0.dtype, device=h.device)
         if logits.numel():
             parts = _Parts(h, w0, b0, w1, w2, exact=exact)
-            tile = _tile(h.dtype, exact=exact)
+            wide = h.size(1) > 128 or max(w0.size(0), w1.size(0)) > 64
+            tile = _tile(h.dtype, exact=exact, large=wide or graph.k <= 64)
             programs = min(graph.num_nodes, _multiprocessors(h.device) * (16 // tile["num_warps"]))
             _forward_kernel[(programs,)](
                 h, parts.own(0), graph.index, parts.first, parts.second, b1, parts.last, b2,
@@ -182,9 +183,12 @@ def _tile(
 
     Small tiles in the backward pass leave its registers to the weights' gradients. float32
     products that are to be exact take operands split in two for TF32, or plain cores in ``large``
-    backward passes, where these would not fit into shared memory.
+    backward passes, where these would not fit into shared memory. TF32 is fastest forward with a
+    whole node a tile, unless that is ``large`` or mostly padding.
     """
     if dtype == torch.float32:
+        if not (exact or backward or large):
+            return {"BLOCK": 128, "PRECISION": "tf32", "num_warps": 8, "num_stages": 1}
         precision = "tf32" if not exact else "ieee" if large and backward else "tf32x3"
         return {"BLOCK": 16, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
     if backward:

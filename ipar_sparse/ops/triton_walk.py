@@ -4,7 +4,8 @@ A walk from one row stays sparse for a few steps: rows of the state that no walk
 are marked and not read. The predicted and the reference walk lie side by side, so that one
 gather serves both, and their divergence is summed where the states are made. The backward pass
 runs from the last step to the first over the same rows and writes the gradient of every entry
-where the reference state was. All sums have one writer and a fixed order.
+where the reference state was. Rows are worked on in an order that follows the tissue, so that
+those in flight share what they read. All sums have one writer and a fixed order.
 """
 
 import torch
@@ -12,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ..graph.order import bisection_order
 
 _STATE_BYTES = 3 << 29  # states of all steps held at once
 
@@ -44,6 +47,11 @@ def _cached(walk, name: str, build) -> Tensor:
     if name not in walk._cache:
         walk._cache[name] = build()
     return walk._cache[name]
+
+
+def _order(walk) -> Tensor:
+    """Rows in an order in which neighbours follow each other, (n,), int32."""
+    return _cached(walk, "order", lambda: bisection_order(walk.pos.float()).int())
 
 
 def _columns(walk) -> Tensor:
@@ -89,7 +97,7 @@ class _ProbeDivergence(torch.autograd.Function):
     def forward(ctx, values, walk, rows, weight):
         learns, steps, n = ctx.needs_input_grad[0], walk.steps, walk.num_nodes
         values = values.contiguous()
-        rowptr, col = walk.rowptr, _columns(walk)
+        rowptr, col, order = walk.rowptr, _columns(walk), _order(walk)
         reference = walk.reference(torch.float32)
         # T^T in the pattern of T, so that a step reads its values in order
         turned = values.index_select(0, walk.transposed)
@@ -119,14 +127,14 @@ class _ProbeDivergence(torch.autograd.Function):
             )  # fmt: skip
             for s in range(1, steps):
                 _step_kernel[(n,)](
-                    *states[s - 1], *states[s], partial, rowptr, col, turned, turned_reference,
-                    w[s], WIDTH=width, LAST=s == steps - 1, LEARNS=learns, **tile,
+                    order, *states[s - 1], *states[s], partial, rowptr, col, turned,
+                    turned_reference, w[s], WIDTH=width, LAST=s == steps - 1, LEARNS=learns, **tile,
                 )  # fmt: skip
             if not learns:
                 continue
             for s in range(steps - 1, 0, -1):
                 _step_backward_kernel[(n,)](
-                    *states[s - 1], *states[s], rowptr, col, values, d_values, w[s - 1],
+                    order, *states[s - 1], *states[s], rowptr, col, values, d_values, w[s - 1],
                     WIDTH=width, **grad_tile,
                 )  # fmt: skip
             _end_kernel[(len(part),)](
@@ -286,13 +294,13 @@ def _start_kernel(
 
 @triton.jit
 def _step_kernel(
-    before_ptr, before_reached_ptr, state_ptr, reached_ptr, partial_ptr,
+    order_ptr, before_ptr, before_reached_ptr, state_ptr, reached_ptr, partial_ptr,
     rowptr_ptr, col_ptr, values_ptr, reference_ptr, weight_ptr,
     WIDTH: tl.constexpr, LAST: tl.constexpr, LEARNS: tl.constexpr,
     R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     EDGES: tl.constexpr = R * P
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.load(order_ptr + tl.program_id(0)).to(tl.int64)
     begin = tl.load(rowptr_ptr + row)
     end = tl.load(rowptr_ptr + row + 1)
     both = tl.arange(0, 2 * WIDTH)
@@ -332,12 +340,12 @@ def _step_kernel(
 
 @triton.jit
 def _step_backward_kernel(
-    state_ptr, reached_ptr, after_ptr, after_reached_ptr,
+    order_ptr, state_ptr, reached_ptr, after_ptr, after_reached_ptr,
     rowptr_ptr, col_ptr, values_ptr, d_values_ptr, weight_ptr,
     WIDTH: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     EDGES: tl.constexpr = R * P
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.load(order_ptr + tl.program_id(0)).to(tl.int64)
     if tl.load(reached_ptr + row) > 0:
         begin = tl.load(rowptr_ptr + row)
         end = tl.load(rowptr_ptr + row + 1)
