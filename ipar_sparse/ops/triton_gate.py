@@ -187,8 +187,9 @@ def _tile(
     whole node a tile, unless that is ``large`` or mostly padding.
     """
     if dtype == torch.float32:
-        if not (exact or backward or large):
-            return {"BLOCK": 128, "PRECISION": "tf32", "num_warps": 8, "num_stages": 1}
+        if not (backward or large):
+            block, precision = (32, "ieee") if exact else (128, "tf32")
+            return {"BLOCK": block, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
         precision = "tf32" if not exact else "ieee" if large and backward else "tf32x3"
         return {"BLOCK": 16, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
     if backward:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..graph.order import bisection_order
 
-_STATE_BYTES = 3 << 29  # states of all steps held at once
+_STATE_BYTES = 3 << 30  # states of all steps held at once
 
 
 def transition(pos: Tensor, walk) -> Tensor:
