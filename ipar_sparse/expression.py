@@ -166,9 +166,11 @@ class Expression:
         matrix: (n, G) float32 CSR of log-normalised values.
         genes: the G gene names of its columns.
         empty: (n,) bool, cells without counts; none by default.
+        mix: (n, n) sparse, rows adding up to one: every cell handed out is this average of
+            cells; each by itself by default.
     """
 
-    def __init__(self, matrix, genes, empty=None):
+    def __init__(self, matrix, genes, empty=None, mix=None):
         self.matrix = sparse.csr_matrix(matrix)
         self.genes = [str(g) for g in genes]
         n, num_genes = self.matrix.shape
@@ -177,6 +179,7 @@ class Expression:
         self.empty = np.zeros(n, dtype=bool) if empty is None else np.asarray(empty, dtype=bool)
         filled = max(int((~self.empty).sum()), 1)
         self.mean = (_column_sums(self.matrix) / filled).astype(np.float32)
+        self.mix = mix
 
     @classmethod
     def from_slide(cls, slide, genes):
@@ -188,6 +191,25 @@ class Expression:
         matrix = normalized_expression(slide, genes)
         match_genes([slide], genes)
         return cls(matrix, genes, slide.empty)
+
+    def smoothed(self, neighbors):
+        """The same slide with every cell averaged half and half with other cells of it.
+
+            x_i <- 1/2 x_i + 1/2 mean_j x_j,  j in neighbors(i) with counts
+
+        Args:
+            neighbors: (n, k) row numbers, none of them the cell itself.
+        """
+        n = self.shape[0]
+        share = (~self.empty)[neighbors].astype(np.float32)
+        count = share.sum(axis=1, keepdims=True)
+        share *= 0.5 / np.maximum(count, 1)
+        own = np.where(count > 0, 0.5, 1.0).astype(np.float32)
+        columns = np.concatenate([np.arange(n)[:, None], neighbors], axis=1)
+        values = np.concatenate([own, share], axis=1)
+        starts = np.arange(n + 1) * columns.shape[1]
+        mix = sparse.csr_matrix((values.ravel(), columns.ravel(), starts), shape=(n, n))
+        return Expression(self.matrix, self.genes, self.empty, mix)
 
     @property
     def shape(self):
@@ -203,7 +225,8 @@ class Expression:
             (m, G) float32.
         """
         index = np.arange(self.shape[0]) if index is None else np.asarray(index)
-        dense = self.matrix[index].toarray()
+        taken = self.matrix[index] if self.mix is None else self.mix[index] @ self.matrix
+        dense = taken.toarray()
         dense -= self.mean
         dense[self.empty[index]] = 0.0
         return dense

@@ -1,5 +1,6 @@
 """The gauge: what a layout is known up to, and the representative we keep."""
 
+import torch
 from torch import Tensor
 
 
@@ -34,3 +35,22 @@ def gauge_fix(pos: Tensor, batch: Tensor | None = None, num_graphs: int | None =
         0, batch, centred.square().sum(-1, keepdim=True)
     )
     return centred * (square / count).clamp(min=1e-12).rsqrt()[batch]
+
+
+def principal_plane(h: Tensor) -> Tensor:
+    """The two principal components of an embedding, each at its own variance, as a first layout.
+
+    Found from the cells at hand alone, it places cells by how they differ from one another and
+    not by what they are, so it holds where a map learned on other donors does not.
+
+    Args:
+        h: embedding (n, d), d >= 1; missing second components are zero.
+
+    Returns:
+        (n, 2), in h's units; the largest loading of each component is positive.
+    """
+    centred = h.double() - h.double().mean(dim=0, keepdim=True)
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :2]
+    largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
+    pos = (centred @ (axes * largest.sign())).to(h.dtype)
+    return torch.nn.functional.pad(pos, (0, 2 - pos.size(1)))

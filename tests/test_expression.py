@@ -171,3 +171,12 @@ def test_selection_prefers_genes_that_know_the_place():
 
     ranked = select_genes(slides, list(slides[0].genes), 400)
     assert relation(ranked[:100]) > 2 * relation(ranked[-200:])
+
+
+def test_smoothed_leaves_out_empty_cells():
+    matrix = sparse.csr_matrix(np.array([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0], [6.0, 2.0]]))
+    plain = Expression(matrix, ["a", "b"], empty=np.array([False, False, True, False]))
+    found = plain.smoothed(np.array([[1, 2], [0, 3], [0, 1], [2, 2]])).rows()
+    x = plain.rows()
+    expected = [(x[0] + x[1]) / 2, x[1] / 2 + (x[0] + x[3]) / 4, 0 * x[2], x[3]]
+    np.testing.assert_allclose(found, expected, atol=1e-6)

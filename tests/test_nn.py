@@ -7,7 +7,7 @@ from torch_geometric.data import Batch, Data
 
 from benchmarks.dense import DenseBlock, DenseGate, DenseModel, dense_edges, dense_mask
 from ipar_sparse import EdgeGateSoft, IPALiteConv, IPALiteModel, SharedEncoder
-from ipar_sparse.gauge import gauge_fix
+from ipar_sparse.gauge import gauge_fix, principal_plane
 from ipar_sparse.graph import NeighborTable, knn_candidates
 from ipar_sparse.nn import LOGIT_TERMS
 from ipar_sparse.ops import chunked
@@ -373,3 +373,34 @@ def test_encoder_shapes_and_dropout():
     assert not torch.equal(encoder(x), encoder(x))
     encoder.eval()
     assert torch.equal(encoder(x), encoder(x))
+
+
+def test_model_begins_where_it_is_told():
+    torch.manual_seed(0)
+    h = torch.randn(60, 8, dtype=torch.float64)
+    graph = knn_candidates(h, 10)
+    model = IPALiteModel(8, channels=12, heads=2, head_channels=4, num_recycles=2).double().eval()
+    start = principal_plane(h)
+    pos, trajectory = model(h, graph, start=5 * start + 3, return_trajectory=True)
+    torch.testing.assert_close(trajectory[0], gauge_fix(start))
+    torch.testing.assert_close(pos, gauge_fix(start))  # untrained blocks move nothing
+    assert not torch.allclose(model(h, graph), pos)
+    torch.nn.init.normal_(model.blocks[0].weight_pos, std=0.1)
+    model.reorder = True
+    ordered = model(h, graph, start=start)
+    model.reorder = False
+    torch.testing.assert_close(ordered, model(h, graph, start=start))
+    with pytest.raises(ValueError, match="start needs shape"):
+        model(h, graph, start=start[:5])
+
+
+def test_principal_plane_is_pca_and_takes_narrow_embeddings():
+    torch.manual_seed(0)
+    h = torch.randn(50, 6, dtype=torch.float64) * torch.tensor([3.0, 2, 1, 1, 1, 1])
+    plane = principal_plane(h)
+    values = torch.linalg.svdvals(h - h.mean(0))
+    torch.testing.assert_close(plane.norm(dim=0), values[:2])
+    assert float((plane[:, 0] @ plane[:, 1]).abs()) < 1e-9
+    one = principal_plane(h[:, :1])
+    assert one.shape == (50, 2) and bool((one[:, 1] == 0).all())
+    assert bool(torch.isfinite(principal_plane(torch.zeros(4, 3))).all())

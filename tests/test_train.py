@@ -9,14 +9,24 @@ import torch
 
 from ipar_sparse.config import load_config
 from ipar_sparse.errors import UserError
+from ipar_sparse.expression import Expression, match_genes
 from ipar_sparse.metrics import evaluate_layout
+from ipar_sparse.nn import SharedEncoder
 from ipar_sparse.simulate import simulate
 from ipar_sparse.train import trainer as trainer_module
 from ipar_sparse.train.checkpoint import BEST, LAST, load_checkpoint, read_meta
 from ipar_sparse.train.evaluate import energies, evaluate_slide, recycle_records, spatial_gene
 from ipar_sparse.train.logs import HISTORY, read_history
 from ipar_sparse.train.predict import Predictor
-from ipar_sparse.train.stage_a import ContrastSlide, EmbeddingScale, _infonce, encoder_loss
+from ipar_sparse.train.stage_a import (
+    ContrastSlide,
+    EmbeddingScale,
+    _distance,
+    _infonce,
+    encoder_loss,
+    principal_axes,
+    read_expression,
+)
 from ipar_sparse.train.trainer import fit, term_weights
 from ipar_sparse.train.units import MinisetPool, TrainingSlide, build_unit, merge
 
@@ -124,7 +134,7 @@ def test_a_short_run_that_was_stopped_keeps_its_last_weights(slides, tmp_path, m
     stopped = states(tmp_path / BEST)
     fit(slides[:2], slides[2:3], config, tmp_path, resume=True)
     best, last = states(tmp_path / BEST), states(tmp_path / LAST)
-    key = "model.mlp_pos.0.weight"
+    key = "model.mlp_state.0.weight"
     assert torch.equal(best[key], last[key]) and not torch.equal(best[key], stopped[key])
 
 
@@ -132,7 +142,7 @@ def test_another_seed_is_another_run(run, slides, tmp_path):
     config = load_config(None, [*SMALL, "train.seed=1", "train.epochs=1", "encoder.steps=2"])
     fit(slides[:2], slides[2:3], config, tmp_path)
     ours, theirs = states(tmp_path / BEST), states(run / BEST)
-    assert not torch.equal(ours["model.mlp_pos.0.weight"], theirs["model.mlp_pos.0.weight"])
+    assert not torch.equal(ours["model.mlp_state.0.weight"], theirs["model.mlp_state.0.weight"])
 
 
 def test_validation_and_test_slides_change_no_trained_weight(run, slides, tmp_path):
@@ -350,21 +360,75 @@ def test_infonce_is_its_formula():
     assert float(value) == pytest.approx(expected / 4, rel=1e-4)
 
 
-def test_encoder_loss_has_its_parts(slides):
-    from ipar_sparse.expression import Expression, match_genes
-    from ipar_sparse.nn import SharedEncoder
-
-    config = load_config(None, SMALL)
+@pytest.mark.parametrize("preset", ["v1", "record"])
+def test_encoder_loss_has_its_parts(slides, preset):
+    config = load_config(None, SMALL, preset=preset)
     genes, _ = match_genes(slides)
     data = ContrastSlide(Expression.from_slide(slides[0], genes), slides[0].pos, 15, 0.5)
-    encoder = SharedEncoder(len(genes), (24,), 16)
+    encoder = SharedEncoder(len(genes), (24,), 16, skip=preset == "v1")
     losses = encoder_loss(
         encoder, data, config.encoder, torch.Generator().manual_seed(0), torch.device("cpu")
     )
-    expected = losses["infonce"] + 25 * losses["invariance"] + 50 * losses["variance"]
-    torch.testing.assert_close(losses["loss"], expected + losses["covariance"])
+    weights = {"infonce": 0.3, "distance": 1.0}
+    if preset == "record":
+        weights = {"infonce": 1.0, "invariance": 25.0, "variance": 50.0, "covariance": 1.0}
+    assert losses.keys() == {"loss", *weights}
+    torch.testing.assert_close(losses["loss"], sum(w * losses[k] for k, w in weights.items()))
     losses["loss"].backward()
-    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in encoder.parameters())
+    behind = {"mlp.0.weight", "mlp.0.bias", "mlp.1.weight", "mlp.1.bias"}  # a last layer of zeros
+    for name, weight in encoder.named_parameters():
+        learns = bool(weight.grad.abs().sum() > 0)
+        assert learns == (preset == "record" or name not in behind), name
+
+
+def test_distance_loss_is_zero_on_any_scaled_copy_and_nowhere_else():
+    generator = torch.Generator().manual_seed(0)
+    pos = torch.randn(40, 2, generator=generator, dtype=torch.float64)
+    turned = 7 * pos @ torch.tensor([[0.6, -0.8, 0.0], [0.8, 0.6, 0.0]], dtype=torch.float64)
+    assert float(_distance(turned, pos)) < 1e-6  # distances below the floor excepted
+    log = torch.log
+    other = torch.randn(40, 5, generator=generator, dtype=torch.float64)
+    i, j = torch.triu_indices(40, 40, 1)
+    ratio = log((other[i] - other[j]).norm(dim=1)) - log(
+        (pos[i] - pos[j]).norm(dim=1).clamp(min=0.02)
+    )
+    torch.testing.assert_close(_distance(other, pos), ratio.var(unbiased=False))
+    doubled = torch.cat([other, other]).requires_grad_()
+    _distance(doubled, torch.cat([pos, pos])).backward()
+    assert bool(torch.isfinite(doubled.grad).all())
+
+
+def test_an_untrained_encoder_with_a_linear_path_is_pca(slides):
+    genes, _ = match_genes(slides)
+    plain = [Expression.from_slide(slide, genes) for slide in slides[:2]]
+    axes, scale = principal_axes(plain, 32)
+    torch.testing.assert_close(axes.T @ axes, torch.eye(32), atol=1e-5, rtol=0)
+    encoder = SharedEncoder(len(genes), (24,), 16, skip=True).eval()
+    encoder.start_from(axes, scale)
+    x = torch.from_numpy(plain[0].rows())
+    torch.testing.assert_close(encoder(x), scale * x @ axes[:, :16])
+    both = torch.cat([torch.from_numpy(p.rows()) for p in plain]).double()  # of equal sizes
+    values = torch.linalg.eigvalsh(both.T @ both / len(both)).flip(0)
+    found = (both @ axes.double()).square().mean(0)
+    torch.testing.assert_close(found, values[:32], rtol=1e-4, atol=1e-6)
+    assert float((scale**2 * found).sum()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_smoothing_averages_with_the_nearest_in_expression(slides):
+    genes, _ = match_genes(slides)
+    plain = Expression.from_slide(slides[0], genes)
+    encoder = SharedEncoder(len(genes), (24,), 16, smooth=4)
+    encoder.start_from(*principal_axes([plain], 30))
+    found = read_expression(slides[0], genes, encoder).rows()
+    x = plain.rows().astype(np.float64)
+    place = x @ encoder.axes.double().numpy()
+    gap = np.square(place[:, None] - place[None]).sum(-1)
+    np.fill_diagonal(gap, np.inf)
+    near = np.argsort(gap, axis=1)[:, :4]
+    np.testing.assert_allclose(found, (x + x[near].mean(1)) / 2, atol=1e-4)
+    rows = np.array([7, 3])
+    smoothed = read_expression(slides[0], genes, encoder)
+    np.testing.assert_allclose(smoothed.rows(rows), found[rows], atol=1e-5)
 
 
 def test_a_foreign_checkpoint_is_refused(run, tmp_path):

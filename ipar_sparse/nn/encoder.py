@@ -1,19 +1,31 @@
 """SharedEncoder: expression to embedding."""
 
+import torch
 from torch import Tensor, nn
 from torch_geometric.nn import inits
 
+SMOOTH_CHANNELS = 30
+"""Principal components in which cells are compared for smoothing."""
+
 
 class SharedEncoder(nn.Module):
-    """MLP from genes to an embedding, one for all slides.
+    r"""MLP from genes to an embedding, one for all slides, and a linear path beside it.
 
-    Genes -> 512 -> 256 -> 128, each hidden layer followed by LayerNorm, ReLU and dropout.
+    .. math::
+        H = x A + \mathrm{MLP}(x)
+
+    Genes -> 512 -> 256 -> 128, each hidden layer followed by LayerNorm, ReLU and dropout. The
+    linear path starts as principal components (:meth:`start_from`) and the MLP from zero, so that
+    training begins where principal components are and leaves them only as far as it pays.
 
     Args:
         in_channels: number of genes.
         hidden_channels: widths of the hidden layers (default: (512, 256)).
         out_channels: width of the embedding (default: 128).
         dropout: dropout after each hidden layer (default: 0.1).
+        skip: whether there is a linear path (default: False).
+        smooth: number of nearest cells, in the principal components kept as the buffer ``axes``,
+            that a cell is averaged with before it comes here (default: 0).
 
     Shapes:
         - **input:** expression (n, genes): normalised per cell, log1p, mean-centred per gene
@@ -27,6 +39,8 @@ class SharedEncoder(nn.Module):
         hidden_channels: tuple[int, ...] = (512, 256),
         out_channels: int = 128,
         dropout: float = 0.1,
+        skip: bool = False,
+        smooth: int = 0,
     ):
         super().__init__()
         self.in_channels = in_channels
@@ -39,14 +53,42 @@ class SharedEncoder(nn.Module):
             width = hidden
         layers.append(nn.Linear(width, out_channels))
         self.mlp = nn.Sequential(*layers)
+        self.linear = nn.Linear(in_channels, out_channels, bias=False) if skip else None
+        self.smooth = smooth
+        axes = torch.zeros(in_channels, min(SMOOTH_CHANNELS, in_channels))
+        self.register_buffer("axes", axes if smooth else None)
+        self.reset_parameters()
 
     def reset_parameters(self):
-        """Draw all weights anew."""
+        """Draw all weights anew; beside a linear path the MLP starts at zero."""
         inits.reset(self.mlp)
+        if self.linear is not None:
+            self.linear.reset_parameters()
+            nn.init.zeros_(self.mlp[-1].weight)
+            nn.init.zeros_(self.mlp[-1].bias)
+
+    @torch.no_grad()
+    def start_from(self, axes: Tensor, scale: float = 1.0) -> None:
+        """Begin from principal components: the linear path, and what cells are compared by.
+
+        Args:
+            axes: (genes, r) orthonormal, largest variance first; the linear path takes as many
+                as the embedding has room for.
+            scale: factor of the linear path.
+        """
+        if self.linear is not None:
+            taken = axes[:, : self.out_channels].T
+            self.linear.weight.zero_()
+            self.linear.weight[: len(taken)] = scale * taken
+        if self.axes is not None:
+            self.axes.zero_()
+            taken = axes[:, : self.axes.size(1)]
+            self.axes[:, : taken.size(1)] = taken
 
     def forward(self, expression: Tensor) -> Tensor:
         """Embed cells; see the class for shapes."""
-        return self.mlp(expression)
+        h = self.mlp(expression)
+        return h if self.linear is None else h + self.linear(expression)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"

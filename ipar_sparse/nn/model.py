@@ -24,8 +24,9 @@ _ORDER_FROM = 100_000  # cells whose keys and values no longer fit a GPU's cache
 class IPALiteModel(nn.Module):
     r"""Positions of cells from their embeddings alone (IPA-Lite V1, and its variants).
 
-    State and position start as MLPs of the embedding; a block of attention, shared by all
-    recycles by default, then moves both, with the gauge fixed after each recycle. In recycle r
+    State and position start as MLPs of the embedding, positions also where they are told to; a
+    block of attention, shared by all recycles by default, then moves both, with the gauge fixed
+    after each recycle. In recycle r
 
     .. math::
         \ell_{ij}^h &= \text{query and key} + \beta_r b_{ij} + \text{pair}_{ij}^h
@@ -143,6 +144,7 @@ class IPALiteModel(nn.Module):
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
         return_attention_weights: bool = False,
+        start: Tensor | None = None,
     ):
         """Predict positions; see the class for shapes.
 
@@ -151,24 +153,29 @@ class IPALiteModel(nn.Module):
             generator: source of the start noise; torch's default if left out.
             return_trajectory: also return the positions before the first recycle and after each.
             return_attention_weights: also return ``(edge_index, attention)`` of each recycle.
+            start: positions (n, 2) to begin from, in any gauge, for instance
+                :func:`~ipar_sparse.gauge.principal_plane` of ``h``; the model's own MLP of ``h``
+                if left out.
 
         Raises:
-            ValueError: if ``h`` does not have ``in_channels`` columns.
+            ValueError: if ``h`` does not have ``in_channels`` columns, or ``start`` another shape.
         """
         if h.dim() != 2 or h.size(-1) != self.in_channels:
             raise ValueError(
                 f"IPALiteModel({self.in_channels}) needs embeddings (n, {self.in_channels}); "
                 f"given {tuple(h.shape)}"
             )
+        if start is not None and start.shape != (h.size(0), 2):
+            raise ValueError(f"start needs shape {(h.size(0), 2)}; given {tuple(start.shape)}")
         if batch is not None and num_graphs is None:
             num_graphs = int(batch.max()) + 1 if batch.numel() else 0
-        rest = (batch, num_graphs, generator)
+        rest = (batch, num_graphs, generator, start)
         if not return_attention_weights and self._orders(graph):
             ordered, perm, inverse = reorder(graph, h.detach())
             if edge_bias is not None:
                 edge_bias = graph.to_table(edge_bias).index_select(0, perm).flatten(0, 1)
-            if batch is not None:
-                rest = (batch.index_select(0, perm), num_graphs, generator)
+            batch, start = (x if x is None else x.index_select(0, perm) for x in (batch, start))
+            rest = (batch, num_graphs, generator, start)
             trajectory, attention = self._recycles(
                 h.index_select(0, perm), ordered, edge_bias, *rest
             )
@@ -185,10 +192,12 @@ class IPALiteModel(nn.Module):
         return result if len(result) > 1 else result[0]
 
     def _recycles(
-        self, h, graph, edge_bias, batch, num_graphs, generator, return_attention_weights=False
+        self, h, graph, bias, batch, num_graphs, generator, start, return_attention_weights=False
     ) -> tuple[list[Tensor], list]:
         """Positions before the first recycle and after each, and attention if asked for."""
-        state, pos = self._maybe_checkpoint(self._start, h)
+        state, pos = self._maybe_checkpoint(self._start, h, start)
+        if start is not None:
+            pos = gauge_fix(pos, batch, num_graphs)  # the noise below is in that gauge
         if self.training and self.init_noise > 0:
             noise = torch.empty_like(pos).normal_(generator=generator)
             pos = pos + self.init_noise * noise
@@ -196,7 +205,7 @@ class IPALiteModel(nn.Module):
         trajectory, attention = [pos], []
         pair = self.pair_logits(h, graph)
         for recycle in range(self.num_recycles):
-            given = (recycle, state, pos, graph, edge_bias, pair, batch)
+            given = (recycle, state, pos, graph, bias, pair, batch)
             if return_attention_weights:
                 state, moved, weights = self._recycle(*given, return_attention_weights=True)
                 attention.append(weights)
@@ -207,11 +216,11 @@ class IPALiteModel(nn.Module):
             trajectory.append(pos)
         return trajectory, attention
 
-    def _start(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _start(self, h: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
         """States and positions before the first recycle."""
         if h.dtype == torch.float32 and torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))  # once for both
-        pos = self.mlp_pos(h)
+        pos = self.mlp_pos(h) if start is None else start
         # Half precision cannot hold neighbour distances on a large slide: positions stay float32.
         pos = pos.float() if pos.dtype in (torch.float16, torch.bfloat16) else pos
         return self.mlp_state(h), pos

@@ -29,6 +29,7 @@ from ..targets import build_target, target_graph
 from .logs import HISTORY, Progress, read_history
 from .predict import Prediction, Predictor
 from .trainer import REFERENCE, slide_digest
+from .units import first_layout
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,11 @@ def energies(layouts: dict[str, np.ndarray], pos, seed: int) -> dict[str, dict[s
 
 @torch.no_grad()
 def recycle_records(
-    model: IPALiteModel, h: Tensor, graph: NeighborTable, edge_bias: Tensor | None
+    model: IPALiteModel,
+    h: Tensor,
+    graph: NeighborTable,
+    edge_bias: Tensor | None,
+    start: Tensor | None = None,
 ) -> Iterator[RecycleRecord]:
     """Attention, logits and their terms by name, and learned numbers of every recycle in turn.
 
@@ -210,6 +215,7 @@ def recycle_records(
         h: embeddings (n, d).
         graph: candidates.
         edge_bias: bias (E,) or (E, heads), or None.
+        start: layout (n, 2) the model begins from, or None.
     """
     inputs: list[tuple] = []
     handles = [
@@ -217,7 +223,7 @@ def recycle_records(
         for block in model.blocks
     ]
     try:
-        model(h, graph, edge_bias=edge_bias)
+        model(h, graph, edge_bias=edge_bias, start=start)
     finally:
         for handle in handles:
             handle.remove()
@@ -242,8 +248,10 @@ def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> d
     graphs = {ORACLE: target_graph(pos).to(h.device)}
     if prediction.gate_logits is not None:
         graphs["no gate"] = prediction.graph
+    start = first_layout(h, predictor.config)
     return {
-        name: predictor.model(h, graph).double().cpu().numpy() for name, graph in graphs.items()
+        name: predictor.model(h, graph, start=start).double().cpu().numpy()
+        for name, graph in graphs.items()
     }
 
 
@@ -256,7 +264,8 @@ def _attention(predictor, h, prediction, pos):
     if graph.num_edges <= _ATTENTION_EDGES:
 
         def keep_last():
-            for record in recycle_records(predictor.model, h, graph, bias):
+            start = first_layout(h, predictor.config)
+            for record in recycle_records(predictor.model, h, graph, bias, start):
                 last[:] = [record.attention]
                 yield record
 

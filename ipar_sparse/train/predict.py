@@ -20,6 +20,7 @@ from ..slide import Slide
 from .checkpoint import find_checkpoint, load_checkpoint, read_meta
 from .stage_a import EmbeddingScale
 from .trainer import build_encoder, build_gate_and_model, embed_raw
+from .units import first_layout
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ class Predictor:
         settings = self.config.graph
         graph = knn_candidates(h, settings.k, metric=settings.metric, backend=settings.backend)
         bias, logits = self.edge_bias(h, graph)
-        pos, trajectory = self.model(h, graph, edge_bias=bias, return_trajectory=True)
+        start = first_layout(h, self.config)
+        pos, trajectory = self.model(h, graph, edge_bias=bias, return_trajectory=True, start=start)
         result = Prediction(
             pos=pos.double().cpu().numpy(),
             embedding=h.cpu().numpy(),
@@ -167,7 +169,10 @@ class Predictor:
             graph = knn_candidates(
                 noisy, settings.k, metric=settings.metric, backend=settings.backend
             )
-            layout = self.model(noisy, graph, edge_bias=self.edge_bias(noisy, graph)[0])
+            layout = self.model(
+                noisy, graph, edge_bias=self.edge_bias(noisy, graph)[0],
+                start=first_layout(noisy, self.config),
+            )  # fmt: skip
             aligned, _ = align(layout, pos)
             square += np.square(aligned - pos).sum(-1)
         return np.sqrt(square / seeds)

@@ -1,10 +1,12 @@
 """Stage A: the encoder from expression to embedding, trained without labels, then frozen.
 
 A spatial InfoNCE loss pulls a cell towards its neighbours in the tissue and pushes it from cells
-far away; VICReg keeps two noisy views of a cell together and the dimensions alive.
+far away; a distance loss makes distances in the embedding proportional to those in the tissue;
+VICReg keeps two noisy views of a cell together and the dimensions alive.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,7 +15,15 @@ from torch.nn import functional as F
 
 from ..config import EncoderConfig
 from ..expression import Expression
+from ..gauge import gauge_fix
 from ..graph import knn
+from ..nn import SharedEncoder
+from ..slide import Slide
+
+_ROWS = 8192  # cells of dense expression at once
+_TABLE = 1 << 26  # expression values of a training slide that are kept dense: 256 MiB
+_AXES_CELLS = 20_000  # a slide; more do not move the leading components
+_NEAREST = 0.02  # of the slide's radius; log distances below it say nothing of the layout
 
 
 class EmbeddingScale(nn.Module):
@@ -52,12 +62,20 @@ class ContrastSlide:
 
     def __init__(self, expression: Expression, pos, neighbors: int, far_quantile: float):
         self.expression = expression
-        self.pos = torch.from_numpy(np.asarray(pos, dtype=np.float64))
+        small = math.prod(expression.shape) <= _TABLE
+        self._table = torch.from_numpy(expression.rows()) if small else None
+        self.pos = gauge_fix(torch.from_numpy(np.asarray(pos, dtype=np.float64)))
         self.neighbors = knn(self.pos, neighbors).index.long()
         generator = torch.Generator().manual_seed(0)
         sample = torch.randint(0, len(self.pos), (2, 20_000), generator=generator)
         distance = (self.pos[sample[0]] - self.pos[sample[1]]).norm(dim=-1)
         self.far = float(distance.quantile(far_quantile))
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Expression (m, genes) of some cells."""
+        if self._table is not None:
+            return self._table[index]
+        return torch.from_numpy(self.expression.rows(index.numpy()))
 
 
 def encoder_loss(
@@ -73,9 +91,16 @@ def encoder_loss(
         L = -\log \frac{e^{\langle z_i, z_i^+ \rangle / \tau}}
         {e^{\langle z_i, z_i^+ \rangle / \tau} + \sum_{j \in \mathrm{far}(i)}
         e^{\langle z_i, z_j^+ \rangle / \tau} + \sum_{j \in \mathrm{hard}(i)} \dots}
-        + 25\, L_\mathrm{inv} + 50\, L_\mathrm{var} + L_\mathrm{cov}
+        + 25\, L_\mathrm{inv} + 50\, L_\mathrm{var} + L_\mathrm{cov} + L_\mathrm{dist}
 
-    where hard(i) are the most similar of the far cells, counted once more.
+    where hard(i) are the most similar of the far cells, counted once more, and
+
+    .. math::
+        L_\mathrm{dist} = \operatorname{Var}_{i<j}
+        \bigl[\log \|h_i - h_j\| - \log \|x_i - x_j\|\bigr]
+
+    which does not depend on the scale of either. Weights are settings; a term without weight is
+    not computed.
 
     Args:
         encoder: genes to embedding.
@@ -85,37 +110,83 @@ def encoder_loss(
         device: where the encoder lies.
 
     Returns:
-        Scalars ``loss``, ``infonce``, ``invariance``, ``variance``, ``covariance``.
+        Scalars ``loss`` and, of those with weight, ``infonce``, ``invariance``, ``variance``,
+        ``covariance``, ``distance``.
     """
     n = slide.expression.shape[0]
     anchor = torch.randperm(n, generator=generator)[: settings.batch_size]
     pick = torch.randint(0, slide.neighbors.size(1), (anchor.numel(),), generator=generator)
     positive = slide.neighbors[anchor, pick]
-    cells = [
-        torch.from_numpy(slide.expression.rows(rows.numpy())).to(device)
-        for rows in (anchor, positive)
-    ]
-    first, second, near = (
-        encoder(_view(x, settings, generator)) for x in (cells[0], cells[0], cells[1])
-    )
-    far = torch.cdist(slide.pos[anchor], slide.pos[positive]) > slide.far
-    losses = {
-        "infonce": _infonce(first, near, far.to(device), settings),
-        "invariance": F.mse_loss(first, second),
-        "variance": (_variance(first) + _variance(second)) / 2,
-        "covariance": _covariance(first) + _covariance(second),
-    }
-    weights = {
-        "infonce": settings.infonce_weight,
-        "invariance": settings.invariance_weight,
-        "variance": settings.variance_weight,
-        "covariance": settings.covariance_weight,
-    }
+
+    def view(rows: Tensor) -> Tensor:
+        return encoder(_view(slide.rows(rows).to(device), settings, generator))
+
+    weights = settings.weights()
+    first, losses = view(anchor), {}
+    if "infonce" in weights:
+        far = torch.cdist(slide.pos[anchor], slide.pos[positive]) > slide.far
+        losses["infonce"] = _infonce(first, view(positive), far.to(device), settings)
+    if weights.keys() & {"invariance", "variance", "covariance"}:
+        second = view(anchor)
+        losses["invariance"] = F.mse_loss(first, second)
+        losses["variance"] = (_variance(first) + _variance(second)) / 2
+        losses["covariance"] = _covariance(first) + _covariance(second)
+    if "distance" in weights:
+        losses["distance"] = _distance(first, slide.pos[anchor].to(device))
+    losses = {name: losses[name] for name in weights}
     return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
 
 
+def read_expression(slide: Slide, genes, encoder: SharedEncoder) -> Expression:
+    """A slide's expression as the encoder takes it, smoothed if it asks for that.
+
+    Args:
+        slide: with expression.
+        genes: of the encoder.
+        encoder: says by how many cells, and in which components they are compared.
+
+    Raises:
+        UserError: if the slide has none of the genes, or no expression.
+    """
+    expression = Expression.from_slide(slide, genes)
+    n = expression.shape[0]
+    if not encoder.smooth or n < 2:
+        return expression
+    axes = encoder.axes.cpu().numpy()
+    blocks = [np.arange(start, min(start + _ROWS, n)) for start in range(0, n, _ROWS)]
+    place = np.concatenate([expression.rows(rows) @ axes for rows in blocks])
+    neighbors = knn(torch.from_numpy(place).to(encoder.axes.device), encoder.smooth).index
+    return expression.smoothed(neighbors.cpu().numpy())
+
+
+def principal_axes(slides: Sequence[Expression], count: int) -> tuple[Tensor, float]:
+    """Principal components of the expression of several slides, each slide counted alike.
+
+    Args:
+        slides: mean-centred expression of the same genes.
+        count: components, at most as many as genes.
+
+    Returns:
+        Axes (genes, count), largest variance first, the largest loading of each positive, and
+        the factor that gives the components of a cell, all together, unit variance.
+    """
+    total = 0.0
+    for number, slide in enumerate(slides):
+        rng = np.random.default_rng([number, 7])
+        cells = rng.permutation(slide.shape[0])[:_AXES_CELLS]
+        for rows in np.array_split(cells, max(1, len(cells) // _ROWS)):
+            x = slide.rows(rows).astype(np.float64)
+            total = total + x.T @ x / len(cells)
+    variance, axes = np.linalg.eigh(total / len(slides))
+    axes = axes[:, ::-1][:, :count]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
+    power = float(np.clip(variance[::-1][:count], 0.0, None).sum())
+    scale = 1.0 / math.sqrt(power) if power > 0 else 1.0
+    return torch.from_numpy(np.ascontiguousarray(axes)).float(), scale
+
+
 @torch.no_grad()
-def encode(encoder: nn.Module, expression: Expression, device, rows: int = 8192) -> Tensor:
+def encode(encoder: nn.Module, expression: Expression, device, rows: int = _ROWS) -> Tensor:
     """Embeddings (n, d) on the CPU, in blocks of rows.
 
     Args:
@@ -136,10 +207,12 @@ def encode(encoder: nn.Module, expression: Expression, device, rows: int = 8192)
 
 
 def _view(x: Tensor, settings: EncoderConfig, generator: torch.Generator) -> Tensor:
-    """A noisy view of cells: some genes at their mean, the others shaken."""
+    """A noisy view of cells: some genes at their mean, the others shaken, and every gene as
+    strong as another batch might measure it."""
     keep = torch.rand(x.shape, generator=generator) >= settings.gene_dropout
     noise = torch.randn(x.shape, generator=generator)
-    return x * keep.to(x.device) + settings.noise * noise.to(x.device)
+    strength = torch.exp(settings.gene_scale * torch.randn(x.size(1), generator=generator))
+    return (x * keep.to(x.device) + settings.noise * noise.to(x.device)) * strength.to(x.device)
 
 
 def _infonce(anchor: Tensor, positive: Tensor, far: Tensor, settings: EncoderConfig) -> Tensor:
@@ -151,6 +224,13 @@ def _infonce(anchor: Tensor, positive: Tensor, far: Tensor, settings: EncoderCon
     hardest = negative.topk(hard, dim=-1).values if hard else negative[:, :0]
     everything = torch.cat([own.unsqueeze(-1), negative, hardest], dim=-1)
     return (everything.logsumexp(dim=-1) - own).mean()
+
+
+def _distance(z: Tensor, pos: Tensor) -> Tensor:
+    """Variance of the log ratio of distances in the embedding and in the tissue."""
+    tissue = F.pdist(pos).clamp(min=_NEAREST).log()
+    residual = F.pdist(z).clamp(min=1e-6).log() - tissue.to(z.dtype)
+    return (residual - residual.mean()).square().mean()
 
 
 def _variance(z: Tensor) -> Tensor:

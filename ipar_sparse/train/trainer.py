@@ -33,12 +33,20 @@ from ..files import atomic_write
 from ..graph import NeighborTable, knn_candidates
 from ..losses import e_geo, gate_loss, geometry_terms
 from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
+from ..nn.encoder import SMOOTH_CHANNELS
 from ..slide import Slide
 from ..targets import target_graph
 from .cache import cached_record
 from .checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from .logs import HISTORY, History, Progress, TensorBoard
-from .stage_a import ContrastSlide, EmbeddingScale, encode, encoder_loss
+from .stage_a import (
+    ContrastSlide,
+    EmbeddingScale,
+    encode,
+    encoder_loss,
+    principal_axes,
+    read_expression,
+)
 from .units import MinisetPool, TrainingSlide, Unit, build_unit, draw_candidates, merge
 
 logger = logging.getLogger(__name__)
@@ -64,7 +72,8 @@ TERM_COLUMNS = {
 SCORES = ("e_geo", "l_rw", "l_stress", "lambda_ratio", "median_distance")
 COLUMNS = (
     "step", "stage", "epoch", "seconds", "lr", "w_rw", "grad_norm",
-    "loss", *TERM_COLUMNS.values(), "l_gate", "infonce", "invariance", "variance", "covariance",
+    "loss", *TERM_COLUMNS.values(), "l_gate",
+    "infonce", "distance", "invariance", "variance", "covariance",
     *(f"val_{kind}_{name}" for kind in ("tedge", "hgate") for name in SCORES),
     "val_e_geo_floor", "best",
 )  # fmt: skip
@@ -208,9 +217,12 @@ class _Run:
         if self.encoder is None or self.state.stage != "encoder":
             return
         settings = self.config.encoder
+        if self.state.step == 0 and (settings.skip or settings.smooth):
+            plain = [Expression.from_slide(slide, self.genes) for slide in self.train_slides]
+            self.encoder.start_from(*principal_axes(plain, max(settings.out, SMOOTH_CHANNELS)))
         slides = [
             ContrastSlide(
-                Expression.from_slide(slide, self.genes), slide.pos,
+                read_expression(slide, self.genes, self.encoder), slide.pos,
                 settings.neighbors, settings.far_quantile,
             )
             for slide in self.train_slides
@@ -348,7 +360,7 @@ class _Run:
             pos = self.model(
                 h, unit.graph, edge_bias=bias,
                 batch=target.batch if target.num_graphs > 1 else None,
-                num_graphs=target.num_graphs, generator=generator,
+                num_graphs=target.num_graphs, generator=generator, start=unit.start,
             )  # fmt: skip
         if self.config.model.gated:
             l_gate = gate_loss(logits.float(), unit.graph, probability=unit.gate_target)
@@ -418,8 +430,10 @@ class _Run:
         for number, unit in enumerate(units):
             unit = unit.to(self.device)
             layouts = {
-                "hgate": self.model(unit.h, unit.graph, edge_bias=self._gate_bias(unit)),
-                "tedge": self.model(unit.h, self._true_graph(unit)),
+                "hgate": self.model(
+                    unit.h, unit.graph, edge_bias=self._gate_bias(unit), start=unit.start
+                ),
+                "tedge": self.model(unit.h, self._true_graph(unit), start=unit.start),
             }
             probes = self.config.train.probe_rows if unit.whole else None
             for kind, pos in layouts.items():
@@ -486,6 +500,7 @@ class _Run:
             "h": slide.h,
             "pos": slide.pos,
             "graph": self.config.graph.model_dump(mode="json"),
+            "start": self.config.model.start,
             "gate_walk": list(settings.gate_walk),
             "multiscale": settings.lambda_multiscale > 0,
             "seed": settings.seed,
@@ -651,7 +666,14 @@ class _Run:
 def build_encoder(config: RunConfig, num_genes: int) -> SharedEncoder:
     """The encoder a configuration describes."""
     settings = config.encoder
-    return SharedEncoder(num_genes, tuple(settings.hidden), settings.out, settings.dropout)
+    return SharedEncoder(
+        num_genes,
+        tuple(settings.hidden),
+        settings.out,
+        settings.dropout,
+        skip=settings.skip,
+        smooth=settings.smooth,
+    )
 
 
 def build_gate_and_model(config: RunConfig, dim: int) -> tuple[EdgeGateSoft, IPALiteModel]:
@@ -695,7 +717,7 @@ def embed_raw(slide: Slide, encoder: nn.Module | None, genes, device) -> Tensor:
     if encoder is not None:
         if slide.expression is None:
             raise UserError(f"{slide.name}: no expression to embed; give X or --layer")
-        return encode(encoder, Expression.from_slide(slide, genes), device)
+        return encode(encoder, read_expression(slide, genes, encoder), device)
     if slide.embedding is None:
         raise UserError(f"{slide.name}: this run uses an embedding; give --embedding obsm:KEY")
     return torch.from_numpy(slide.embedding).float()

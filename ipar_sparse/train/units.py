@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import DataConfig, RunConfig, TrainConfig
 from ..errors import UserError
+from ..gauge import gauge_fix, principal_plane
 from ..graph import NeighborTable, knn_candidates
 from ..io import read_slides
 from ..slide import Slide
@@ -26,6 +27,7 @@ class Unit:
         gate_target: what the gate learns (E,): the reference walk on the edges, rows
             renormalised.
         whole: whether this is a whole slide, whose walk is compared by probe rows.
+        start: layout (n, 2) the model begins from; None leaves it to the model.
     """
 
     h: Tensor
@@ -33,6 +35,7 @@ class Unit:
     target: SlideTarget
     gate_target: Tensor
     whole: bool = False
+    start: Tensor | None = None
 
     def to(self, device) -> "Unit":
         """The same unit on another device."""
@@ -42,6 +45,7 @@ class Unit:
             target=self.target.to(device),
             gate_target=self.gate_target.to(device),
             whole=self.whole,
+            start=None if self.start is None else self.start.to(device),
         )
 
 
@@ -110,7 +114,12 @@ def build_unit(
         (walk,) = walks.values()
     else:
         walk = _per_row(graph, sum(w * walks[step] for step, w in weights.items()))
-    return Unit(h, graph, target, walk.float(), whole)
+    return Unit(h, graph, target, walk.float(), whole, first_layout(h, config))
+
+
+def first_layout(h: Tensor, config: RunConfig) -> Tensor | None:
+    """Where the model begins on a set of cells (n, 2), or None if it finds that itself."""
+    return gauge_fix(principal_plane(h)) if config.model.start == "pca" else None
 
 
 def draw_candidates(unit: Unit, settings: TrainConfig, generator: torch.Generator) -> Unit:
@@ -169,6 +178,7 @@ def merge(units: Sequence[Unit]) -> Unit:
         graph=NeighborTable.block_diagonal([unit.graph for unit in units]),
         target=collate([unit.target for unit in units]),
         gate_target=torch.cat([unit.gate_target for unit in units]),
+        start=None if units[0].start is None else torch.cat([unit.start for unit in units]),
     )
 
 
