@@ -68,7 +68,11 @@ class EncoderConfig(Section):
     """widths of the hidden layers"""
     out: Positive = 128
     """width of the embedding"""
-    dropout: Fraction = 0.1
+    skip: bool = True
+    """a linear path beside the MLP, which starts as principal components of the training slides"""
+    smooth: Count = 10
+    """average each cell with this many nearest in expression before it is encoded; 0 = none"""
+    dropout: Fraction = 0.3
     """dropout after every hidden layer"""
     steps: Count = 1000
     """optimiser steps; 0 = leave the encoder untrained"""
@@ -86,18 +90,34 @@ class EncoderConfig(Section):
     """negatives lie farther away than this quantile of the distances"""
     hard_negatives: Count = 8
     """negatives per anchor that are near in expression but far in space"""
-    infonce_weight: Weight = 1.0
+    infonce_weight: Weight = 0.3
     """weight of the spatial InfoNCE loss"""
-    invariance_weight: Weight = 25.0
+    distance_weight: Weight = 1.0
+    """weight of the loss that makes distances in the embedding follow those in the tissue"""
+    invariance_weight: Weight = 0.0
     """VICReg: weight of the distance between two views"""
-    variance_weight: Weight = 50.0
+    variance_weight: Weight = 0.0
     """VICReg: weight of the variance hinge"""
-    covariance_weight: Weight = 1.0
+    covariance_weight: Weight = 0.0
     """VICReg: weight of the off-diagonal covariance"""
-    gene_dropout: Fraction = 0.2
+    gene_dropout: Fraction = 0.5
     """share of genes set to zero in a view"""
-    noise: Weight = 0.1
+    noise: Weight = 0.3
     """standard deviation of the Gaussian noise of a view"""
+    gene_scale: Weight = 0.3
+    """standard deviation of the log factor of each gene of a view, as between batches"""
+
+    def weights(self) -> dict[str, float]:
+        """Losses with a weight, by name."""
+        names = ("infonce", "distance", "invariance", "variance", "covariance")
+        found = {name: getattr(self, f"{name}_weight") for name in names}
+        return {name: weight for name, weight in found.items() if weight > 0}
+
+    @model_validator(mode="after")
+    def _learns_something(self):
+        if not self.weights():
+            raise ValueError("all weights of the encoder's losses are 0; set encoder.steps=0")
+        return self
 
 
 class GraphConfig(Section):
@@ -107,7 +127,7 @@ class GraphConfig(Section):
     """candidate neighbours of each cell, at most n - 1"""
     metric: Literal["euclidean", "cosine"] = "euclidean"
     """distance in the embedding"""
-    backend: Literal["auto", "exact", "torch_cluster", "faiss"] = "auto"
+    backend: Literal["auto", "exact", "triton", "torch_cluster", "faiss"] = "auto"
     """how nearest neighbours are found"""
     target_mode: Literal["auto", "exact", "sketch"] = "auto"
     """walk targets in full, or sampled at the same radius; auto = exact up to 384 cells"""
@@ -152,6 +172,8 @@ class ModelConfig(Section):
     """starts of one learned weight of the gate per recycle, below 2.5; none = beta, fixed"""
     step_gate: Inside | None = None
     """start of a learned step size per recycle; none = whole steps"""
+    start: Literal["mlp", "pca"] = "pca"
+    """first layout: an MLP of the embedding, or the embedding's own two principal components"""
     init_noise: Weight = 0.05
     """standard deviation of the noise on the first layout in training"""
     backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
@@ -302,7 +324,7 @@ class TrainConfig(Section):
     """weight of the walk-entropy regulariser"""
     lambda_long: Weight = 0.0
     """weight of the distances of random pairs, near and far"""
-    lambda_gram: Weight = 0.0
+    lambda_gram: Weight = 1.0
     """weight of the inner products over all pairs"""
     lambda_multiscale: Weight = 0.0
     """weight of log-stress on equally many pairs at every scale"""
@@ -422,6 +444,23 @@ _LEARNED_BETAS = {"shared": False, "recycles": 3, "betas": (2.0, 2.0, 2.0)}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "v1": {},
+    "record": {
+        "encoder": {
+            "skip": False,
+            "smooth": 0,
+            "dropout": 0.1,
+            "infonce_weight": 1.0,
+            "distance_weight": 0.0,
+            "invariance_weight": 25.0,
+            "variance_weight": 50.0,
+            "covariance_weight": 1.0,
+            "gene_dropout": 0.2,
+            "noise": 0.1,
+            "gene_scale": 0.0,
+        },
+        "model": {"start": "mlp"},
+        "train": {"lambda_gram": 0.0},
+    },
     "v1-rbf": {"model": {"terms": ["rbf"]}},
     "v1-mono": {"model": {"terms": ["mono"]}},
     "v1-point-ipa": {"model": {"terms": ["point_ipa"]}},
