@@ -3,7 +3,7 @@
     python -m benchmarks.kernels --n 1000000 --out kernels.json
 
 Sections: ``check`` (against float64), ``attention``, ``gate``, ``order``, ``model``,
-``inference``.
+``inference``, ``walk``.
 Kernel times are the profiler's device times, medians over the repeats; bandwidth is the bytes an
 edge must read and write, without reuse, over that time.
 """
@@ -35,11 +35,13 @@ def main(argv=None):
     parser.add_argument("--sections", default="check,attention,gate,order,model")
     parser.add_argument("--sizes", default="40000,1000000", help="of the model section")
     parser.add_argument("--tune", action="store_true", help="also time other tile sizes")
+    parser.add_argument("--matmul", default="highest", help="torch's float32 matmul precision")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("kernels: no CUDA device")
+    torch.set_float32_matmul_precision(args.matmul)
     bench = Bench(args)
     for section in args.sections.split(","):
         start = time.time()
@@ -212,7 +214,7 @@ class Bench:
         tiles = [None]
         if self.args.tune:
             tiles += [(64, 4, 1), (64, 4, 2), (64, 4, 4), (32, 8, 1), (32, 8, 2), (32, 8, 3)]
-            tiles += [(16, 8, 1), (16, 8, 3)]
+            tiles += [(16, 8, 1), (16, 8, 3), (128, 8, 1)]
         for tile in tiles:
 
             def chosen(dtype, tile=tile, **options):
@@ -243,6 +245,37 @@ class Bench:
                     kernel_ms=times["_backward_kernel"], backward_ms=sum(times.values()),
                 )  # fmt: skip
         triton_gate._tile = default
+
+    def walk(self):
+        """The random-walk loss of 256 probe rows, forward and backward, on a sketched target."""
+        from ipar_sparse.losses import rw_kl_loss
+        from ipar_sparse.ops import triton_walk
+        from ipar_sparse.targets import build_target
+
+        n = self.args.n
+        target = build_target(torch.randn(n, 2), multiscale=False)
+        pos = (target.pos + 0.05 * torch.randn_like(target.pos)).float().cuda().requires_grad_()
+        walk = target.walk.to("cuda")
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def step():
+            rw_kl_loss(pos, walk, 256, generator).backward()
+
+        width, order = triton_walk._width, triton_walk._order
+        orders = {"spatial": order}
+        if self.args.tune:
+            orders["given"] = lambda walk: torch.arange(n, device="cuda", dtype=torch.int32)
+        for walks in (None, 16, 32, 64) if self.args.tune else (None,):
+            triton_walk._width = width if walks is None else (lambda *_, walks=walks: walks)
+            for name, triton_walk._order in orders.items():
+                times = kernel_times(step, self.args.repeats, total=True)
+                self.row(
+                    section="walk", n=n, walks=walks or "default", rows=name,
+                    forward_ms=times["_step_kernel"], backward_ms=times["_step_backward_kernel"],
+                    milliseconds=wall_time(step, self.args.repeats),
+                    peak_gib=torch.cuda.max_memory_allocated() / 2**30,
+                )  # fmt: skip
+        triton_walk._width, triton_walk._order = width, order
 
     def order(self):
         graph = self.graph("shuffled")
