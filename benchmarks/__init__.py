@@ -8,4 +8,11 @@ def run(*args, **kwargs):
     return run_benchmark(*args, **kwargs)
 
 
-__all__ = ["run"]
+def run_knn(*args, **kwargs):
+    """See :func:`benchmarks.knn.run`."""
+    from .knn import run as run_benchmark
+
+    return run_benchmark(*args, **kwargs)
+
+
+__all__ = ["run", "run_knn"]

@@ -621,20 +621,25 @@ def benchmark(
         str | None,
         _flag(
             "--forms",
-            "Which to time: dense, pyg (plain message passing), chunked, triton. "
+            "Which to time: dense, pyg (plain message passing), chunked, triton; "
+            "of knn: exact, triton, faiss, torch_cluster. "
             "[dim]Default: all that this machine can run[/dim]",
             RUNNING,
             "NAME,...",
         ),
     ] = None,
     works: Annotated[
-        str, typer.Option(help="What to time: forward, backward, step (a whole training step).")
+        str,
+        typer.Option(
+            help="What to time: forward, backward, step (a whole training step); or knn alone: "
+            "the search for nearest neighbours, with recall."
+        ),
     ] = "forward,backward",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Time the dense against the sparse form on this machine, with memory."""
+    """Time the dense against the sparse form on this machine, or neighbour searches."""
     from .config import resolve_device
 
     numbers = _sizes(sizes)
@@ -642,19 +647,25 @@ def benchmark(
     target = resolve_device(device or "auto")
 
     from .benchmarks import run as run_benchmark
+    from .benchmarks import run_knn
 
+    chosen = forms.split(",") if forms else None
+    name = "knn" if works == "knn" else "benchmark"
     try:
-        run_benchmark(
-            sizes=numbers,
-            out=out,
-            device=target,
-            implementations=forms.split(",") if forms else None,
-            works=works.split(","),
-            precision=precision,
-        )
+        if name == "knn":
+            run_knn(numbers, out, target, backends=chosen)
+        else:
+            run_benchmark(
+                sizes=numbers,
+                out=out,
+                device=target,
+                implementations=chosen,
+                works=works.split(","),
+                precision=precision,
+            )
     except ValueError as error:
         raise UserError(f"benchmark: {error}") from None
-    _say(f"{out / 'benchmark.json'}\n{out / 'benchmark.png'}")
+    _say(f"{out / f'{name}.json'}\n{out / f'{name}.png'}")
 
 
 @app.command()
@@ -877,9 +888,7 @@ def _read(
     slides: list[Slide] = []
     with Progress() as progress:
         for path in progress.track(paths, "Reading"):
-            slides += read_file(
-                path, settings.data, require_pos=require_pos, min_cells=min_cells
-            )
+            slides += read_file(path, settings.data, require_pos=require_pos, min_cells=min_cells)
     names = [slide.name for slide in slides]
     for number, slide in enumerate(slides, start=1):
         if names.count(slide.name) > 1:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import compare
+from benchmarks import compare, knn
 
 
 def test_small_sizes_are_measured_and_reported(tmp_path, capsys):
@@ -76,3 +76,32 @@ def test_unknown_names_are_refused(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         compare.run([10], tmp_path, "cpu", **given)
     assert not list(tmp_path.iterdir())
+
+
+def test_neighbour_searches_are_timed_and_checked(tmp_path, capsys):
+    rows = knn.run([40, 90], tmp_path, "cpu", k=8, backends=["exact", "kdtree"], repeats=1)
+    timed = [row for row in rows if row["backend"] == "exact"]
+    assert [row["n"] for row in timed] == [40, 90]
+    assert all(row["seconds"] > 0 and row["recall"] == 1.0 for row in timed)
+    refused = [row for row in rows if row["backend"] == "kdtree"]
+    assert "d <= 3" in refused[0]["failed"] and "d <= 3" in refused[1]["skipped"]
+    assert json.loads((tmp_path / "knn.json").read_text())["rows"] == rows
+    assert (tmp_path / "knn.png").stat().st_size > 10_000
+    assert "recall 1.0000" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_searches_that_would_take_too_long_are_left_out(tmp_path, monkeypatch):
+    done = {"seconds": 1.0, "seconds_spread": 0.0, "peak_bytes": 1, "recall": 0.9}
+    monkeypatch.setattr(knn, "_measure", lambda job: done)
+    rows = knn.run([10, 70, 100], tmp_path, "cpu", backends=["exact"], budget=60)
+    assert rows[1]["recall"] == 0.9 and rows[2]["seconds"] == 1.0
+    rows = knn.run([10, 100], tmp_path, "cpu", backends=["exact"], budget=60)
+    assert rows[1]["skipped"] == "would take about 100 s"
+
+
+def test_recall_is_the_share_of_true_neighbours():
+    points = torch.arange(9.0).unsqueeze(1)
+    rows = torch.tensor([0, 4])
+    index = torch.zeros(9, 2, dtype=torch.int32)
+    index[0], index[4] = torch.tensor([1, 2]), torch.tensor([3, 8])
+    assert knn.recall(points, index, rows) == 0.75

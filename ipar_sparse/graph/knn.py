@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 _BLOCK_ELEMENTS = 1 << 24  # distances held at once by the exact search: 64 MiB in float32
 _FAISS_FLAT_LIMIT = 200_000  # on CPU, flat search beats approximate indices of equal recall below
+_TRITON_FROM = 10_000  # points; below, launches take longer than the exact search in torch
 _CUDA_CLUSTER_LIMIT = 100  # torch_cluster's CUDA kernel keeps its neighbours in local memory
 
 
@@ -30,12 +31,13 @@ def knn(
         points: (n, d), floating point.
         k: neighbours a point; min(k, n - 1) are found.
         metric: ``"euclidean"`` or ``"cosine"``.
-        backend: ``"exact"`` (blocked matrix product and top-k, CPU and GPU), ``"kdtree"``
-            (SciPy, d <= 3), ``"faiss"``, ``"torch_cluster"``, or ``"auto"``.
+        backend: ``"exact"`` (blocked matrix product and top-k, CPU and GPU), ``"triton"``
+            (exact, fused, CUDA), ``"kdtree"`` (SciPy, d <= 3), ``"faiss"``,
+            ``"torch_cluster"``, or ``"auto"``.
         recall_sample: queries on which an approximate backend is checked against exact search.
 
     Returns:
-        A validated :class:`NeighborTable`, nearest first (the exact backend breaks ties by
+        A validated :class:`NeighborTable`, nearest first (exact and triton break ties by
         number). Self is never a neighbour, also among duplicate points.
 
     Raises:
@@ -61,7 +63,7 @@ def knn(
     n = points.size(0)
     k = min(k, n - 1)
     if backend == "auto":
-        backend = _choose_backend(points)
+        backend = _choose_backend(points, k)
     if backend not in KNN_BACKENDS:
         raise ValueError(f"unknown knn backend {backend!r}; choose from {sorted(KNN_BACKENDS)}")
     if k < 1:
@@ -93,14 +95,22 @@ def knn_candidates(
     return knn(h, k, metric=metric, backend=backend)
 
 
-def _choose_backend(points: Tensor) -> str:
+def _choose_backend(points: Tensor, k: int) -> str:
     if points.is_cuda:
-        return "exact"
+        return "triton" if points.size(0) >= _TRITON_FROM and _fused(points, k) else "exact"
     if points.size(1) <= 3:
         return "kdtree"
     # Flat search in faiss took a sixth to a third of the time of the exact search in torch at 400
     # to 20,000 points of 128 dimensions, so it serves at every size where it is installed.
     return "faiss" if _has("faiss") else "exact"
+
+
+def _fused(points: Tensor, k: int) -> bool:
+    if not _has("triton"):
+        return False
+    from . import triton_knn
+
+    return triton_knn.unsupported(points, k) is None
 
 
 def _has(module: str) -> bool:
@@ -109,8 +119,8 @@ def _has(module: str) -> bool:
     return find_spec(module) is not None
 
 
-def _exact(points: Tensor, k: int) -> tuple[Tensor, bool]:
-    """Blocked matrix product with a running top-k; never n x n.
+def _exact(points: Tensor, k: int, rows: Tensor | None = None) -> tuple[Tensor, bool]:
+    """Blocked matrix product with a running top-k; never n x n. All rows, or those named.
 
     The expanded square loses digits to cancellation, so a few more than k are kept and ranked
     again by the distance itself.
@@ -119,20 +129,18 @@ def _exact(points: Tensor, k: int) -> tuple[Tensor, bool]:
     work = points if points.dtype == torch.float64 else points.float()
     work = work - work.mean(dim=0, keepdim=True)
     square = work.square().sum(-1)
-    keep = min(n - 1, k + max(4, k // 16))
-    columns = min(n, max(keep + 1, 1 << 17))
-    rows = max(1, min(n, _BLOCK_ELEMENTS // columns, max(1, _BLOCK_ELEMENTS // (keep * d))))
-    out = torch.empty(n, k, dtype=torch.int32, device=points.device)
-    for start in range(0, n, rows):
-        query = work[start : start + rows]
+    keep = min(n, k + 1 + max(4, k // 16))  # self is among them
+    columns = min(n, max(keep, 1 << 17))
+    rows = torch.arange(n, device=points.device) if rows is None else rows
+    block_rows = max(1, min(_BLOCK_ELEMENTS // columns, _BLOCK_ELEMENTS // (keep * d)))
+    out = torch.empty(rows.numel(), k, dtype=torch.int32, device=points.device)
+    for start in range(0, rows.numel(), block_rows):
+        own = rows[start : start + block_rows]
+        query = work[own]
         best = best_id = None
         for left in range(0, n, columns):
             block = work[left : left + columns]
             distance = torch.addmm(square[left : left + columns], query, block.T, alpha=-2.0)
-            low, high = max(start, left), min(start + query.size(0), left + block.size(0))
-            if low < high:  # the diagonal runs through this tile
-                own = torch.arange(low, high, device=points.device)
-                distance[own - start, own - left] = math.inf
             value, column = distance.topk(min(keep, block.size(0)), dim=-1, largest=False)
             column = column + left
             if best is not None:
@@ -140,16 +148,34 @@ def _exact(points: Tensor, k: int) -> tuple[Tensor, bool]:
                 value, order = value.topk(min(keep, value.size(-1)), dim=-1, largest=False)
                 column = column.gather(-1, order)
             best, best_id = value, column
-        out[start : start + rows] = _rank(work, query, best_id, k)
+        out[start : start + block_rows] = _rank(work, own, best_id, k)
     return out, True
 
 
-def _rank(points: Tensor, query: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """The k nearest of each row's candidates by exact distance, ties by number."""
+def _rank(points: Tensor, own: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """The k nearest of each row's candidates, itself excepted, by distance; ties by number."""
     candidates = candidates.sort(dim=-1).values
-    distance = (points[candidates] - query.unsqueeze(1)).square().sum(-1)
+    distance = (points[candidates] - points[own].unsqueeze(1)).square().sum(-1)
+    distance = distance.masked_fill_(candidates == own.unsqueeze(-1), math.inf)
     order = distance.argsort(dim=-1, stable=True)[:, :k]
     return candidates.gather(-1, order).int()
+
+
+def _triton(points: Tensor, k: int) -> tuple[Tensor, bool]:
+    try:
+        from . import triton_knn
+    except ImportError as error:
+        raise ImportError(
+            "knn backend 'triton' needs Triton, which comes with torch for CUDA; "
+            "use backend='exact'"
+        ) from error
+    if reason := triton_knn.unsupported(points, k):
+        raise ValueError(f"knn backend 'triton' takes {reason}; use backend='exact'")
+    index, lost = triton_knn.search(points, k)
+    if lost.numel():
+        logger.info("knn backend triton: %d rows of many ties by plain search", lost.numel())
+        index[lost] = _exact(points, k, lost)[0]
+    return index, True
 
 
 def _kdtree(points: Tensor, k: int) -> tuple[Tensor, bool]:
@@ -234,6 +260,7 @@ def _sampled_recall(points: Tensor, table: NeighborTable, sample: int) -> float:
 
 KNN_BACKENDS: dict[str, Callable[[Tensor, int], tuple[Tensor, bool]]] = {
     "exact": _exact,
+    "triton": _triton,
     "kdtree": _kdtree,
     "faiss": _faiss,
     "torch_cluster": _torch_cluster,
