@@ -74,3 +74,11 @@ def test_reordered_graph_gives_the_same_results():
     )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a[inverse], b, rtol=0, atol=1e-12)
+
+
+def test_order_is_found_under_autocast():
+    h = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    graph = knn(h, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        perm = reorder(graph, h)[1]
+    assert torch.equal(perm, bisection_order(h))
