@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 _BLOCK_ELEMENTS = 1 << 24  # distances held at once by the exact search: 64 MiB in float32
 _FAISS_FLAT_LIMIT = 200_000  # on CPU, flat search beats approximate indices of equal recall below
-_TRITON_FROM = 10_000  # points; below, launches take longer than the exact search in torch
+_TRITON_FROM = 6_000  # points; below, launches take longer than the exact search in torch
 _CUDA_CLUSTER_LIMIT = 100  # torch_cluster's CUDA kernel keeps its neighbours in local memory
 
 

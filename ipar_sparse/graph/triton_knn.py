@@ -170,11 +170,8 @@ def _parts(begin: int, n: int) -> list[int]:
 
 def _tile(width: int) -> dict:
     """Rows and columns of a tile of distances, for shared memory to hold its operands."""
-    if width <= 128:
-        return {"M": 128, "N": 128, "num_warps": 4, "num_stages": 2}
-    if width <= 256:
-        return {"M": 128, "N": 64, "num_warps": 4, "num_stages": 2}
-    return {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}
+    rows = 128 if width <= 256 else 64
+    return {"M": rows, "N": 64, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit(do_not_specialize=["num"])
