@@ -326,6 +326,8 @@ def train(
         _check_run_folder(out, overwrite)
 
     from .config import RunConfig, load_config, resolve_device
+    from .train.study import FEW_SLIDES
+    from .train.trainer import fit
 
     if resume:
         settings = RunConfig.load(out)
@@ -349,17 +351,13 @@ def train(
     train_slides = _read(slides, settings, require_pos=True, min_cells=settings.train.miniset_min)
     if val:
         val_slides = _read(val, settings, require_pos=True, min_cells=settings.train.miniset_min)
-    elif len(train_slides) > 1:
+    elif len(train_slides) > FEW_SLIDES:
         *train_slides, last = train_slides
         val_slides = [last]
         _note(f"no --val given: {last.name} is kept out of training and decides when to stop")
     else:
-        raise UserError(
-            f"{slides[0]} is one slide, and one more is needed to decide when to stop; "
-            "give it as --val"
-        )
-
-    from .train.trainer import fit
+        val_slides = []
+        _note(f"no --val given: all {settings.train.epochs} epochs are run")
 
     with _run_folder(out, resume):
         if not resume:

@@ -58,6 +58,8 @@ RESULTS = "results.csv"
 SUMMARY = "summary.json"
 
 SLIDE, DONOR = "slide", "donor"
+FEW_SLIDES = 3
+"""With up to so many, all are trained on: one more slide is worth more than the best epoch."""
 _ROLES = {"model": "variant", **dict.fromkeys(FORMS, "form"), "true coordinates": "floor"}
 _COLUMNS = ("variant", "fold", "seed", "slide", "donor", "method", "role", "metric", "value")
 
@@ -69,14 +71,20 @@ class Fold:
     Args:
         name: of the held-out slide or donor.
         test: names of the slides that are held out of every stage.
-        val: name of the slide that decides when to stop.
+        val: name of the slide that decides when to stop; None where slides are too few to set
+            one aside, and all epochs are run.
         train: names of the slides that are trained on.
     """
 
     name: str
     test: tuple[str, ...]
-    val: str
+    val: str | None
     train: tuple[str, ...]
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """Names of the slides that training reads."""
+        return self.train if self.val is None else (*self.train, self.val)
 
 
 class Task(NamedTuple):
@@ -254,7 +262,7 @@ def plan_study(
     folds, notes = plan_folds(donors, hold_out)
     units = [config.train for config in variants.values() if config.train.unit != "slide"]
     smallest = max((settings.miniset_min for settings in units), default=0)
-    for name in dict.fromkeys(name for fold in folds for name in (*fold.train, fold.val)):
+    for name in dict.fromkeys(name for fold in folds for name in fold.seen):
         if slides[name].num_cells < smallest:
             raise UserError(
                 f"{name} has {slides[name].num_cells} cells, fewer than the smallest miniset "
@@ -312,16 +320,14 @@ def plan_folds(donors: Mapping[str, str], hold_out: str) -> tuple[list[Fold], li
     folds, notes = [], []
     for number, (name, test) in enumerate(held.items()):
         rest = [slide for slide in donors if slide not in test]
-        if len(rest) < 2:
-            left = f"one slide ({rest[0]})" if rest else "no slide"
-            notes.append(
-                f"{name} cannot be held out: that leaves {left} to train on, and two are needed, "
-                "one of them to decide when to stop"
-            )
+        if not rest:
+            notes.append(f"{name} cannot be held out: that leaves no slide to train on")
             continue
-        count = Counter(donors[slide] for slide in rest)
-        able = [slide for slide in rest if count[donors[slide]] > 1] or rest
-        val = able[number % len(able)]
+        val = None
+        if len(rest) > FEW_SLIDES:
+            count = Counter(donors[slide] for slide in rest)
+            able = [slide for slide in rest if count[donors[slide]] > 1] or rest
+            val = able[number % len(able)]
         folds.append(
             Fold(name, tuple(test), val, tuple(slide for slide in rest if slide != val))
         )
@@ -612,8 +618,9 @@ def _run(study: Study, out: Path, task: Task) -> None:
     shared = study.encoder_task(task.variant, task.fold, task.seed)
     start = time.monotonic()
     config.save(folder)
+    val = [] if fold.val is None else [slides[fold.val]]
     result = fit(
-        [slides[name] for name in fold.train], [slides[fold.val]], config, folder,
+        [slides[name] for name in fold.train], val, config, folder,
         resume=(folder / LAST).is_file(), encoder=shared and out / shared.folder,
     )  # fmt: skip
     trained = time.monotonic()

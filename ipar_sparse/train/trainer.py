@@ -120,11 +120,11 @@ def fit(
     """Train encoder, gate and model, and write a run directory.
 
     Validation slides decide when to stop and nothing else: genes, encoder, gate and model never
-    see them.
+    see them. Without any, all epochs are run and the last weights kept.
 
     Args:
         train_slides: slides with positions.
-        val_slides: slides with positions, none of them trained on.
+        val_slides: slides with positions, none of them trained on; may be none.
         config: everything that decides what is computed.
         out: the run directory; exists.
         resume: continue from its last checkpoint.
@@ -323,10 +323,11 @@ class _Run:
                     self._validate(step // per_epoch - 1, optimizer, scaler)
                 self._stop_if_asked("joint", optimizer, scaler)
         if self.state.best is None:
-            logger.warning(
-                "no epoch came after the random-walk weight reached its cap (epoch %d): "
-                "the last weights are kept", self._first_counted_epoch() + 1,
-            )  # fmt: skip
+            if self.val_units:
+                logger.warning(
+                    "no epoch came after the random-walk weight reached its cap (epoch %d): "
+                    "the last weights are kept", self._first_counted_epoch() + 1,
+                )  # fmt: skip
             self._save(self.out / BEST)
 
     def close(self) -> None:
@@ -396,6 +397,9 @@ class _Run:
         return h, dropped
 
     def _validate(self, epoch: int, optimizer, scaler) -> None:
+        if not self.val_units:
+            self._save(self.out / LAST, optimizer, scaler)
+            return
         scores = self.score(self.val_units)
         counted = epoch >= self._first_counted_epoch()
         # A model trained on the true neighbours is judged there: candidates are foreign to it.
@@ -480,7 +484,8 @@ class _Run:
             self.whole = self._resident(self.whole)
             self.val_units = [self._whole_unit(slide) for slide in self.val_data]
         else:
-            val = MinisetPool(self.val_data, settings.val_minisets, self.config, settings.seed + 1)
+            count = settings.val_minisets if self.val_data else 0
+            val = MinisetPool(self.val_data, count, self.config, settings.seed + 1)
             self.val_units = [val[i] for i in range(len(val))]
         every = math.ceil(len(self.pool) / settings.batch_size) if pool else _SLIDE_STEPS
         self.steps_per_epoch = settings.steps_per_epoch or every
