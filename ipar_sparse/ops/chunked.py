@@ -332,5 +332,5 @@ def _spmm(values: Tensor, rowptr: Tensor, col: Tensor, nodes: Tensor) -> Tensor:
 
 def _csr(rowptr: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor|invariant)", UserWarning)
         return torch.sparse_csr_tensor(rowptr, col, values, shape, check_invariants=False)
