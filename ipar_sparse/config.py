@@ -74,8 +74,8 @@ class EncoderConfig(Section):
     """average each cell with this many nearest in expression before it is encoded; 0 = none"""
     dropout: Fraction = 0.3
     """dropout after every hidden layer"""
-    steps: Count = 1000
-    """optimiser steps; 0 = leave the encoder untrained"""
+    steps: Count = 400
+    """optimiser steps; 0 = leave it at its start, principal components with a linear path"""
     batch_size: Positive = 512
     """anchor cells per step, all of one slide"""
     lr: Rate = 1e-3
@@ -129,6 +129,9 @@ class GraphConfig(Section):
     """distance in the embedding"""
     backend: Literal["auto", "exact", "triton", "torch_cluster", "faiss"] = "auto"
     """how nearest neighbours are found"""
+    pool: Count = 256
+    """on more cells than this a model trained on minisets makes a first pass over candidates
+    among a random sample of this many, which reach as far as in training; 0 = no such pass"""
     target_mode: Literal["auto", "exact", "sketch"] = "auto"
     """walk targets in full, or sampled at the same radius; auto = exact up to 384 cells"""
 
@@ -446,6 +449,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "v1": {},
     "record": {
         "encoder": {
+            "steps": 1000,
             "skip": False,
             "smooth": 0,
             "dropout": 0.1,
@@ -458,6 +462,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "noise": 0.1,
             "gene_scale": 0.0,
         },
+        "graph": {"pool": 0},
         "model": {"start": "mlp"},
         "train": {"lambda_gram": 0.0},
     },

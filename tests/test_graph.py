@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipar_sparse.graph import NeighborTable, knn, knn_candidates, validate_table
+from ipar_sparse.graph import (
+    NeighborTable,
+    knn,
+    knn_candidates,
+    pooled_candidates,
+    validate_table,
+)
 from ipar_sparse.graph import knn as knn_fn
 
 
@@ -187,3 +193,24 @@ def test_block_diagonal_keeps_each_graph_apart():
     edges = [t.edge_index + o for t, o in zip(tables, (0, 9, 13), strict=True)]
     assert torch.equal(whole.edge_index, torch.cat(edges, dim=1))
     assert NeighborTable.block_diagonal(tables[:1]) is tables[0]
+
+
+@pytest.mark.parametrize("n, pool, k", [(50, 20, 8), (700, 40, 100), (3, 2, 5)])
+def test_pooled_candidates_are_the_nearest_of_a_sample(n, pool, k):
+    h = torch.randn(n, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    graph = pooled_candidates(h, k, pool, generator=torch.Generator().manual_seed(0))
+    validate_table(graph)
+    again = pooled_candidates(h, k, pool, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(graph.index, again.index)
+    assert graph.k == min(k, pool - 1)
+    gap = (h.unsqueeze(1) - h[graph.index.long()]).norm(dim=-1)
+    assert bool((gap.diff(dim=1) >= 0).all())  # nearest first
+    if n > 256:  # they reach as far as 1 in n / pool of all the others
+        rank = (torch.cdist(h, h).unsqueeze(1) < gap.unsqueeze(-1)).sum(-1).double()
+        expected = torch.arange(1, graph.k + 1) * n / pool
+        assert float((rank.mean(0) / expected).mean()) == pytest.approx(1.0, abs=0.15)
+
+
+def test_pooled_candidates_refuse_a_pool_of_all():
+    with pytest.raises(ValueError, match="pool must be between"):
+        pooled_candidates(torch.randn(10, 3), 4, 10)

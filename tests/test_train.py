@@ -10,12 +10,18 @@ import torch
 from ipar_sparse.config import load_config
 from ipar_sparse.errors import UserError
 from ipar_sparse.expression import Expression, match_genes
-from ipar_sparse.metrics import evaluate_layout
+from ipar_sparse.metrics import align, evaluate_layout
 from ipar_sparse.nn import SharedEncoder
 from ipar_sparse.simulate import simulate
 from ipar_sparse.train import trainer as trainer_module
 from ipar_sparse.train.checkpoint import BEST, LAST, load_checkpoint, read_meta
-from ipar_sparse.train.evaluate import energies, evaluate_slide, recycle_records, spatial_gene
+from ipar_sparse.train.evaluate import (
+    energies,
+    evaluate_slide,
+    recycle_records,
+    score_slide,
+    spatial_gene,
+)
 from ipar_sparse.train.logs import HISTORY, read_history
 from ipar_sparse.train.predict import Predictor
 from ipar_sparse.train.stage_a import (
@@ -28,7 +34,13 @@ from ipar_sparse.train.stage_a import (
     read_expression,
 )
 from ipar_sparse.train.trainer import fit, term_weights
-from ipar_sparse.train.units import MinisetPool, TrainingSlide, build_unit, merge
+from ipar_sparse.train.units import (
+    MinisetPool,
+    TrainingSlide,
+    build_unit,
+    first_layout,
+    merge,
+)
 
 SMALL = [
     "encoder.steps=6", "encoder.hidden=[24]", "encoder.out=16", "model.dim=16",
@@ -436,3 +448,27 @@ def test_a_foreign_checkpoint_is_refused(run, tmp_path):
     with pytest.raises(UserError):
         _, model = trainer_module.build_gate_and_model(config, 16)
         load_checkpoint(run / BEST, {"model": model})
+
+
+def test_a_slide_larger_than_minisets_is_unfolded_first(run, slides):
+    """The pass over far candidates comes before the one over near ones, unless told otherwise."""
+    predictor = Predictor.load(run)
+    near = predictor.predict(slides[3])
+    predictor.config = predictor.config.replace(graph={"pool": 50})
+    h = torch.from_numpy(near.embedding)
+    far = predictor.first_layout(h)
+    again = predictor.predict(slides[3])
+    np.testing.assert_allclose(again.trajectory[0], far.numpy(), atol=1e-5)
+    np.testing.assert_allclose(near.trajectory[0], first_layout(h, predictor.config), atol=1e-5)
+    assert torch.equal(again.graph.index, near.graph.index)
+    assert not np.allclose(again.pos, near.pos)
+    predictor.config = predictor.config.replace(train={"unit": "slide"})
+    np.testing.assert_array_equal(predictor.predict(slides[3]).pos, near.pos)
+
+
+def test_the_uncertainty_is_held_against_the_error(run, slides):
+    found = score_slide(Predictor.load(run), slides[3], seeds=4, baselines=False)
+    error = np.linalg.norm(align(found.pred, slides[3].pos)[0] - slides[3].pos, axis=1)
+    ranks = [np.argsort(np.argsort(x)) for x in (found.uncertainty, error)]
+    expected = np.corrcoef(*ranks)[0, 1]
+    assert found.metrics["uncertainty_error_spearman"] == pytest.approx(expected, abs=1e-6)

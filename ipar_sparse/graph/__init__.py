@@ -1,6 +1,13 @@
 """Points to neighbour tables: the one representation of a graph, and how it is found."""
 
-from .knn import KNN_BACKENDS, knn, knn_candidates
+from .knn import KNN_BACKENDS, knn, knn_candidates, pooled_candidates
 from .table import NeighborTable, validate_table
 
-__all__ = ["KNN_BACKENDS", "NeighborTable", "knn", "knn_candidates", "validate_table"]
+__all__ = [
+    "KNN_BACKENDS",
+    "NeighborTable",
+    "knn",
+    "knn_candidates",
+    "pooled_candidates",
+    "validate_table",
+]

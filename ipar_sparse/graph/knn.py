@@ -12,6 +12,7 @@ from .table import NeighborTable, validate_table
 logger = logging.getLogger(__name__)
 
 _BLOCK_ELEMENTS = 1 << 24  # distances held at once by the exact search: 64 MiB in float32
+_POOL_ROWS = 256  # cells that share a sample
 _FAISS_FLAT_LIMIT = 200_000  # on CPU, flat search beats approximate indices of equal recall below
 _TRITON_FROM = 6_000  # points; below, launches take longer than the exact search in torch
 _CUDA_CLUSTER_LIMIT = 100  # torch_cluster's CUDA kernel keeps its neighbours in local memory
@@ -93,6 +94,59 @@ def knn_candidates(
         :class:`NeighborTable` of n rows.
     """
     return knn(h, k, metric=metric, backend=backend)
+
+
+def pooled_candidates(
+    h: Tensor,
+    k: int,
+    pool: int,
+    *,
+    metric: str = "euclidean",
+    generator: torch.Generator | None = None,
+) -> NeighborTable:
+    """The k nearest neighbours of every cell among a random sample of all cells.
+
+    They reach as far as the candidates of a slide of ``pool`` cells, however many there are. Cells
+    in random blocks of 256 share a sample.
+
+    Args:
+        h: embeddings (n, d).
+        k: candidates a cell; min(k, pool - 1) are found.
+        pool: cells of a sample, at least 2 and less than n.
+        metric: ``"euclidean"`` or ``"cosine"``.
+        generator: source of the samples, on the CPU.
+
+    Returns:
+        :class:`NeighborTable` of n rows, nearest first; self is never a neighbour.
+
+    Raises:
+        ValueError: if the sample has fewer than 2 cells, or all of them.
+    """
+    n = h.size(0)
+    if not 2 <= pool < n:
+        raise ValueError(f"pool must be between 2 and {n - 1}, one less than the cells; got {pool}")
+    points = h.detach()
+    if metric == "cosine":
+        points = torch.nn.functional.normalize(points, dim=-1)
+    k = min(k, pool - 1)
+    index = torch.empty(n, k, dtype=torch.int32, device=h.device)
+    for rows in torch.randperm(n, generator=generator).split(_POOL_ROWS):
+        sample = _sample(n, pool, generator).to(h.device)
+        rows = rows.to(h.device)
+        distance = torch.cdist(points[rows], points[sample])
+        distance.masked_fill_(rows.unsqueeze(1) == sample, math.inf)
+        index[rows] = sample[distance.topk(k, dim=1, largest=False).indices].int()
+    return NeighborTable(index, metric=metric, method=f"pool of {pool}")
+
+
+def _sample(n: int, count: int, generator: torch.Generator | None) -> Tensor:
+    """Distinct numbers below n (count,), without an order of all n where they are many."""
+    if n < 8 * count:
+        return torch.randperm(n, generator=generator)[:count]
+    drawn = torch.randint(n, (2 * count,), generator=generator).unique()
+    if drawn.numel() < count:  # as good as never
+        return _sample(n, count, generator)
+    return drawn[torch.randperm(drawn.numel(), generator=generator)[:count]]
 
 
 def _choose_backend(points: Tensor, k: int) -> str:

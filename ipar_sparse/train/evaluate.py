@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from .. import __version__, ops
@@ -20,7 +21,7 @@ from ..errors import UserError
 from ..expression import normalized_expression
 from ..graph import NeighborTable, knn
 from ..losses import e_geo
-from ..metrics import evaluate_layout
+from ..metrics import align, evaluate_layout
 from ..nn import IPALiteModel
 from ..pl import AttentionFocus
 from ..report import ReportBundle, write_metrics, write_report
@@ -29,7 +30,6 @@ from ..targets import build_target, target_graph
 from .logs import HISTORY, Progress, read_history
 from .predict import Prediction, Predictor
 from .trainer import REFERENCE, slide_digest
-from .units import first_layout
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,12 @@ def score_slide(
         for key, value in scored.get(name, {}).items()
     }
     metrics |= candidate_recall(prediction.graph, slide.pos, k=15)
+    if prediction.uncertainty is not None:
+        aligned, _ = align(prediction.pos, slide.pos)
+        error = np.linalg.norm(aligned - slide.pos, axis=1)
+        # 0: the spread says nothing of the error; 1: it orders the cells by it
+        found = spearmanr(prediction.uncertainty, error).statistic
+        metrics["uncertainty_error_spearman"] = float(found)
     if prediction.graph.recall is not None:
         metrics["graph_recall"] = prediction.graph.recall
     facts = predictor.meta["facts"]
@@ -248,7 +254,7 @@ def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> d
     graphs = {ORACLE: target_graph(pos).to(h.device)}
     if prediction.gate_logits is not None:
         graphs["no gate"] = prediction.graph
-    start = first_layout(h, predictor.config)
+    start = predictor.first_layout(h, gated=False)
     return {
         name: predictor.model(h, graph, start=start).double().cpu().numpy()
         for name, graph in graphs.items()
@@ -264,7 +270,7 @@ def _attention(predictor, h, prediction, pos):
     if graph.num_edges <= _ATTENTION_EDGES:
 
         def keep_last():
-            start = first_layout(h, predictor.config)
+            start = predictor.first_layout(h)
             for record in recycle_records(predictor.model, h, graph, bias, start):
                 last[:] = [record.attention]
                 yield record

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import RunConfig
 from ..errors import UserError
 from ..expression import match_genes
-from ..graph import NeighborTable, knn_candidates
+from ..graph import NeighborTable, knn_candidates, pooled_candidates
 from ..metrics import align
 from ..nn import EdgeGateSoft, IPALiteModel
 from ..slide import Slide
@@ -138,7 +138,7 @@ class Predictor:
         settings = self.config.graph
         graph = knn_candidates(h, settings.k, metric=settings.metric, backend=settings.backend)
         bias, logits = self.edge_bias(h, graph)
-        start = first_layout(h, self.config)
+        start = self.first_layout(h)
         pos, trajectory = self.model(h, graph, edge_bias=bias, return_trajectory=True, start=start)
         result = Prediction(
             pos=pos.double().cpu().numpy(),
@@ -150,6 +150,28 @@ class Predictor:
         if seeds > 1:
             result.uncertainty = self._spread(h, result.pos, seeds)
         return result
+
+    def first_layout(self, h: Tensor, gated: bool = True) -> Tensor | None:
+        """Where the model begins on the cells of a slide (n, 2); None leaves that to itself.
+
+        A model that was trained on minisets knows candidates that reach over a good part of the
+        tissue. On a whole slide the nearest ones are much nearer, and would refine a layout that
+        nothing has unfolded: it is unfolded first, by a pass over candidates of the old reach.
+
+        Args:
+            h: embeddings (n, d).
+            gated: whether the gate takes part in that pass.
+        """
+        start, settings = first_layout(h, self.config), self.config.graph
+        known = self.config.train.unit == "miniset"
+        if not known or settings.pool < 2 or len(h) <= settings.pool:
+            return start
+        far = pooled_candidates(
+            h, settings.k, settings.pool, metric=settings.metric,
+            generator=torch.Generator().manual_seed(self.config.train.seed),
+        )  # fmt: skip
+        bias = self.edge_bias(h, far)[0] if gated else None
+        return self.model(h, far, edge_bias=bias, start=start)
 
     def edge_bias(self, h: Tensor, graph: NeighborTable) -> tuple[Tensor | None, Tensor | None]:
         """The gate's share of the attention logits, and its raw logits; None without a gate."""
@@ -171,7 +193,7 @@ class Predictor:
             )
             layout = self.model(
                 noisy, graph, edge_bias=self.edge_bias(noisy, graph)[0],
-                start=first_layout(noisy, self.config),
+                start=self.first_layout(noisy),
             )  # fmt: skip
             aligned, _ = align(layout, pos)
             square += np.square(aligned - pos).sum(-1)
