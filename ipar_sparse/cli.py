@@ -633,7 +633,7 @@ def benchmark(
             "the search for nearest neighbours, with recall."
         ),
     ] = "forward,backward",
-    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    precision: Annotated[str, typer.Option(help="float32, tf32, bfloat16 or float16.")] = "float32",
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
