@@ -472,3 +472,19 @@ def test_the_uncertainty_is_held_against_the_error(run, slides):
     ranks = [np.argsort(np.argsort(x)) for x in (found.uncertainty, error)]
     expected = np.corrcoef(*ranks)[0, 1]
     assert found.metrics["uncertainty_error_spearman"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_training_without_validation_runs_every_epoch(slides, tmp_path):
+    config = load_config(None, SMALL)
+    run, out = tmp_path / "run", tmp_path / "report"
+    run.mkdir()
+    config.save(run)
+    result = fit(slides[:2], [], config, run)
+    assert result.best is None and result.best_epoch is None
+    rows = read_history(run / HISTORY)
+    assert sum(row["stage"] == "joint" for row in rows) >= 1
+    assert read_meta(run / LAST)["step"] == config.train.epochs * config.train.minisets
+    best, last = states(run / BEST), states(run / LAST)
+    assert all(torch.equal(best[key], last[key]) for key in best)
+    evaluate_slide(Predictor.load(run), slides[3], out, baselines=False)
+    assert (out / "report.html").is_file()
