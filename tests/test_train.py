@@ -13,11 +13,13 @@ from ipar_sparse.expression import Expression, match_genes
 from ipar_sparse.metrics import align, evaluate_layout
 from ipar_sparse.nn import SharedEncoder
 from ipar_sparse.simulate import simulate
+from ipar_sparse.train import stage_a
 from ipar_sparse.train import trainer as trainer_module
 from ipar_sparse.train.checkpoint import BEST, LAST, load_checkpoint, read_meta
 from ipar_sparse.train.evaluate import (
     energies,
     evaluate_slide,
+    expression_plane,
     recycle_records,
     score_slide,
     spatial_gene,
@@ -488,3 +490,22 @@ def test_training_without_validation_runs_every_epoch(slides, tmp_path):
     assert all(torch.equal(best[key], last[key]) for key in best)
     evaluate_slide(Predictor.load(run), slides[3], out, baselines=False)
     assert (out / "report.html").is_file()
+
+
+def test_expression_plane_is_pca_of_the_slide_alone(slides):
+    genes, _ = match_genes(slides)
+    plane = expression_plane(slides[3], genes)
+    x = Expression.from_slide(slides[3], genes).rows().astype(np.float64)
+    values = np.linalg.svd(x, compute_uv=False)
+    np.testing.assert_allclose(np.linalg.norm(plane, axis=0), values[:2], rtol=1e-3)
+
+
+def test_principal_axes_of_many_genes_form_no_covariance(slides, monkeypatch):
+    genes, _ = match_genes(slides)
+    plain = [Expression.from_slide(slide, genes) for slide in slides[:2]]
+    plain[0].empty[:3] = True
+    dense, scale = principal_axes(plain, 5)
+    monkeypatch.setattr(stage_a, "_DENSE_GENES", 8)
+    found, other = principal_axes(plain, 5)
+    torch.testing.assert_close(found, dense, atol=1e-4, rtol=0)
+    assert other == pytest.approx(scale, rel=1e-5)

@@ -18,7 +18,7 @@ from .. import __version__, ops
 from ..baselines import run_baselines
 from ..diagnostics import RecycleRecord, candidate_recall, diagnose
 from ..errors import UserError
-from ..expression import normalized_expression
+from ..expression import Expression, normalized_expression
 from ..graph import NeighborTable, knn
 from ..losses import e_geo
 from ..metrics import align, evaluate_layout
@@ -29,6 +29,7 @@ from ..slide import Slide
 from ..targets import build_target, target_graph
 from .logs import HISTORY, Progress, read_history
 from .predict import Prediction, Predictor
+from .stage_a import principal_axes
 from .trainer import REFERENCE, slide_digest
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,8 @@ def score_slide(
                     seed=predictor.config.train.seed,
                     progress=lambda name: task.advance(now=name),
                 )
+                if slide.expression is not None:
+                    layouts["PCA of expression"] = expression_plane(slide, predictor.meta["genes"])
         layouts["true coordinates"] = slide.pos
         with progress.task("Scoring", total=len(layouts)) as task:
             methods = {}
@@ -182,6 +185,20 @@ def score_slide(
         versions=_versions(),
         absent={} if seeds > 1 else {"uncertainty": "one noise seed only; pass --seeds 8"},
     )
+
+
+def expression_plane(slide: Slide, genes) -> np.ndarray:
+    """The first two principal components of a slide's own expression (n, 2), nothing learned.
+
+    Args:
+        slide: n cells with expression.
+        genes: genes of the run; all of the slide's own if None.
+    """
+    names = [str(g) for g in slide.genes] if genes is None else genes
+    expression = Expression.from_slide(slide, names)
+    axes, _ = principal_axes([expression], 2)
+    blocks = np.array_split(np.arange(slide.num_cells), max(1, slide.num_cells // 8192))
+    return np.concatenate([expression.rows(rows) @ axes.numpy() for rows in blocks])
 
 
 def energies(layouts: dict[str, np.ndarray], pos, seed: int) -> dict[str, dict[str, float]]:

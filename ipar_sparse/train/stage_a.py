@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +24,7 @@ from ..slide import Slide
 _ROWS = 8192  # cells of dense expression at once
 _TABLE = 1 << 26  # expression values of a training slide that are kept dense: 256 MiB
 _AXES_CELLS = 20_000  # a slide; more do not move the leading components
+_DENSE_GENES = 4096  # beyond, the covariance of genes is not formed
 _NEAREST = 0.02  # of the slide's radius; log distances below it say nothing of the layout
 
 
@@ -48,6 +50,26 @@ class EmbeddingScale(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return (h - self.mean) / self.std
+
+
+def _covariance_matrix(samples) -> np.ndarray:
+    total = 0.0
+    for slide, cells in samples:
+        for rows in np.array_split(cells, max(1, len(cells) // _ROWS)):
+            x = slide.rows(rows).astype(np.float64)
+            total = total + x.T @ x / len(cells)
+    return total / len(samples)
+
+
+def _covariance_product(samples, v: np.ndarray) -> np.ndarray:
+    """The covariance matrix times a vector, without either of the dense matrices."""
+    total = np.zeros(v.size)
+    for slide, cells in samples:
+        counted = slide.matrix[cells[~slide.empty[cells]]]
+        mean = slide.mean.astype(np.float64)
+        along = counted @ v.ravel() - mean @ v.ravel()
+        total += (counted.T @ along - mean * along.sum()) / len(cells)
+    return total / len(samples)
 
 
 class ContrastSlide:
@@ -170,17 +192,23 @@ def principal_axes(slides: Sequence[Expression], count: int) -> tuple[Tensor, fl
         Axes (genes, count), largest variance first, the largest loading of each positive, and
         the factor that gives the components of a cell, all together, unit variance.
     """
-    total = 0.0
+    samples = []
     for number, slide in enumerate(slides):
         rng = np.random.default_rng([number, 7])
-        cells = rng.permutation(slide.shape[0])[:_AXES_CELLS]
-        for rows in np.array_split(cells, max(1, len(cells) // _ROWS)):
-            x = slide.rows(rows).astype(np.float64)
-            total = total + x.T @ x / len(cells)
-    variance, axes = np.linalg.eigh(total / len(slides))
-    axes = axes[:, ::-1][:, :count]
+        samples.append((slide, rng.permutation(slide.shape[0])[:_AXES_CELLS]))
+    genes = slides[0].shape[1]
+    count = min(count, genes)
+    if genes <= _DENSE_GENES or count > genes // 4:
+        variance, axes = np.linalg.eigh(_covariance_matrix(samples))
+        variance, axes = variance[::-1][:count], axes[:, ::-1][:, :count]
+    else:
+        operator = LinearOperator(
+            (genes, genes), matvec=lambda v: _covariance_product(samples, v), dtype=np.float64
+        )
+        variance, axes = eigsh(operator, k=count, v0=np.ones(genes))
+        variance, axes = variance[::-1], axes[:, ::-1]
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
-    power = float(np.clip(variance[::-1][:count], 0.0, None).sum())
+    power = float(np.clip(variance, 0.0, None).sum())
     scale = 1.0 / math.sqrt(power) if power > 0 else 1.0
     return torch.from_numpy(np.ascontiguousarray(axes)).float(), scale
 
