@@ -1048,10 +1048,10 @@ def _provenance(
 ) -> dict[str, Any]:
     graphs = {
         slide.name: {
-            "k": prediction.graph.k,
-            "metric": prediction.graph.metric,
-            "method": prediction.graph.method,
-            "recall": 1.0 if prediction.graph.recall is None else prediction.graph.recall,
+            "k": prediction.candidates.k,
+            "metric": prediction.candidates.metric,
+            "method": prediction.candidates.method,
+            "recall": 1.0 if prediction.candidates.recall is None else prediction.candidates.recall,
         }
         for slide, prediction in zip(slides, predictions, strict=False)
     }

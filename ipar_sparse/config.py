@@ -132,6 +132,8 @@ class GraphConfig(Section):
     pool: Count = 256
     """on more cells than this a model trained on minisets makes a first pass over candidates
     among a random sample of this many, which reach as far as in training; 0 = no such pass"""
+    fine: Positive = 15
+    """nearest candidates that the pass after that one attends to"""
     target_mode: Literal["auto", "exact", "sketch"] = "auto"
     """walk targets in full, or sampled at the same radius; auto = exact up to 384 cells"""
 

@@ -462,7 +462,11 @@ def test_a_slide_larger_than_minisets_is_unfolded_first(run, slides):
     again = predictor.predict(slides[3])
     np.testing.assert_allclose(again.trajectory[0], far.numpy(), atol=1e-5)
     np.testing.assert_allclose(near.trajectory[0], first_layout(h, predictor.config), atol=1e-5)
-    assert torch.equal(again.graph.index, near.graph.index)
+    assert torch.equal(again.candidates.index, near.candidates.index)
+    assert near.graph is near.candidates  # 12 of them, fewer than the last pass would take
+    predictor.config = predictor.config.replace(graph={"fine": 5})
+    few = predictor.predict(slides[3])
+    assert torch.equal(few.graph.index, near.candidates.index[:, :5])
     assert not np.allclose(again.pos, near.pos)
     predictor.config = predictor.config.replace(train={"unit": "slide"})
     np.testing.assert_array_equal(predictor.predict(slides[3]).pos, near.pos)

@@ -154,15 +154,15 @@ def score_slide(
         for name, suffix in ENERGY_OF.items()
         for key, value in scored.get(name, {}).items()
     }
-    metrics |= candidate_recall(prediction.graph, slide.pos, k=15)
+    metrics |= candidate_recall(prediction.candidates, slide.pos, k=15)
     if prediction.uncertainty is not None:
         aligned, _ = align(prediction.pos, slide.pos)
         error = np.linalg.norm(aligned - slide.pos, axis=1)
         # 0: the spread says nothing of the error; 1: it orders the cells by it
         found = spearmanr(prediction.uncertainty, error).statistic
         metrics["uncertainty_error_spearman"] = float(found)
-    if prediction.graph.recall is not None:
-        metrics["graph_recall"] = prediction.graph.recall
+    if prediction.candidates.recall is not None:
+        metrics["graph_recall"] = prediction.candidates.recall
     facts = predictor.meta["facts"]
     role = {entry["digest"]: entry["role"] for entry in facts["slides"]}.get(slide_digest(slide))
     return ReportBundle(

@@ -32,7 +32,8 @@ class Prediction:
     Args:
         pos: positions (n, 2), unit-RMS gauge.
         embedding: (n, d), what the model was given.
-        graph: the candidate graph.
+        candidates: nearest neighbours in the embedding.
+        graph: those of them that the last pass of the model attends to, all or the nearest.
         gate_logits: raw gate logits (E,) or (E, heads), None without a gate.
         trajectory: layouts before the first recycle and after each, each (n, 2).
         uncertainty: root-mean-square deviation over noise seeds (n,), in units of the layout;
@@ -41,6 +42,7 @@ class Prediction:
 
     pos: np.ndarray
     embedding: np.ndarray
+    candidates: NeighborTable
     graph: NeighborTable
     gate_logits: Tensor | None = None
     trajectory: list[np.ndarray] = field(default_factory=list)
@@ -135,14 +137,14 @@ class Predictor:
                 training and aligned, and their spread is each cell's uncertainty.
         """
         h = torch.from_numpy(self.embed(slide)).to(self.device)
-        settings = self.config.graph
-        graph = knn_candidates(h, settings.k, metric=settings.metric, backend=settings.backend)
+        candidates, graph = self.graphs(h)
         bias, logits = self.edge_bias(h, graph)
         start = self.first_layout(h)
         pos, trajectory = self.model(h, graph, edge_bias=bias, return_trajectory=True, start=start)
         result = Prediction(
             pos=pos.double().cpu().numpy(),
             embedding=h.cpu().numpy(),
+            candidates=candidates,
             graph=graph,
             gate_logits=logits,
             trajectory=[step.double().cpu().numpy() for step in trajectory],
@@ -150,6 +152,23 @@ class Predictor:
         if seeds > 1:
             result.uncertainty = self._spread(h, result.pos, seeds)
         return result
+
+    def graphs(self, h: Tensor) -> tuple[NeighborTable, NeighborTable]:
+        """All candidates of the cells of a slide, and those that the last pass attends to.
+
+        Args:
+            h: embeddings (n, d).
+        """
+        settings = self.config.graph
+        graph = knn_candidates(h, settings.k, metric=settings.metric, backend=settings.backend)
+        if not self.unfolds(len(h)) or graph.k <= settings.fine:
+            return graph, graph
+        nearest = graph.index[:, : settings.fine].contiguous()
+        return graph, NeighborTable(nearest, metric=graph.metric, method=graph.method)
+
+    def unfolds(self, n: int) -> bool:
+        """Whether n cells take a pass over far candidates before that over near ones."""
+        return self.config.train.unit == "miniset" and 2 <= self.config.graph.pool < n
 
     def first_layout(self, h: Tensor, gated: bool = True) -> Tensor | None:
         """Where the model begins on the cells of a slide (n, 2); None leaves that to itself.
@@ -163,8 +182,7 @@ class Predictor:
             gated: whether the gate takes part in that pass.
         """
         start, settings = first_layout(h, self.config), self.config.graph
-        known = self.config.train.unit == "miniset"
-        if not known or settings.pool < 2 or len(h) <= settings.pool:
+        if not self.unfolds(len(h)):
             return start
         far = pooled_candidates(
             h, settings.k, settings.pool, metric=settings.metric,
@@ -187,10 +205,7 @@ class Predictor:
         for seed in range(seeds):
             generator = torch.Generator(self.device).manual_seed(seed)
             noisy = h + noise_h * torch.empty_like(h).normal_(generator=generator)
-            settings = self.config.graph
-            graph = knn_candidates(
-                noisy, settings.k, metric=settings.metric, backend=settings.backend
-            )
+            _, graph = self.graphs(noisy)
             layout = self.model(
                 noisy, graph, edge_bias=self.edge_bias(noisy, graph)[0],
                 start=self.first_layout(noisy),
