@@ -78,7 +78,7 @@ def evaluate_slide(
     bundle.command = command
     bundle.gene = spatial_gene(slide, predictor.meta["genes"])
     bundle.history = _history(predictor.run)
-    flat = {**bundle.methods["model"], **bundle.metrics, **bundle.diagnostics}
+    flat = {**bundle.methods["model"], **bundle.diagnostics, **bundle.metrics}
     flat |= {
         f"{name}/{key}": value
         for name, values in bundle.methods.items()
