@@ -29,7 +29,7 @@ from ..slide import Slide
 from ..targets import build_target, target_graph
 from .logs import HISTORY, Progress, read_history
 from .predict import Prediction, Predictor
-from .stage_a import principal_axes
+from .stage_a import principal_axes, project
 from .trainer import REFERENCE, slide_digest
 
 logger = logging.getLogger(__name__)
@@ -135,8 +135,9 @@ def score_slide(
                     seed=predictor.config.train.seed,
                     progress=lambda name: task.advance(now=name),
                 )
-                if slide.expression is not None:
-                    layouts["PCA of expression"] = expression_plane(slide, predictor.meta["genes"])
+                # with an embedding of the user's own, X may hold anything
+                if genes := predictor.meta["genes"]:
+                    layouts["PCA of expression"] = expression_plane(slide, genes)
         layouts["true coordinates"] = slide.pos
         with progress.task("Scoring", total=len(layouts)) as task:
             methods = {}
@@ -192,13 +193,11 @@ def expression_plane(slide: Slide, genes) -> np.ndarray:
 
     Args:
         slide: n cells with expression.
-        genes: genes of the run; all of the slide's own if None.
+        genes: of the run, two at least.
     """
-    names = [str(g) for g in slide.genes] if genes is None else genes
-    expression = Expression.from_slide(slide, names)
+    expression = Expression.from_slide(slide, genes)
     axes, _ = principal_axes([expression], 2)
-    blocks = np.array_split(np.arange(slide.num_cells), max(1, slide.num_cells // 8192))
-    return np.concatenate([expression.rows(rows) @ axes.numpy() for rows in blocks])
+    return project(expression, axes)
 
 
 def energies(layouts: dict[str, np.ndarray], pos, seed: int) -> dict[str, dict[str, float]]:
@@ -287,7 +286,7 @@ def _attention(predictor, h, prediction, pos):
     if graph.num_edges <= _ATTENTION_EDGES:
 
         def keep_last():
-            start = predictor.first_layout(h)
+            start = torch.from_numpy(prediction.trajectory[0]).to(h)
             for record in recycle_records(predictor.model, h, graph, bias, start):
                 last[:] = [record.attention]
                 yield record

@@ -174,11 +174,20 @@ def read_expression(slide: Slide, genes, encoder: SharedEncoder) -> Expression:
     n = expression.shape[0]
     if not encoder.smooth or n < 2:
         return expression
-    axes = encoder.axes.cpu().numpy()
-    blocks = [np.arange(start, min(start + _ROWS, n)) for start in range(0, n, _ROWS)]
-    place = np.concatenate([expression.rows(rows) @ axes for rows in blocks])
+    place = project(expression, encoder.axes.cpu())
     neighbors = knn(torch.from_numpy(place).to(encoder.axes.device), encoder.smooth).index
     return expression.smoothed(neighbors.cpu().numpy())
+
+
+def project(expression: Expression, axes: Tensor) -> np.ndarray:
+    """Cells along some axes (n, r), never all of them dense at once.
+
+    Args:
+        expression: n cells.
+        axes: (genes, r).
+    """
+    blocks = np.array_split(np.arange(expression.shape[0]), expression.shape[0] // _ROWS + 1)
+    return np.concatenate([expression.rows(rows) @ axes.numpy() for rows in blocks])
 
 
 def principal_axes(slides: Sequence[Expression], count: int) -> tuple[Tensor, float]:
