@@ -361,6 +361,17 @@ class TrainConfig(Section):
         return self
 
 
+class RefineConfig(Section):
+    """The last step of a prediction: candidates of a cell become its neighbours in the layout."""
+
+    steps: Count = 200
+    """steps of descent; 0 = the layout as the model leaves it"""
+    neighbors: Positive = 15
+    """nearest candidates that attract a cell"""
+    anchor: Weight = 2.0
+    """what it costs to leave the model's layout"""
+
+
 class EvalConfig(Section):
     """How a prediction is scored."""
 
@@ -386,6 +397,7 @@ class RunConfig(Section):
     graph: GraphConfig = GraphConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    refine: RefineConfig = RefineConfig()
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
@@ -467,6 +479,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "graph": {"pool": 0},
         "model": {"start": "mlp"},
         "train": {"lambda_gram": 0.0},
+        "refine": {"steps": 0},
     },
     "v1-rbf": {"model": {"terms": ["rbf"]}},
     "v1-mono": {"model": {"terms": ["mono"]}},

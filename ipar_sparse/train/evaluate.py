@@ -37,11 +37,12 @@ logger = logging.getLogger(__name__)
 ORACLE = "true neighbours"
 """The model on the true spatial neighbours, which no user has: how good its attention could be."""
 
-FORMS = ("no gate", ORACLE)
+FORMS = ("no gate", "not refined", ORACLE)
 """Forms of the model that are scored beside it; no baselines."""
 
 ENERGY_OF = {
-    "model": "hgate", "no gate": "nogate", ORACLE: "tedge", "true coordinates": "floor",
+    "model": "hgate", "no gate": "nogate", "not refined": "unrefined", ORACLE: "tedge",
+    "true coordinates": "floor",
 }  # fmt: skip
 """Forms of the model, and how the flat metrics call their E_geo."""
 
@@ -135,6 +136,11 @@ def score_slide(
                     seed=predictor.config.train.seed,
                     progress=lambda name: task.advance(now=name),
                 )
+                for name in ("PCA", "MLP"):  # what the last step alone is worth
+                    if name in layouts and predictor.config.refine.steps:
+                        pos = torch.from_numpy(layouts[name])
+                        pos = predictor.refined(pos, prediction.candidates.to("cpu"))
+                        layouts[f"{name}, refined"] = pos.numpy()
                 # with an embedding of the user's own, X may hold anything
                 if genes := predictor.meta["genes"]:
                     layouts["PCA of expression"] = expression_plane(slide, genes)
@@ -266,15 +272,17 @@ def recycle_records(
 
 @torch.no_grad()
 def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> dict:
-    """The model without its gate, and with true neighbours in place of candidates."""
-    graphs = {ORACLE: target_graph(pos).to(h.device)}
-    if prediction.gate_logits is not None:
-        graphs["no gate"] = prediction.graph
+    """The model without its gate, without the last step, and on true neighbours in place of
+    candidates (which the last step would not know of)."""
     start = predictor.first_layout(h, gated=False)
-    return {
-        name: predictor.model(h, graph, start=start).double().cpu().numpy()
-        for name, graph in graphs.items()
-    }
+    layouts = {ORACLE: predictor.model(h, target_graph(pos).to(h.device), start=start)}
+    if prediction.gate_logits is not None:
+        layout = predictor.model(h, prediction.graph, start=start)
+        layouts["no gate"] = predictor.refined(layout, prediction.candidates)
+    layouts = {name: layout.double().cpu().numpy() for name, layout in layouts.items()}
+    if predictor.config.refine.steps:
+        layouts["not refined"] = prediction.trajectory[-1]
+    return layouts
 
 
 def _attention(predictor, h, prediction, pos):

@@ -16,6 +16,7 @@ from ..expression import match_genes
 from ..graph import NeighborTable, knn_candidates, pooled_candidates
 from ..metrics import align
 from ..nn import EdgeGateSoft, IPALiteModel
+from ..refine import refine_layout
 from ..slide import Slide
 from .checkpoint import find_checkpoint, load_checkpoint, read_meta
 from .stage_a import EmbeddingScale
@@ -35,7 +36,8 @@ class Prediction:
         candidates: nearest neighbours in the embedding.
         graph: those of them that the last pass of the model attends to, all or the nearest.
         gate_logits: raw gate logits (E,) or (E, heads), None without a gate.
-        trajectory: layouts before the first recycle and after each, each (n, 2).
+        trajectory: layouts before the first recycle and after each, each (n, 2); the last is
+            what ``pos`` was refined from.
         uncertainty: root-mean-square deviation over noise seeds (n,), in units of the layout;
             None for one seed.
     """
@@ -142,7 +144,7 @@ class Predictor:
         start = self.first_layout(h)
         pos, trajectory = self.model(h, graph, edge_bias=bias, return_trajectory=True, start=start)
         result = Prediction(
-            pos=pos.double().cpu().numpy(),
+            pos=self.refined(pos, candidates).double().cpu().numpy(),
             embedding=h.cpu().numpy(),
             candidates=candidates,
             graph=graph,
@@ -165,6 +167,14 @@ class Predictor:
             return graph, graph
         nearest = graph.index[:, : settings.fine].contiguous()
         return graph, NeighborTable(nearest, metric=graph.metric, method=graph.method)
+
+    def refined(self, pos: Tensor, candidates: NeighborTable) -> Tensor:
+        """A layout (n, 2) drawn to its nearest candidates, as the configuration says."""
+        settings = self.config.refine
+        return refine_layout(
+            pos, candidates, steps=settings.steps, neighbors=settings.neighbors,
+            anchor=settings.anchor, seed=self.config.train.seed,
+        )  # fmt: skip
 
     def unfolds(self, n: int) -> bool:
         """Whether n cells take a pass over far candidates before that over near ones."""
@@ -205,11 +215,11 @@ class Predictor:
         for seed in range(seeds):
             generator = torch.Generator(self.device).manual_seed(seed)
             noisy = h + noise_h * torch.empty_like(h).normal_(generator=generator)
-            _, graph = self.graphs(noisy)
+            candidates, graph = self.graphs(noisy)
             layout = self.model(
                 noisy, graph, edge_bias=self.edge_bias(noisy, graph)[0],
                 start=self.first_layout(noisy),
             )  # fmt: skip
-            aligned, _ = align(layout, pos)
+            aligned, _ = align(self.refined(layout, candidates), pos)
             square += np.square(aligned - pos).sum(-1)
         return np.sqrt(square / seeds)
