@@ -291,6 +291,9 @@ def train(
     layer: Layer = None,
     normalized: Normalized = None,
     slide_key: SlideKey = None,
+    donor_key: DonorKey = None,
+    donor_pattern: DonorPattern = None,
+    donor_map: DonorMap = None,
     seed: Annotated[
         int | None,
         _flag("--seed", "Seed of everything random. [dim]Default: 0[/dim]", RUNNING, "N", min=0),
@@ -311,6 +314,9 @@ def train(
         "--layer": layer,
         "--normalized/--counts": normalized,
         "--slide-key": slide_key,
+        "--donor-key": donor_key,
+        "--donor-pattern": donor_pattern,
+        "--donor-map": donor_map,
     }
     if resume:
         _check_resume(out, overwrite, [name for name, value in given.items() if value is not None])
@@ -326,7 +332,7 @@ def train(
         _check_run_folder(out, overwrite)
 
     from .config import RunConfig, load_config, resolve_device
-    from .train.study import FEW_SLIDES
+    from .train.study import FEW_SLIDES, find_donors
     from .train.trainer import fit
 
     if resume:
@@ -359,16 +365,21 @@ def train(
         val_slides = []
         _note(f"no --val given: all {settings.train.epochs} epochs are run")
 
+    if resume:
+        donors = _inputs(out).get("donors")
+    else:
+        donors = find_donors(train_slides, donor_key, donor_pattern, donor_map)
     with _run_folder(out, resume):
         if not resume:
             settings.save(out)
             record = {
                 "train": [str(p.absolute()) for p in slides],
                 "val": [str(p.absolute()) for p in val or []],
+                "donors": donors,
             }
             (out / INPUTS).write_text(json.dumps(record, indent=2) + "\n")
         try:
-            fit(train_slides, val_slides, settings, out, resume=resume)
+            fit(train_slides, val_slides, settings, out, resume=resume, donors=donors)
         except KeyboardInterrupt:
             raise Stopped(_what_is_left(out)) from None
     _say(f"trained: {out}\nnext: ipar-sparse evaluate {out} SLIDE.h5ad --out DIR")

@@ -177,8 +177,9 @@ class ModelConfig(Section):
     """starts of one learned weight of the gate per recycle, below 2.5; none = beta, fixed"""
     step_gate: Inside | None = None
     """start of a learned step size per recycle; none = whole steps"""
-    start: Literal["mlp", "pca"] = "pca"
-    """first layout: an MLP of the embedding, or the embedding's own two principal components"""
+    start: Literal["auto", "mlp", "pca"] = "auto"
+    """first layout: an MLP of the embedding, or the embedding's own two principal components;
+    auto = an MLP where a learned map places the training slides of a donor left out better"""
     init_noise: Weight = 0.05
     """standard deviation of the noise on the first layout in training"""
     backend: Literal["auto", "reference", "chunked", "triton"] = "auto"

@@ -49,7 +49,7 @@ SMALL = [
     "model.channels=16", "model.heads=2", "model.head_channels=8", "model.recycles=2",
     "train.minisets=4", "train.miniset_min=40", "train.miniset_max=60", "train.epochs=3",
     "train.warmup_epochs=1", "train.ramp_epochs=1", "train.gate_steps=3", "train.val_minisets=2",
-    "graph.k=12", "data.max_genes=60",
+    "graph.k=12", "data.max_genes=60", "model.start=pca",
 ]  # fmt: skip
 
 

@@ -609,7 +609,7 @@ class _Work:
 def _train_encoder(study: Study, out: Path, task: Task) -> None:
     slides, fold = _by_name(study, task), study.fold(task.fold)
     train = [slides[name] for name in fold.train]
-    fit_encoder(train, study.config(task.variant, task.seed), out / task.folder)
+    fit_encoder(train, study.config(task.variant, task.seed), out / task.folder, study.donors)
 
 
 def _run(study: Study, out: Path, task: Task) -> None:
@@ -622,6 +622,7 @@ def _run(study: Study, out: Path, task: Task) -> None:
     result = fit(
         [slides[name] for name in fold.train], val, config, folder,
         resume=(folder / LAST).is_file(), encoder=shared and out / shared.folder,
+        donors=study.donors,
     )  # fmt: skip
     trained = time.monotonic()
     predictor = Predictor.load(folder, resolve_device(config.train.device))

@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,7 @@ from .stage_a import (
     principal_axes,
     read_expression,
 )
+from .transfer import try_transfer
 from .units import MinisetPool, TrainingSlide, Unit, build_unit, draw_candidates, merge
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ STAGES = ("encoder", "gate", "joint")
 _BYTES_A_CELL = 10_000  # of a whole slide: embedding, graph both ways, targets, k = 100
 _SLIDE_STEPS = 100  # steps an epoch on whole slides, where none are asked for
 _LOG_EVERY = 10
+TRANSFER = "transfer"
+"""Where the facts of a run hold what became of leaving donors out."""
 
 TERM_COLUMNS = {
     "rw_kl": "l_rw",
@@ -116,6 +119,7 @@ def fit(
     out: Path,
     resume: bool = False,
     encoder: Path | None = None,
+    donors: Mapping[str, str] | None = None,
 ) -> FitResult:
     """Train encoder, gate and model, and write a run directory.
 
@@ -130,6 +134,8 @@ def fit(
         resume: continue from its last checkpoint.
         encoder: directory that :func:`fit_encoder` wrote with the same slides, encoder settings
             and seed; its encoder is taken instead of training the same one again.
+        donors: slide name to donor, for what is tried on donors left out; every slide is its own
+            donor if left out.
 
     Raises:
         UserError: on slides that cannot be trained on.
@@ -137,11 +143,14 @@ def fit(
     """
     device = resolve_device(config.train.device)
     with _interrupt_between_steps() as interrupted, Progress() as progress:
-        run = _Run(train_slides, val_slides, config, Path(out), device, progress, interrupted)
+        run = _Run(
+            train_slides, val_slides, config, Path(out), device, progress, interrupted, donors
+        )  # fmt: skip
         if resume:
             run.load()
         elif encoder is not None:
             run.take_encoder(encoder)
+        run.choose_start()
         run.train_encoder()
         run.freeze_embeddings()
         run.train_gate()
@@ -151,13 +160,19 @@ def fit(
     return FitResult(Path(out), state.best_epoch, state.best, state.facts)
 
 
-def fit_encoder(train_slides: list[Slide], config: RunConfig, out: Path) -> None:
+def fit_encoder(
+    train_slides: list[Slide],
+    config: RunConfig,
+    out: Path,
+    donors: Mapping[str, str] | None = None,
+) -> None:
     """Train the encoder alone, for :func:`fit` to take it into several runs.
 
     Args:
         train_slides: slides with positions.
         config: of any of these runs.
         out: directory to write to; exists.
+        donors: slide name to donor; every slide is its own donor if left out.
 
     Raises:
         UserError: on slides that cannot be trained on.
@@ -165,7 +180,8 @@ def fit_encoder(train_slides: list[Slide], config: RunConfig, out: Path) -> None
     """
     device = resolve_device(config.train.device)
     with _interrupt_between_steps() as interrupted, Progress() as progress:
-        run = _Run(train_slides, [], config, Path(out), device, progress, interrupted)
+        run = _Run(train_slides, [], config, Path(out), device, progress, interrupted, donors)
+        run.choose_start()
         run.train_encoder()
         run.close()
 
@@ -173,10 +189,12 @@ def fit_encoder(train_slides: list[Slide], config: RunConfig, out: Path) -> None
 class _Run:
     """A run in progress: modules, data, and how far it has come."""
 
-    def __init__(self, train_slides, val_slides, config, out, device, progress, interrupted):
+    def __init__(
+        self, train_slides, val_slides, config, out, device, progress, interrupted, donors=None
+    ):
         self.config, self.out, self.device = config, out, device
         self.train_slides, self.val_slides = train_slides, val_slides
-        self.progress, self.interrupted = progress, interrupted
+        self.progress, self.interrupted, self.donors = progress, interrupted, donors
         self.state = Progressed()
         self._pending: dict[str, Any] | None = None  # meta of the checkpoint resumed from
         for slide in (*train_slides, *val_slides):
@@ -212,6 +230,30 @@ class _Run:
         }
         self.history: History | None = None
         self.board: TensorBoard | None = None
+
+    def choose_start(self) -> None:
+        """Settle what ``model.start: auto`` means, once; a checkpoint remembers it."""
+        if self.config.model.start != "auto":
+            return
+        if TRANSFER not in self.state.facts:
+            build = None
+            if self.encoder is not None:
+
+                def build():
+                    return build_encoder(self.config, len(self.genes))
+
+            with self.progress.task("Leaving donors out") as task:
+
+                def step_done():
+                    task.advance()
+                    self._stop_if_asked("encoder")
+
+                found = try_transfer(
+                    self.train_slides, self.donors, self.config, build, self.genes, self.device,
+                    step_done,
+                )  # fmt: skip
+            self.state.facts[TRANSFER] = found.as_dict()
+        self.config = resolve_start(self.config, self.state.facts)
 
     def train_encoder(self) -> None:
         if self.encoder is None or self.state.stage != "encoder":
@@ -254,6 +296,8 @@ class _Run:
             raise UserError(
                 f"{trained} holds no trained encoder of these slides' genes; train it again"
             )
+        if TRANSFER in meta["facts"]:
+            self.state.facts[TRANSFER] = meta["facts"][TRANSFER]
         self.encoder.eval().requires_grad_(False)
         self._advance("gate")
 
@@ -666,6 +710,18 @@ class _Run:
         text = f"{self.config.train.seed}/{stage}/{step}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
         return torch.Generator(device or self.device).manual_seed(seed)
+
+
+def resolve_start(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
+    """A run's configuration with what ``model.start: auto`` came to.
+
+    Args:
+        config: of the run.
+        facts: of its checkpoint.
+    """
+    if config.model.start != "auto":
+        return config
+    return config.replace(model={"start": facts[TRANSFER]["start"]})
 
 
 def build_encoder(config: RunConfig, num_genes: int) -> SharedEncoder:
