@@ -472,6 +472,15 @@ def test_a_slide_larger_than_minisets_is_unfolded_first(run, slides):
     np.testing.assert_array_equal(predictor.predict(slides[3]).pos, near.pos)
 
 
+def test_attention_is_judged_on_all_candidates(run, slides):
+    """On the few that the last pass is given, all would be among the most attended."""
+    predictor = Predictor.load(run)
+    predictor.config = predictor.config.replace(graph={"pool": 50, "fine": 3})
+    found = score_slide(predictor, slides[3], baselines=False)
+    assert found.diagnostics["attention_entropy/r0/h0"] > np.log(3)
+    assert max(len(focus.neighbors) for focus in found.focus) == 3
+
+
 def test_the_uncertainty_is_held_against_the_error(run, slides):
     found = score_slide(Predictor.load(run), slides[3], seeds=4, baselines=False)
     error = np.linalg.norm(align(found.pred, slides[3].pos)[0] - slides[3].pos, axis=1)

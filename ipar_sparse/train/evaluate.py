@@ -286,25 +286,32 @@ def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> d
 
 
 def _attention(predictor, h, prediction, pos):
-    """Diagnostics of every recycle, where four cells attend, and the last attention (E, heads)."""
-    graph = prediction.graph
-    bias, logits = predictor.edge_bias(h, graph)
+    """Diagnostics of every recycle, where four cells attend, and the last attention (E, heads)
+    of the last pass.
+
+    What attention and gate find is asked of a pass over all candidates: the last one may be given
+    so few that none is left to choose.
+    """
+    graph, wide = prediction.graph, prediction.candidates
+    _, logits = predictor.edge_bias(h, wide)
     last: list[Tensor] = []
     records: Iterator[RecycleRecord] = iter(())
+    start = torch.from_numpy(prediction.trajectory[0]).to(h)
+
+    def attend(table: NeighborTable) -> Iterator[RecycleRecord]:
+        bias, _ = predictor.edge_bias(h, table)
+        return recycle_records(predictor.model, h, table, bias, start)
+
     if graph.num_edges <= _ATTENTION_EDGES:
-
-        def keep_last():
-            start = torch.from_numpy(prediction.trajectory[0]).to(h)
-            for record in recycle_records(predictor.model, h, graph, bias, start):
-                last[:] = [record.attention]
-                yield record
-
-        records = keep_last()
+        for record in attend(graph):
+            last[:] = [record.attention]
+    if wide.num_edges <= _ATTENTION_EDGES:
+        records = attend(wide)
     else:
-        logger.info("%d edges: attention diagnostics are left out", graph.num_edges)
+        logger.info("%d edges: attention diagnostics are left out", wide.num_edges)
     trajectory = [torch.from_numpy(step) for step in prediction.trajectory]
     measures = diagnose(
-        graph, records, pos=pos, trajectory=trajectory, gate_logits=logits,
+        wide, records, pos=pos, trajectory=trajectory, gate_logits=logits,
         seed=predictor.config.train.seed,
     )  # fmt: skip
     if not last or not graph.k:
