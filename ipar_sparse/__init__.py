@@ -23,6 +23,7 @@ _HOME = {
     "edge_gate": "ops",
     "build_target": "targets",
     "gauge_fix": "gauge",
+    "refine_layout": "refine",
     "UserError": "errors",
 }
 

