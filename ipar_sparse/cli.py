@@ -692,10 +692,18 @@ def info(run: Run) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for role, paths in _inputs(run).items():
-        table.add_row({"train": "trained on", "val": "validated on"}[role], "\n".join(paths))
+    recorded = _inputs(run)
+    for role, label in (("train", "trained on"), ("val", "validated on")):
+        if role in recorded:
+            table.add_row(label, "\n".join(recorded[role]))
     facts = {key: value for key, value in meta["facts"].items() if isinstance(value, int)}
     table.add_row("data", ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in facts.items()))
+    if tried := meta["facts"].get("transfer", {}).get("scores"):
+        table.add_row(
+            "start",
+            f"{meta['facts']['transfer']['start']}: on donors left out a learned map reached "
+            f"distance Spearman {tried['map']:.3f}, the embedding's plane {tried['plane']:.3f}",
+        )
     table.add_row("got to", f"{meta['stage']} stage, step {meta['step']}")
     if meta["best"] is not None:
         table.add_row(
@@ -874,7 +882,7 @@ def _check_no_leak(slides: list[Path], val: list[Path]) -> None:
             )
 
 
-def _inputs(run: Path) -> dict[str, list[str]]:
+def _inputs(run: Path) -> dict[str, Any]:
     try:
         return json.loads((run / INPUTS).read_text())
     except (OSError, ValueError):
