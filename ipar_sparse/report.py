@@ -368,7 +368,7 @@ def _recycle_section(bundle):
     return _section(
         "Recycle by recycle",
         "The map at the start and after each pass through the model, in the colours of the first "
-        "figure.",
+        "figure. The last step, where a run has one, comes after them.",
         [draw_figure("recycles", (10.0, height), draw, "The map after every recycle")],
     )
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from ipar_sparse.config import RunConfig, load_config
+from ipar_sparse.errors import UserError
 from ipar_sparse.simulate import simulate
 from ipar_sparse.slide import Slide
 from ipar_sparse.train.checkpoint import LAST, read_meta
 from ipar_sparse.train.predict import Predictor
-from ipar_sparse.train.trainer import TRANSFER, build_encoder, fit, fit_encoder
+from ipar_sparse.train.trainer import TRANSFER, build_encoder, fit, fit_encoder, resolve_start
 from ipar_sparse.train.transfer import MAP, PLANE, try_transfer
 
 CPU = torch.device("cpu")
@@ -97,3 +98,10 @@ def test_a_run_remembers_what_it_began_from(slides, tmp_path):
     predictor = Predictor.load(run)
     assert predictor.config.model.start == metas[0]["start"]
     assert RunConfig.load(run).model.start == "auto"
+
+
+def test_a_run_stopped_before_the_choice_cannot_predict():
+    with pytest.raises(UserError, match="stopped before its training began"):
+        resolve_start(RunConfig(), {"genes": 10})
+    settled = RunConfig().replace(model={"start": "mlp"})
+    assert resolve_start(settled, {}) is settled

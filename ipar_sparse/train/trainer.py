@@ -718,9 +718,17 @@ def resolve_start(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
     Args:
         config: of the run.
         facts: of its checkpoint.
+
+    Raises:
+        UserError: the run was stopped before that was settled.
     """
     if config.model.start != "auto":
         return config
+    if TRANSFER not in facts:
+        raise UserError(
+            "the run was stopped before its training began; go on with it first: "
+            "ipar-sparse train --resume --out RUN"
+        )
     return config.replace(model={"start": facts[TRANSFER]["start"]})
 
 
