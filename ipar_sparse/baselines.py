@@ -303,6 +303,12 @@ def _umap(h, seed, **_):
     return umap_layout(h, seed=seed)
 
 
+def _atlas(h, train):
+    from .atlas import atlas_layout  # which aligns its slides by this module
+
+    return atlas_layout(h, train)
+
+
 # Each takes all material by name and returns a layout, or None where it does not apply.
 BASELINES: Mapping[str, Callable[..., np.ndarray | None]] = {
     "random": lambda h, seed, **_: random_layout(len(h), seed=seed),
@@ -314,6 +320,7 @@ BASELINES: Mapping[str, Callable[..., np.ndarray | None]] = {
     ),
     "ridge": lambda h, train, **_: ridge_layout(h, train) if train else None,
     "MLP": lambda h, train, seed, **_: mlp_layout(h, train, seed=seed) if train else None,
+    "atlas": lambda h, train, **_: _atlas(h, train) if train else None,
 }
 
 

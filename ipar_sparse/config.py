@@ -74,8 +74,9 @@ class EncoderConfig(Section):
     """average each cell with this many nearest in expression before it is encoded; 0 = none"""
     dropout: Fraction = 0.3
     """dropout after every hidden layer"""
-    steps: Count = 400
-    """optimiser steps; 0 = leave it at its start, principal components with a linear path"""
+    steps: Count | None = None
+    """optimiser steps; none = 50 passes over the training cells, but 400 to 2000 steps; 0 = leave
+    it at its start, principal components with a linear path"""
     batch_size: Positive = 512
     """anchor cells per step, all of one slide"""
     lr: Rate = 1e-3
@@ -106,6 +107,16 @@ class EncoderConfig(Section):
     """standard deviation of the Gaussian noise of a view"""
     gene_scale: Weight = 0.3
     """standard deviation of the log factor of each gene of a view, as between batches"""
+
+    def steps_for(self, cells: int) -> int:
+        """Optimiser steps on so many training cells.
+
+        On 2,000 cells more than 400 steps learn the slides by heart; on 30,000 they are seven
+        passes, and embeddings of unseen slides gain up to 1,600.
+        """
+        if self.steps is not None:
+            return self.steps
+        return min(max(round(50 * cells / self.batch_size), 400), 2000)
 
     def weights(self) -> dict[str, float]:
         """Losses with a weight, by name."""
@@ -177,9 +188,10 @@ class ModelConfig(Section):
     """starts of one learned weight of the gate per recycle, below 2.5; none = beta, fixed"""
     step_gate: Inside | None = None
     """start of a learned step size per recycle; none = whole steps"""
-    start: Literal["auto", "mlp", "pca"] = "auto"
-    """first layout: an MLP of the embedding, or the embedding's own two principal components;
-    auto = an MLP where a learned map places the training slides of a donor left out better"""
+    start: Literal["auto", "atlas", "mlp", "pca"] = "auto"
+    """first layout: an MLP of the embedding, the embedding's own two principal components, or an
+    atlas of the training slides; auto = the MLP where a learned map places the training slides of
+    a donor left out better than the components do, else these"""
     init_noise: Weight = 0.05
     """standard deviation of the noise on the first layout in training"""
     backend: Literal["auto", "reference", "chunked", "triton"] = "auto"

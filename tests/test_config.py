@@ -124,3 +124,11 @@ def test_every_preset_is_a_run_that_can_be_saved(preset, tmp_path):
     config = load_config(preset=preset)
     config.save(tmp_path)
     assert RunConfig.load(tmp_path) == config and config.preset == preset
+
+
+def test_stage_a_is_as_long_as_its_cells_ask():
+    settings = RunConfig().encoder
+    assert settings.steps_for(500) == 400
+    assert settings.steps_for(8000) == round(50 * 8000 / 512) == 781
+    assert settings.steps_for(10**6) == 2000
+    assert RunConfig().replace(encoder={"steps": 7}).encoder.steps_for(10**6) == 7

@@ -37,11 +37,12 @@ logger = logging.getLogger(__name__)
 ORACLE = "true neighbours"
 """The model on the true spatial neighbours, which no user has: how good its attention could be."""
 
-FORMS = ("no gate", "not refined", ORACLE)
+FORMS = ("no gate", "not refined", "first layout", ORACLE)
 """Forms of the model that are scored beside it; no baselines."""
 
 ENERGY_OF = {
-    "model": "hgate", "no gate": "nogate", "not refined": "unrefined", ORACLE: "tedge",
+    "model": "hgate", "no gate": "nogate", "not refined": "unrefined", "first layout": "first",
+    ORACLE: "tedge",
     "true coordinates": "floor",
 }  # fmt: skip
 """Forms of the model, and how the flat metrics call their E_geo."""
@@ -136,7 +137,7 @@ def score_slide(
                     seed=predictor.config.train.seed,
                     progress=lambda name: task.advance(now=name),
                 )
-                for name in ("PCA", "MLP"):  # what the last step alone is worth
+                for name in ("PCA", "MLP", "atlas"):  # what the last step alone is worth
                     if name in layouts and predictor.config.refine.steps:
                         pos = torch.from_numpy(layouts[name])
                         pos = predictor.refined(pos, prediction.candidates.to("cpu"))
@@ -272,13 +273,16 @@ def recycle_records(
 
 @torch.no_grad()
 def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> dict:
-    """The model without its gate, without the last step, and on true neighbours in place of
-    candidates (which the last step would not know of)."""
+    """The model without its gate, without the last step, before its first recycle, and on true
+    neighbours in place of candidates (which the last step would not know of)."""
     start = predictor.first_layout(h, gated=False)
     layouts = {ORACLE: predictor.model(h, target_graph(pos).to(h.device), start=start)}
     if prediction.gate_logits is not None:
         layout = predictor.model(h, prediction.graph, start=start)
         layouts["no gate"] = predictor.refined(layout, prediction.candidates)
+    first = predictor.start(h)
+    if first is not None:
+        layouts["first layout"] = first
     layouts = {name: layout.double().cpu().numpy() for name, layout in layouts.items()}
     if predictor.config.refine.steps:
         layouts["not refined"] = prediction.trajectory[-1]

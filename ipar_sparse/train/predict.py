@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..atlas import Atlas
 from ..config import RunConfig
 from ..errors import UserError
 from ..expression import match_genes
+from ..gauge import gauge_fix, principal_plane
 from ..graph import NeighborTable, knn_candidates, pooled_candidates
 from ..metrics import align
 from ..nn import EdgeGateSoft, IPALiteModel
@@ -21,7 +23,6 @@ from ..slide import Slide
 from .checkpoint import find_checkpoint, load_checkpoint, read_meta
 from .stage_a import EmbeddingScale
 from .trainer import build_encoder, build_gate_and_model, embed_raw, resolve_start
-from .units import first_layout
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Predictor:
         encoder: expression to embedding; None where users bring their own.
         scale, gate, model: the trained modules, in evaluation mode.
         device: where they lie.
+        atlas: of the training slides, None where the run does not begin from one.
     """
 
     run: Path
@@ -72,6 +74,7 @@ class Predictor:
     gate: EdgeGateSoft
     model: IPALiteModel
     device: torch.device
+    atlas: Atlas | None = None
 
     @classmethod
     def load(cls, run: Path, device: torch.device | str = "cpu") -> Predictor:
@@ -89,6 +92,8 @@ class Predictor:
         modules["gate"], modules["model"] = build_gate_and_model(config, meta["dim"])
         if meta["genes"] is not None:
             modules["encoder"] = build_encoder(config, len(meta["genes"]))
+        if config.model.start == "atlas":
+            modules["atlas"] = Atlas(meta["dim"])
         load_checkpoint(path, modules)
         for module in modules.values():
             module.to(device).eval().requires_grad_(False)
@@ -101,6 +106,7 @@ class Predictor:
             gate=modules["gate"],
             model=modules["model"],
             device=device,
+            atlas=modules.get("atlas"),
         )
 
     def embed(self, slide: Slide) -> np.ndarray:
@@ -181,8 +187,15 @@ class Predictor:
         """Whether n cells take a pass over far candidates before that over near ones."""
         return self.config.train.unit == "miniset" and 2 <= self.config.graph.pool < n
 
+    def start(self, h: Tensor) -> Tensor | None:
+        """Where the first pass begins (n, 2): an atlas's layout, a plane, or None, which leaves
+        it to the model's own MLP of ``h`` (n, d)."""
+        if self.atlas is not None:
+            return gauge_fix(self.atlas(h))
+        return gauge_fix(principal_plane(h)) if self.config.model.start == "pca" else None
+
     def first_layout(self, h: Tensor, gated: bool = True) -> Tensor | None:
-        """Where the model begins on the cells of a slide (n, 2); None leaves that to itself.
+        """Where the last pass begins on the cells of a slide (n, 2); None leaves that to itself.
 
         A model that was trained on minisets knows candidates that reach over a good part of the
         tissue. On a whole slide the nearest ones are much nearer, and would refine a layout that
@@ -192,7 +205,7 @@ class Predictor:
             h: embeddings (n, d).
             gated: whether the gate takes part in that pass.
         """
-        start, settings = first_layout(h, self.config), self.config.graph
+        start, settings = self.start(h), self.config.graph
         if not self.unfolds(len(h)):
             return start
         far = pooled_candidates(

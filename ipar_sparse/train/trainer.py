@@ -25,11 +25,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import __version__
+from ..atlas import Atlas
 from ..config import RunConfig, resolve_device
 from ..diagnostics import candidate_recall, collapse_diagnostics, health_warnings
 from ..errors import UserError
 from ..expression import Expression, match_genes, select_genes
 from ..files import atomic_write
+from ..gauge import gauge_fix
 from ..graph import NeighborTable, knn_candidates
 from ..losses import e_geo, gate_loss, geometry_terms
 from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
@@ -218,6 +220,7 @@ class _Run:
         self.scale = EmbeddingScale(dim).to(device)
         self.gate, self.model = build_gate_and_model(config, dim)
         self.gate.to(device), self.model.to(device)
+        self.atlas: Atlas | None = None
         self.state.facts = {
             "genes": len(self.genes) if self.genes else 0,
             "train_cells": sum(s.num_cells for s in train_slides),
@@ -274,11 +277,12 @@ class _Run:
         )
         self._restore(optimizer)
         self.encoder.train()
-        with self._steps("Encoder", settings.steps) as task:
-            for step in range(self.state.step, settings.steps):
+        total = settings.steps_for(sum(slide.num_cells for slide in self.train_slides))
+        with self._steps("Encoder", total) as task:
+            for step in range(self.state.step, total):
                 generator = self._generator("encoder", step, "cpu")
                 torch.manual_seed(generator.initial_seed())  # dropout draws from the global one
-                _set_lr(optimizer, _cosine(step, settings.steps, settings.lr, settings.lr * 0.01))
+                _set_lr(optimizer, _cosine(step, total, settings.lr, settings.lr * 0.01))
                 slide = slides[step % len(slides)]
                 losses = encoder_loss(self.encoder, slide, settings, generator, self.device)
                 optimizer.zero_grad(set_to_none=True)
@@ -313,10 +317,28 @@ class _Run:
             [TrainingSlide(s.name, scaled[id(s)], torch.from_numpy(s.pos)) for s in slides]
             for slides in (self.train_slides, self.val_slides)
         )
+        if self.config.model.start == "atlas":
+            self._fit_atlas()
         if "candidate_recall" not in self.state.facts:
             self.state.facts["candidate_recall"] = self._candidate_recall()
         self._save_reference()
         self._build_units()
+
+    def _fit_atlas(self) -> None:
+        """An atlas of the training slides, and where it places all cells.
+
+        It knows its own slides too well. Their cells are placed under the noise of training, or
+        the model would learn to trust their places more than those on a new slide.
+        """
+        with self.progress.task("Atlas"):
+            self.atlas = Atlas(self.dim).fit([(s.h, s.pos) for s in self.train_data])
+            self.atlas.to(self.device)
+            for number, slide in enumerate((*self.train_data, *self.val_data)):
+                generator = self._generator("atlas", number, "cpu")
+                seen = number < len(self.train_data)
+                noise = torch.randn(slide.h.shape, generator=generator) * seen
+                h = slide.h + self.config.train.noise_h * noise
+                slide.start = gauge_fix(self.atlas(h.to(self.device)).cpu())
 
     def train_gate(self) -> None:
         if self.state.stage != "gate":
@@ -550,6 +572,7 @@ class _Run:
             "pos": slide.pos,
             "graph": self.config.graph.model_dump(mode="json"),
             "start": self.config.model.start,
+            "first": slide.start,
             "gate_walk": list(settings.gate_walk),
             "multiscale": settings.lambda_multiscale > 0,
             "seed": settings.seed,
@@ -557,7 +580,9 @@ class _Run:
         }
         return cached_record(
             "whole-slide", inputs, Unit,
-            lambda: build_unit(slide.h, slide.pos, self.config, settings.seed, True, oracle),
+            lambda: build_unit(
+                slide.h, slide.pos, self.config, settings.seed, True, oracle, slide.start
+            ),
         )  # fmt: skip
 
     def _unit(self, stage: str, step: int) -> Unit:
@@ -605,6 +630,8 @@ class _Run:
 
     def _modules(self) -> dict[str, nn.Module]:
         modules = {"scale": self.scale, "gate": self.gate, "model": self.model}
+        if self.atlas is not None:
+            modules["atlas"] = self.atlas
         return modules if self.encoder is None else {"encoder": self.encoder, **modules}
 
     def _save(self, path: Path, optimizer=None, scaler=None) -> None:

@@ -115,7 +115,7 @@ def _leave_out(train, test, config, build, genes, device, seed, step_done) -> di
         encoder.start_from(*principal_axes(plain, max(settings.out, SMOOTH_CHANNELS)))
     read = {id(s): read_expression(s, genes, encoder) for s in (*train, *test)}
 
-    steps = round(_PART * settings.steps)
+    steps = round(_PART * settings.steps_for(sum(s.num_cells for s in train)))
     if steps:
         fit = [
             ContrastSlide(read[id(s)], s.pos, settings.neighbors, settings.far_quantile)

@@ -74,11 +74,13 @@ def read_file(
 
 @dataclass
 class TrainingSlide:
-    """A slide after stage A: frozen embeddings (n, d) and positions (n, 2), float64."""
+    """A slide after stage A: frozen embeddings (n, d), positions (n, 2), float64, and where the
+    atlas places its cells (n, 2), if the run begins from one."""
 
     name: str
     h: Tensor
     pos: Tensor
+    start: Tensor | None = None
 
 
 def build_unit(
@@ -88,6 +90,7 @@ def build_unit(
     seed: int,
     whole: bool = False,
     oracle: bool = False,
+    start: Tensor | None = None,
 ) -> Unit:
     """Candidates and targets of one set of cells.
 
@@ -98,6 +101,7 @@ def build_unit(
         seed: of the sampled parts of the targets.
         whole: whether this is a whole slide.
         oracle: attend on the true neighbours in place of candidates.
+        start: where the atlas places the cells (n, 2), if the run begins from one.
     """
     mode = config.graph.target_mode
     if oracle:
@@ -114,12 +118,9 @@ def build_unit(
         (walk,) = walks.values()
     else:
         walk = _per_row(graph, sum(w * walks[step] for step, w in weights.items()))
-    return Unit(h, graph, target, walk.float(), whole, first_layout(h, config))
-
-
-def first_layout(h: Tensor, config: RunConfig) -> Tensor | None:
-    """Where the model begins on a set of cells (n, 2), or None if it finds that itself."""
-    return gauge_fix(principal_plane(h)) if config.model.start == "pca" else None
+    if config.model.start == "pca":
+        start = gauge_fix(principal_plane(h))
+    return Unit(h, graph, target, walk.float(), whole, start)
 
 
 def draw_candidates(unit: Unit, settings: TrainConfig, generator: torch.Generator) -> Unit:
@@ -251,8 +252,9 @@ class MinisetPool:
         slide = self.slides[which]
         seed = self.seed + number
         unit = build_unit(
-            slide.h[rows], slide.pos[rows], self.config, seed, oracle=self.oracle
-        )
+            slide.h[rows], slide.pos[rows], self.config, seed, oracle=self.oracle,
+            start=None if slide.start is None else slide.start[rows],
+        )  # fmt: skip
         if len(rows) <= self._room:
             self._room -= len(rows)
             self._kept[number] = unit

@@ -1,0 +1,164 @@
+"""A map of the embedding over the tissue, read backwards: where would a cell like this lie?
+
+A regression from embedding to position must find, for every one of 128 dimensions, what it says
+of the place. It is easier to go the other way: over the tissue, the embedding is a smooth field,
+and what is left around it is noise whose covariance can be measured. Bayes' rule then gives the
+place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .baselines import align_slides
+
+_SIDE = 48  # grid points along each side of the tissue's frame
+_KNOTS = 10  # centres of the field along each side
+_KNOT_WIDTH = 0.25  # of a centre, in RMS radii of a slide
+_DENSITY_WIDTH = 0.08  # at which the density of the tissue is looked at
+_SPARSE = 0.1  # of the mean density: below, no tissue
+_SMOOTHNESS = 1e-4  # ridge penalty of a field, relative to the number of cells
+_SHRINKAGE = 0.1  # of the noise's covariance towards its diagonal
+_CELLS = 4000  # that density is looked at by
+_BLOCK = 4096  # cells placed at once
+
+
+class Atlas(nn.Module):
+    r"""Posterior mean of a cell's place given its embedding.
+
+    .. math::
+        \mathbf{h} = f(\mathbf{x}) + \varepsilon, \quad \varepsilon \sim N(0, \Sigma), \qquad
+        p(\mathbf{x} \mid \mathbf{h}) \propto \rho(\mathbf{x})
+        \exp\bigl(-\tfrac{T}{2}\, \|\Sigma^{-1/2} (\mathbf{h} - f(\mathbf{x}))\|^2 \bigr)
+
+    on a grid of the common frame that
+    :func:`~ipar_sparse.baselines.align_slides` turns the training slides into. f is a ridge
+    regression on Gaussian bumps and a plane, :math:`\Sigma` the covariance of what it leaves,
+    shrunk by a tenth towards its diagonal, :math:`\rho` the density of the training slides. Each
+    slide counts alike. T below 1 says that cells of another animal differ from the field by more
+    than those it was fitted on.
+
+    Args:
+        channels: width d of the embedding.
+        temperature: T.
+
+    Shapes:
+        - **input:** embeddings (n, d)
+        - **output:** positions (n, 2) in the common frame
+    """
+
+    def __init__(self, channels: int, temperature: float = 0.5):
+        super().__init__()
+        self.channels, self.temperature = channels, temperature
+        self.register_buffer("grid", torch.zeros(_SIDE**2, 2))
+        self.register_buffer("log_density", torch.zeros(_SIDE**2))  # -inf where no tissue is
+        self.register_buffer("field", torch.zeros(_SIDE**2, channels))  # whitened
+        self.register_buffer("whiten", torch.eye(channels))
+
+    @torch.no_grad()
+    def fit(self, slides: Sequence[tuple]) -> Atlas:
+        """Learn field, noise and density.
+
+        Args:
+            slides: pairs (embedding (n_s, d), positions (n_s, 2)) of training slides.
+
+        Raises:
+            ValueError: without slides, or with embeddings of another width.
+        """
+        if not slides or any(h.shape[1] != self.channels for h, _ in slides):
+            raise ValueError(f"an atlas is fitted on slides of embeddings (n, {self.channels})")
+        values = [torch.as_tensor(h).double().cpu() for h, _ in slides]
+        pairs = [(h.numpy(), np.asarray(pos)) for h, (_, pos) in zip(values, slides, strict=True)]
+        places = [torch.from_numpy(np.asarray(x)).double() for x in align_slides(pairs)]
+        seen = torch.cat([_some(x, _CELLS // len(places)) for x in places])
+        low, high = (torch.cat([x.aminmax(dim=0)[i][None] for x in places]) for i in (0, 1))
+        low, high = low.amin(0), high.amax(0)
+
+        knots = _lattice(low, high, _KNOTS)
+        knots = knots[torch.cdist(knots, seen).amin(1) < _KNOT_WIDTH]
+        gram, cross = 0.0, 0.0
+        for h, x in zip(values, places, strict=True):
+            basis = _bumps(x, knots)
+            gram = gram + basis.T @ basis / len(x)
+            cross = cross + basis.T @ h / len(x)
+        count = len(places)
+        penalty = torch.full((len(gram),), _SMOOTHNESS, dtype=torch.float64)
+        penalty[:3] = 1e-6  # the plane is free
+        weight = torch.linalg.solve(gram / count + penalty.diag(), cross / count)
+
+        noise = 0.0
+        for h, x in zip(values, places, strict=True):
+            rest = h - _bumps(x, knots) @ weight
+            noise = noise + rest.T @ rest / len(x) / count
+        variance = noise.diagonal()
+        noise = (1 - _SHRINKAGE) * noise + _SHRINKAGE * variance.diag()
+        noise = noise + 1e-6 * variance.mean().clamp(min=1e-12) * torch.eye(self.channels)
+        factor = torch.linalg.cholesky(noise)
+        whiten = torch.linalg.solve_triangular(
+            factor, torch.eye(self.channels).double(), upper=False
+        )
+
+        grid = _lattice(low, high, _SIDE)
+        density = torch.exp(-torch.cdist(grid, seen).square() / (2 * _DENSITY_WIDTH**2)).mean(1)
+        log_density = density.clamp(min=1e-12).log()
+        log_density[density < _SPARSE * density.mean()] = -math.inf
+        self.grid.copy_(grid)
+        self.log_density.copy_(log_density)
+        self.whiten.copy_(whiten.T)
+        self.field.copy_(_bumps(grid, knots) @ weight @ whiten.T)
+        return self
+
+    @torch.no_grad()
+    def forward(self, h: Tensor) -> Tensor:
+        if h.dim() != 2 or h.size(1) != self.channels:
+            raise ValueError(
+                f"Atlas({self.channels}) needs embeddings (n, {self.channels}); "
+                f"given {tuple(h.shape)}"
+            )
+        tissue = self.log_density.isfinite()
+        field, grid, prior = self.field[tissue], self.grid[tissue], self.log_density[tissue]
+        # |h - f|^2 without |h|^2, which is the same at every place
+        prior = prior - self.temperature / 2 * field.square().sum(1)
+        blocks = []
+        for part in (h.to(field) @ self.whiten).split(_BLOCK):
+            log_posterior = torch.addmm(prior, part, field.T, alpha=self.temperature)
+            blocks.append(log_posterior.softmax(1) @ grid)
+        return torch.cat(blocks).to(h.dtype) if blocks else h.new_zeros(0, 2)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.channels}, temperature={self.temperature})"
+
+
+def atlas_layout(h, train: Sequence[tuple]) -> np.ndarray:
+    """Cells placed by an :class:`Atlas` of training slides.
+
+    Args:
+        h: embedding of the cells to lay out (n, d).
+        train: pairs (embedding (n_s, d), positions (n_s, 2)) of training slides.
+
+    Returns:
+        (n, 2), float64.
+    """
+    h = torch.as_tensor(h).float()
+    return Atlas(h.size(1)).fit(train)(h).double().numpy()
+
+
+def _lattice(low: Tensor, high: Tensor, side: int) -> Tensor:
+    axes = [torch.linspace(a, b, side, dtype=torch.float64) for a, b in zip(low, high, strict=True)]
+    return torch.cartesian_prod(*axes)
+
+
+def _bumps(x: Tensor, knots: Tensor) -> Tensor:
+    """A plane, and Gaussian bumps around the knots (n, 3 + knots)."""
+    bumps = torch.exp(-torch.cdist(x, knots).square() / (2 * _KNOT_WIDTH**2))
+    return torch.cat([x.new_ones(len(x), 1), x, bumps], dim=1)
+
+
+def _some(x: Tensor, count: int) -> Tensor:
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[rows[: max(1, count)]]

@@ -1,0 +1,100 @@
+"""An atlas reads the embedding's field over the tissue backwards."""
+
+import numpy as np
+import pytest
+import torch
+
+from ipar_sparse.atlas import Atlas, atlas_layout
+from ipar_sparse.baselines import align_slides, ridge_layout
+from ipar_sparse.config import load_config
+from ipar_sparse.metrics import evaluate_layout
+from ipar_sparse.simulate import simulate
+from ipar_sparse.train.evaluate import score_slide
+from ipar_sparse.train.predict import Predictor
+from ipar_sparse.train.trainer import fit
+
+
+def slide(seed, n=600, noise=0.05, turn=0.0):
+    """A folded sheet in five dimensions, and noise; positions turned as under a microscope."""
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-1, 1, (n, 2))
+    sheet = [x[:, 0], x[:, 1], np.sin(4 * x[:, 0]), np.cos(4 * x[:, 1]), x[:, 0] * x[:, 1]]
+    h = np.stack(sheet, axis=1) + noise * rng.standard_normal((n, 5))
+    c, s = np.cos(turn), np.sin(turn)
+    return torch.from_numpy(h).float(), 30 * x @ np.array([[c, -s], [s, c]])
+
+
+def test_it_places_cells_of_a_slide_it_has_not_seen():
+    train, (h, pos) = [slide(0), slide(1, turn=2.0), slide(2, turn=4.0)], slide(3, noise=0.15)
+    placed = evaluate_layout(atlas_layout(h, train), pos)
+    ridge = evaluate_layout(ridge_layout(h.numpy(), train), pos)
+    assert placed["procrustes"] < 0.5 * ridge["procrustes"] < 0.05
+    assert placed["neighbor_hit@15"] > ridge["neighbor_hit@15"]
+
+
+def test_it_is_the_posterior_mean_of_its_definition():
+    train, (h, _) = [slide(0), slide(1)], slide(2, n=20)
+    atlas = Atlas(5, temperature=0.7).double().fit(train)
+    tissue = atlas.log_density.isfinite()
+    white = h.double() @ atlas.whiten
+    square = (white.unsqueeze(1) - atlas.field[tissue]).square().sum(-1)
+    posterior = torch.softmax(atlas.log_density[tissue] - 0.7 / 2 * square, dim=1)
+    torch.testing.assert_close(atlas(h.double()), posterior @ atlas.grid[tissue])
+
+
+def test_noise_is_white_to_it():
+    h, pos = slide(0, n=4000, noise=0.2)
+    atlas = Atlas(5).double().fit([(h, pos)])
+    (place,) = align_slides([(h.numpy(), pos)])
+    nearest = torch.cdist(torch.from_numpy(place), atlas.grid).argmin(1)
+    rest = h.double() @ atlas.whiten - atlas.field[nearest]
+    torch.testing.assert_close(rest.T @ rest / 4000, torch.eye(5).double(), atol=0.2, rtol=0)
+
+
+def test_cells_without_information_end_in_the_middle():
+    train = [slide(0), slide(1)]
+    rng = np.random.default_rng(5)
+    blank = [(torch.from_numpy(rng.standard_normal((600, 5))).float(), pos) for _, pos in train]
+    placed = Atlas(5).fit(blank)(torch.from_numpy(rng.standard_normal((50, 5))).float())
+    assert placed.norm(dim=1).max() < 0.5  # of the RMS radius
+
+
+def test_bad_inputs_are_told():
+    atlas = Atlas(5)
+    with pytest.raises(ValueError, match="fitted on slides"):
+        atlas.fit([])
+    with pytest.raises(ValueError, match=r"embeddings \(n, 5\)"):
+        atlas.fit([(torch.zeros(9, 4), np.zeros((9, 2)))])
+    with pytest.raises(ValueError, match=r"needs embeddings \(n, 5\)"):
+        atlas(torch.zeros(9, 4))
+    assert atlas.fit([slide(0)])(torch.zeros(0, 5)).shape == (0, 2)
+
+
+def test_a_run_begins_from_it_and_its_checkpoint_holds_it(tmp_path):
+    slides = simulate("cortex", slides=3, spots=150, genes=60)
+    config = load_config(None, [
+        "model.start=atlas", "train.minisets=6", "train.epochs=2", "train.ramp_epochs=1",
+        "train.gate_steps=3", "train.miniset_min=40", "train.miniset_max=60", "encoder.steps=8",
+        "encoder.hidden=[24]", "encoder.out=16", "model.dim=16", "model.recycles=2",
+        "model.channels=16", "model.head_channels=8", "graph.k=12", "train.device=cpu",
+    ])  # fmt: skip
+    for name in ("whole", "again"):
+        (tmp_path / name).mkdir()
+        config.save(tmp_path / name)
+    fit(slides[:2], [], config, tmp_path / "whole")
+    predictor = Predictor.load(tmp_path / "whole")
+    h = torch.from_numpy(predictor.embed(slides[2]))
+    first = predictor.predict(slides[2]).trajectory[0]
+    np.testing.assert_allclose(first, predictor.start(h).numpy(), atol=1e-5)
+    known = [(torch.from_numpy(predictor.embed(s)), s.pos) for s in slides[:2]]
+    np.testing.assert_allclose(Atlas(16).fit(known)(h), predictor.atlas(h), atol=1e-3)
+    methods = score_slide(predictor, slides[2], baselines=True).methods
+    assert {"first layout", "atlas"} <= methods.keys()
+    expected = methods["atlas"]["distance_spearman"]  # of the same training slides
+    assert methods["first layout"]["distance_spearman"] == pytest.approx(expected, abs=0.02)
+
+    # a run that is taken up again fits it anew
+    half = config.replace(train={"epochs": 1})
+    fit(slides[:2], [], half, tmp_path / "again")
+    fit(slides[:2], [], half, tmp_path / "again", resume=True)
+    assert Predictor.load(tmp_path / "again").atlas is not None
