@@ -1,5 +1,7 @@
 """What supervision determines: layouts found by minimising it over the positions themselves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,17 @@ def test_minimising_e_geo_reaches_the_floor_without_collapse():
 )
 def test_minimising_e_geo_on_real_slides(real_slides, name):
     check_oracle(miniset(real_slides, name))
+
+
+def test_a_fixed_number_of_neighbours_loses_the_layout():
+    """SPEC section 6: 20 neighbours of 384 reach too little of the tissue, 0.15 n enough."""
+    found = {}
+    for n, k in ((128, 20), (384, 20), (384, None)):
+        pos = tissue(n)
+        target = replace(build_target(pos), walk=build_walk_target(pos, k))
+        found[n, k] = recall(minimize_layout(target).pos, pos)  # E_geo from a random start
+        print(f"n = {n}, k = {k or '0.15 n'}: neighbour hit @15 {found[n, k]:.2f}")
+    assert found[384, 20] < found[128, 20] - 0.2 and found[384, 20] < found[384, None] - 0.2
 
 
 def test_global_terms_recover_a_miniset_from_a_random_start():
