@@ -159,7 +159,7 @@ class Predictor:
             trajectory=[step.double().cpu().numpy() for step in trajectory],
         )
         if seeds > 1:
-            result.uncertainty = self._spread(h, result.pos, seeds)
+            result.uncertainty = self._spread(h, result.trajectory[-1], seeds)
         return result
 
     def graphs(self, h: Tensor) -> tuple[NeighborTable, NeighborTable]:
@@ -223,17 +223,21 @@ class Predictor:
         return self.config.model.gate_weight * logits, logits
 
     def _spread(self, h: Tensor, pos: np.ndarray, seeds: int) -> np.ndarray:
-        """How far a cell moves between layouts drawn under training noise, each aligned."""
+        """How far a cell moves between layouts drawn under training noise, each aligned.
+
+        Before the last step: into which clump of neighbours that draws a cell differs from draw
+        to draw, and says less of how wrong its place is.
+        """
         square = np.zeros(len(pos))
         noise_h = self.config.train.noise_h
         for seed in range(seeds):
             generator = torch.Generator(self.device).manual_seed(seed)
             noisy = h + noise_h * torch.empty_like(h).normal_(generator=generator)
-            candidates, graph = self.graphs(noisy)
+            _, graph = self.graphs(noisy)
             layout = self.model(
                 noisy, graph, edge_bias=self.edge_bias(noisy, graph)[0],
                 start=self.first_layout(noisy),
             )  # fmt: skip
-            aligned, _ = align(self.refined(layout, candidates), pos)
+            aligned, _ = align(layout, pos)
             square += np.square(aligned - pos).sum(-1)
         return np.sqrt(square / seeds)
