@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Inside = Annotated[float, Field(gt=0, lt=1)]
 Beta = Annotated[float, Field(gt=0, lt=2.5)]
@@ -51,6 +52,9 @@ class DataConfig(Section):
     """obsm key of the measured positions"""
     max_genes: Positive | None = 2000
     """keep this many most variable genes; none = all"""
+    target_sum: Rate | None = None
+    """total that raw counts of a cell are scaled to before log1p; none = the training slides'
+    median"""
     cache: str | None = None
     """folder of cached graphs and targets; none = $IPAR_SPARSE_CACHE or the user's cache folder"""
 
@@ -72,6 +76,14 @@ class EncoderConfig(Section):
     """a linear path beside the MLP, which starts as principal components of the training slides"""
     smooth: Count = 10
     """average each cell with this many nearest in expression before it is encoded; 0 = none"""
+    standardize: Share = 0.5
+    """divide each gene by its standard deviation to this power: 0 = leave them, 1 = unit variance;
+    then all by one number, for a mean variance of 1"""
+    spatial_genes: Share = 0.25
+    """and multiply it by its Moran's I on the training slides to this power; 0 = not"""
+    keep: Weight = 0.5
+    """weight of the principal components of the expression that the embedding keeps beside what it
+    has learned, once it is trained; 0 = none"""
     dropout: Fraction = 0.3
     """dropout after every hidden layer"""
     steps: Count | None = None
@@ -104,7 +116,7 @@ class EncoderConfig(Section):
     gene_dropout: Fraction = 0.5
     """share of genes set to zero in a view"""
     noise: Weight = 0.3
-    """standard deviation of the Gaussian noise of a view"""
+    """standard deviation of the Gaussian noise of a view, where genes have 1"""
     gene_scale: Weight = 0.3
     """standard deviation of the log factor of each gene of a view, as between batches"""
 
@@ -128,6 +140,12 @@ class EncoderConfig(Section):
     def _learns_something(self):
         if not self.weights():
             raise ValueError("all weights of the encoder's losses are 0; set encoder.steps=0")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_by_the_linear_path(self):
+        if self.keep > 0 and not self.skip:
+            raise ValueError("encoder.keep needs encoder.skip; set encoder.keep=0 without it")
         return self
 
 
@@ -463,6 +481,9 @@ class RunConfig(Section):
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}); train the run again") from None
+        for section, settings in _ABSENT.items():
+            if isinstance(values, dict) and isinstance(values.get(section), dict):
+                values[section] = settings | values[section]
         return _validate(values, source=str(path))
 
     def replace(self, **sections: Mapping[str, Any]) -> RunConfig:
@@ -470,15 +491,25 @@ class RunConfig(Section):
         return _validate(_merge(self.model_dump(), sections), source="replace()")
 
 
+_ABSENT = {
+    "data": {"target_sum": 1e4},
+    "encoder": {"standardize": 0.0, "spatial_genes": 0.0, "keep": 0.0},
+}
+"""What was done before there was a setting for it, for runs saved then."""
+
 _LEARNED_BETAS = {"shared": False, "recycles": 3, "betas": (2.0, 2.0, 2.0)}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "v1": {},
     "record": {
+        "data": {"target_sum": 1e4},
         "encoder": {
             "steps": 1000,
             "skip": False,
             "smooth": 0,
+            "standardize": 0.0,
+            "spatial_genes": 0.0,
+            "keep": 0.0,
             "dropout": 0.1,
             "infonce_weight": 1.0,
             "distance_weight": 0.0,

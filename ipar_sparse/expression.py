@@ -6,6 +6,8 @@ from scipy.stats import rankdata
 
 from .errors import UserError
 
+_LEAST_MORAN = 0.01  # what noise reaches on a thousand cells
+
 
 def log_normalize(counts, target_sum=1e4, totals=None):
     """Scale every cell to the same total, then take log(1 + x).
@@ -121,12 +123,13 @@ def _variance(x):
     return _column_sums(x, power=2) / n - (_column_sums(x) / n) ** 2
 
 
-def normalized_expression(slide, genes):
+def normalized_expression(slide, genes, target_sum=1e4):
     """Log-normalised expression of some genes; library sizes count all genes of the slide.
 
     Args:
         slide: a `Slide` with expression.
         genes: G gene names; those the slide lacks become zero columns.
+        target_sum: total that raw counts are scaled to.
 
     Returns:
         (n, G) float32 CSR.
@@ -136,7 +139,85 @@ def normalized_expression(slide, genes):
     matrix = _take_columns(slide.expression, slide.genes, genes)
     if slide.normalized:
         return matrix
-    return log_normalize(matrix, totals=slide.expression.sum(axis=1))
+    return log_normalize(matrix, target_sum, totals=slide.expression.sum(axis=1))
+
+
+def median_total(slides):
+    """What a cell of these slides has in counts: the median over slides of their median cell's.
+
+    Args:
+        slides: list of `Slide`; those that came log-normalised, and cells without counts, say
+            nothing.
+
+    Returns:
+        The total, or 1e4 where no slide has counts.
+    """
+    medians = []
+    for slide in slides:
+        if slide.normalized or slide.expression is None:
+            continue
+        totals = np.asarray(slide.expression.sum(axis=1), dtype=np.float64).ravel()
+        if (totals > 0).any():
+            medians.append(np.median(totals[totals > 0]))
+    return float(np.median(medians)) if medians else 1e4
+
+
+def morans_i(matrix, neighbors, rows=None):
+    """Moran's I of every gene: how alike it is in a cell and in the cells around.
+
+        I_g = cov_i(x_ig, mean_j x_jg) / var_i(x_ig),  j in neighbors(i)
+
+    Args:
+        matrix: (n, G) CSR.
+        neighbors: (n, k) row numbers.
+        rows: of the cells whose surroundings are looked at; all by default.
+
+    Returns:
+        (G,) float64; 0 where a gene does not vary.
+    """
+    n, k = neighbors.shape
+    rows = np.arange(n) if rows is None else np.asarray(rows)
+    share = sparse.csr_matrix(
+        (np.full(len(rows) * k, 1 / k), neighbors[rows].ravel(), np.arange(len(rows) + 1) * k),
+        shape=(len(rows), n),
+    )
+    own, around = matrix[rows], (share @ matrix).tocsr()
+    count = max(len(rows), 1)
+    product = _column_sums(own.multiply(around).tocsr()) / count
+    covariance = product - _column_sums(own) * _column_sums(around) / count**2
+    variance = _variance(own)
+    some = variance > 1e-12 * max(variance.max(initial=0.0), 1e-300)
+    return np.where(some, covariance / np.where(some, variance, 1.0), 0.0)
+
+
+def gene_weights(slides, power, morans=None, spatial_power=0.0):
+    """Weights that bring genes of large and of small variance nearer to one another, and those
+    that tell of the place forward.
+
+        w_g = c * s_g^(-power) * max(I_g, 0.01)^spatial_power
+
+    with s_g the standard deviation of a gene within slides, each slide counted alike, and c such
+    that the weighted genes have a mean variance of one. Power 0 leaves genes as they are, 1 gives
+    each the same variance, 0.5 is Pareto scaling. Genes that hardly vary are weighted as if they
+    had a tenth of the root mean square of s.
+
+    Args:
+        slides: list of `Expression` of the same G genes.
+        power: 0 to 1.
+        morans: (G,) Moran's I, for the second factor.
+        spatial_power: 0 to 1.
+
+    Returns:
+        (G,) float32; ones if nothing varies.
+    """
+    variance = np.maximum(sum(_variance(slide.matrix) for slide in slides) / len(slides), 0.0)
+    typical = variance.mean()
+    if typical == 0:
+        return np.ones(len(variance), dtype=np.float32)
+    weight = np.maximum(variance, 0.01 * typical) ** (-power / 2)
+    if morans is not None:
+        weight = weight * np.maximum(morans, _LEAST_MORAN) ** spatial_power
+    return (weight / np.sqrt((weight**2 * variance).mean())).astype(np.float32)
 
 
 def _take_columns(matrix, own, wanted):
@@ -152,6 +233,13 @@ def _take_columns(matrix, own, wanted):
     )
     taken.sort_indices()
     return taken
+
+
+def _weighted(matrix, weight):
+    if weight is None:
+        return matrix
+    data = matrix.data * np.asarray(weight, dtype=np.float32)[matrix.indices]
+    return sparse.csr_matrix((data, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 class Expression:
@@ -182,15 +270,21 @@ class Expression:
         self.mix = mix
 
     @classmethod
-    def from_slide(cls, slide, genes):
+    def from_slide(cls, slide, genes, target_sum=1e4, weight=None):
         """Restrict a slide to `genes`, in that order.
+
+        Args:
+            slide: with expression.
+            genes: G names.
+            target_sum: total that raw counts are scaled to before the logarithm.
+            weight: (G,) factor of each gene after it; none by default.
 
         Raises:
             UserError: if the slide has none of them, or no expression.
         """
-        matrix = normalized_expression(slide, genes)
+        matrix = normalized_expression(slide, genes, target_sum)
         match_genes([slide], genes)
-        return cls(matrix, genes, slide.empty)
+        return cls(_weighted(matrix, weight), genes, slide.empty)
 
     def smoothed(self, neighbors):
         """The same slide with every cell averaged half and half with other cells of it.

@@ -11,7 +11,7 @@ from ipar_sparse.slide import Slide
 from ipar_sparse.train.checkpoint import LAST, read_meta
 from ipar_sparse.train.predict import Predictor
 from ipar_sparse.train.trainer import TRANSFER, build_encoder, fit, fit_encoder, resolve_start
-from ipar_sparse.train.transfer import MAP, PLANE, try_transfer
+from ipar_sparse.train.transfer import ATLAS, MAP, PLANE, try_transfer
 
 CPU = torch.device("cpu")
 OWN = RunConfig().replace(data={"embedding": "obsm:H"}, model={"dim": 8})
@@ -80,7 +80,7 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
         )
         for _ in range(2)
     ]  # fmt: skip
-    assert found[0] == found[1] and set(found[0].scores) == {PLANE, MAP}
+    assert found[0] == found[1] and set(found[0].scores) == {PLANE, MAP, ATLAS}
     assert len(steps) == 2 * 3 * 4  # half of the steps, for each slide left out
 
 

@@ -26,10 +26,12 @@ class SharedEncoder(nn.Module):
         skip: whether there is a linear path (default: False).
         smooth: number of nearest cells, in the principal components kept as the buffer ``axes``,
             that a cell is averaged with before it comes here (default: 0).
+        prepare: whether to carry how counts become its input, as buffers ``target_sum``, the total
+            that a cell is scaled to, and ``gene_weight`` (genes,) (default: False: 1e4, none).
 
     Shapes:
-        - **input:** expression (n, genes): normalised per cell, log1p, mean-centred per gene
-          within the slide
+        - **input:** expression (n, genes): normalised per cell, log1p, weighted, mean-centred per
+          gene within the slide
         - **output:** embedding (n, out_channels)
     """
 
@@ -41,6 +43,7 @@ class SharedEncoder(nn.Module):
         dropout: float = 0.1,
         skip: bool = False,
         smooth: int = 0,
+        prepare: bool = False,
     ):
         super().__init__()
         self.in_channels = in_channels
@@ -57,6 +60,8 @@ class SharedEncoder(nn.Module):
         self.smooth = smooth
         axes = torch.zeros(in_channels, min(SMOOTH_CHANNELS, in_channels))
         self.register_buffer("axes", axes if smooth else None)
+        self.register_buffer("target_sum", torch.tensor(1e4) if prepare else None)
+        self.register_buffer("gene_weight", torch.ones(in_channels) if prepare else None)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -84,6 +89,24 @@ class SharedEncoder(nn.Module):
             self.axes.zero_()
             taken = axes[:, : self.axes.size(1)]
             self.axes[:, : taken.size(1)] = taken
+
+    @torch.no_grad()
+    def recombine(self, own: Tensor, added: Tensor) -> None:
+        """Replace the embedding H of expression x by H @ own + x @ added, in the weights.
+
+        Args:
+            own: (out_channels, out_channels).
+            added: (genes, out_channels).
+
+        Raises:
+            ValueError: without a linear path, which takes what is added.
+        """
+        if self.linear is None:
+            raise ValueError("an encoder without a linear path (skip) takes nothing added to it")
+        last = self.mlp[-1]
+        last.weight.copy_(own.T @ last.weight)
+        last.bias.copy_(last.bias @ own)
+        self.linear.weight.copy_(own.T @ self.linear.weight + added.T)
 
     def forward(self, expression: Tensor) -> Tensor:
         """Embed cells; see the class for shapes."""

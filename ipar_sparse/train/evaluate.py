@@ -18,7 +18,7 @@ from .. import __version__, ops
 from ..baselines import run_baselines
 from ..diagnostics import RecycleRecord, candidate_recall, diagnose
 from ..errors import UserError
-from ..expression import Expression, normalized_expression
+from ..expression import Expression, morans_i, normalized_expression
 from ..graph import NeighborTable, knn
 from ..losses import e_geo
 from ..metrics import align, evaluate_layout
@@ -359,15 +359,10 @@ def spatial_gene(slide: Slide, genes, most: int = 300) -> tuple[str, np.ndarray]
     names = [g for g in (genes or slide.genes) if str(g) in own][:most]
     if not names:
         return None
-    matrix = normalized_expression(slide, names).toarray()
+    matrix = normalized_expression(slide, names)
     neighbors = knn(torch.from_numpy(slide.pos), 8).index.numpy()
-    centred = matrix - matrix.mean(0)
-    slots = range(neighbors.shape[1])  # one neighbour at a time: no (n, 8, genes) array
-    lagged = sum(centred[neighbors[:, slot]] for slot in slots) / max(1, len(slots))
-    variance = np.square(centred).mean(0)
-    moran = (centred * lagged).mean(0) / np.where(variance > 0, variance, np.inf)
-    best = int(moran.argmax())
-    return str(names[best]), matrix[:, best]
+    best = int(morans_i(matrix, neighbors).argmax())
+    return str(names[best]), matrix[:, [best]].toarray().ravel()
 
 
 def _reference(run: Path) -> list[tuple[Tensor, Tensor]] | None:

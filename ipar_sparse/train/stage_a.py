@@ -14,16 +14,18 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import EncoderConfig
-from ..expression import Expression
+from ..config import EncoderConfig, RunConfig
+from ..expression import Expression, gene_weights, median_total, morans_i
 from ..gauge import gauge_fix
 from ..graph import knn
 from ..nn import SharedEncoder
+from ..nn.encoder import SMOOTH_CHANNELS
 from ..slide import Slide
 
 _ROWS = 8192  # cells of dense expression at once
 _TABLE = 1 << 26  # expression values of a training slide that are kept dense: 256 MiB
 _AXES_CELLS = 20_000  # a slide; more do not move the leading components
+_AROUND = 15  # nearest cells that a gene is compared with for Moran's I
 _DENSE_GENES = 4096  # beyond, the covariance of genes is not formed
 _NEAREST = 0.02  # of the slide's radius; log distances below it say nothing of the layout
 
@@ -159,18 +161,101 @@ def encoder_loss(
     return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
 
 
+@torch.no_grad()
+def begin(encoder: SharedEncoder, slides: Sequence[Slide], genes, config: RunConfig) -> None:
+    """All of an encoder that needs no steps: how counts become its input, and where it starts.
+
+    Args:
+        encoder: untrained.
+        slides: training slides.
+        genes: of the encoder.
+        config: of the run.
+    """
+    settings, total = config.encoder, config.data.target_sum
+    if encoder.gene_weight is not None:
+        encoder.target_sum.fill_(median_total(slides) if total is None else total)
+        plain = [Expression.from_slide(s, genes, float(encoder.target_sum)) for s in slides]
+        morans = None
+        if settings.spatial_genes > 0:
+            found = [_morans(e, slide.pos) for e, slide in zip(plain, slides, strict=True)]
+            morans = np.mean(found, axis=0)
+        weight = gene_weights(plain, settings.standardize, morans, settings.spatial_genes)
+        encoder.gene_weight.copy_(torch.from_numpy(weight))
+    if settings.skip or settings.smooth:
+        inputs = [_input(slide, genes, encoder) for slide in slides]
+        encoder.start_from(*principal_axes(inputs, max(settings.out, SMOOTH_CHANNELS)))
+
+
+@torch.no_grad()
+def finish(
+    encoder: SharedEncoder, slides: Sequence[Expression], settings: EncoderConfig, device
+) -> None:
+    """Give the trained embedding back what it has forgotten of the expression.
+
+    Training drops whatever does not help on the training slides, and neighbours of a new slide
+    are told apart by some of it. The embedding becomes the principal components of
+
+        [H / s_H, keep * P / s_P]
+
+    with P the principal components of the expression and s^2 total variances. Both are linear in
+    what the encoder ends with, so its weights take the change and nothing else does.
+
+    Args:
+        encoder: trained, with a linear path.
+        slides: training slides as the encoder takes them.
+        settings: ``keep``; nothing is done where it is 0.
+        device: where the encoder lies.
+    """
+    if not settings.keep:
+        return
+    encoder.eval()
+    axes, _ = principal_axes(slides, settings.out)
+    axes = axes.to(device)
+    total = torch.zeros(settings.out + axes.size(1), settings.out + axes.size(1)).double()
+    for number, slide in enumerate(slides):
+        cells = np.random.default_rng([number, 7]).permutation(slide.shape[0])[:_AXES_CELLS]
+        parts = []
+        for rows in np.array_split(cells, len(cells) // _ROWS + 1):
+            x = torch.from_numpy(slide.rows(rows)).to(device)
+            parts.append(torch.cat([encoder(x), x @ axes], dim=1).double().cpu())
+        values = torch.cat(parts)
+        values = values - values.mean(0)
+        total += values.T @ values / len(values) / len(slides)
+    power = total.diagonal()
+    learned = 1.0 / power[: settings.out].sum().sqrt().clamp(min=1e-8)
+    kept = settings.keep / power[settings.out :].sum().sqrt().clamp(min=1e-8)
+    factor = torch.cat([learned.expand(settings.out), kept.expand(axes.size(1))])
+    _, turn = torch.linalg.eigh(factor[:, None] * total * factor)
+    turn = (factor[:, None] * turn[:, -settings.out :].flip(1)).float().to(device)
+    encoder.recombine(turn[: settings.out], axes @ turn[settings.out :])
+
+
+def _morans(expression: Expression, pos) -> np.ndarray:
+    neighbors = knn(torch.from_numpy(np.asarray(pos, dtype=np.float64)), _AROUND).index.numpy()
+    rows = np.random.default_rng(0).permutation(len(neighbors))[:_AXES_CELLS]
+    return morans_i(expression.matrix, neighbors, rows)
+
+
+def _input(slide: Slide, genes, encoder: SharedEncoder) -> Expression:
+    if encoder.gene_weight is None:
+        return Expression.from_slide(slide, genes)
+    weight = encoder.gene_weight.cpu().numpy()
+    return Expression.from_slide(slide, genes, float(encoder.target_sum), weight)
+
+
 def read_expression(slide: Slide, genes, encoder: SharedEncoder) -> Expression:
     """A slide's expression as the encoder takes it, smoothed if it asks for that.
 
     Args:
         slide: with expression.
         genes: of the encoder.
-        encoder: says by how many cells, and in which components they are compared.
+        encoder: says how genes are weighted, by how many cells a cell is smoothed, and in which
+            components they are compared.
 
     Raises:
         UserError: if the slide has none of the genes, or no expression.
     """
-    expression = Expression.from_slide(slide, genes)
+    expression = _input(slide, genes, encoder)
     n = expression.shape[0]
     if not encoder.smooth or n < 2:
         return expression

@@ -29,13 +29,12 @@ from ..atlas import Atlas
 from ..config import RunConfig, resolve_device
 from ..diagnostics import candidate_recall, collapse_diagnostics, health_warnings
 from ..errors import UserError
-from ..expression import Expression, match_genes, select_genes
+from ..expression import match_genes, select_genes
 from ..files import atomic_write
 from ..gauge import gauge_fix
 from ..graph import NeighborTable, knn_candidates
 from ..losses import e_geo, gate_loss, geometry_terms
 from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
-from ..nn.encoder import SMOOTH_CHANNELS
 from ..slide import Slide
 from ..targets import target_graph
 from .cache import cached_record
@@ -44,9 +43,10 @@ from .logs import HISTORY, History, Progress, TensorBoard
 from .stage_a import (
     ContrastSlide,
     EmbeddingScale,
+    begin,
     encode,
     encoder_loss,
-    principal_axes,
+    finish,
     read_expression,
 )
 from .transfer import try_transfer
@@ -262,9 +262,8 @@ class _Run:
         if self.encoder is None or self.state.stage != "encoder":
             return
         settings = self.config.encoder
-        if self.state.step == 0 and (settings.skip or settings.smooth):
-            plain = [Expression.from_slide(slide, self.genes) for slide in self.train_slides]
-            self.encoder.start_from(*principal_axes(plain, max(settings.out, SMOOTH_CHANNELS)))
+        if self.state.step == 0:
+            begin(self.encoder, self.train_slides, self.genes, self.config)
         slides = [
             ContrastSlide(
                 read_expression(slide, self.genes, self.encoder), slide.pos,
@@ -290,6 +289,7 @@ class _Run:
                 optimizer.step()
                 self._stepped("encoder", step + 1, optimizer, losses, task)
                 self._stop_if_asked("encoder", optimizer)
+        finish(self.encoder, [slide.expression for slide in slides], settings, self.device)
         self.encoder.eval().requires_grad_(False)
         self._advance("gate")
 
@@ -769,6 +769,8 @@ def build_encoder(config: RunConfig, num_genes: int) -> SharedEncoder:
         settings.dropout,
         skip=settings.skip,
         smooth=settings.smooth,
+        prepare=config.data.target_sum != 1e4
+        or max(settings.standardize, settings.spatial_genes) > 0,
     )
 
 

@@ -19,15 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..atlas import atlas_layout
 from ..baselines import ridge_layout
 from ..config import EncoderConfig, RunConfig
-from ..expression import Expression
 from ..gauge import principal_plane
 from ..metrics import distance_metrics
 from ..nn import SharedEncoder
-from ..nn.encoder import SMOOTH_CHANNELS
 from ..slide import Slide
-from .stage_a import ContrastSlide, encode, encoder_loss, principal_axes, read_expression
+from .stage_a import ContrastSlide, begin, encode, encoder_loss, finish, read_expression
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,8 @@ _CELLS = 3000  # of a slide; more do not change a mean over slides
 _DONORS = 3  # left out at most
 _PART = 0.5  # of the steps of stage A
 
-PLANE, MAP = "plane", "map"
+PLANE, MAP, ATLAS = "plane", "map", "atlas"
+_STARTS = {PLANE: "pca", MAP: "mlp", ATLAS: "atlas"}
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class Transfer:
     """What a run begins from, and why.
 
     Args:
-        start: ``"mlp"`` where a learned map holds on other donors, else ``"pca"``.
+        start: ``"mlp"`` or ``"atlas"`` where a learned map or an atlas holds on other donors, else
+            ``"pca"``.
         donors: how many were left out in turn; with one donor nothing is tried.
         scores: distance Spearman on donors left out, means over them: ``plane`` (principal plane
-            of the embedding) and ``map`` (ridge regression from it).
+            of the embedding), ``map`` (ridge regression from it) and ``atlas`` (of it).
     """
 
     start: str = "pca"
@@ -94,11 +95,11 @@ def try_transfer(
         for name, values in scores.items():
             found.setdefault(name, []).append(float(np.mean(values)))
     mean = {name: float(np.mean(values)) for name, values in found.items()}
-    start = "mlp" if mean[MAP] > mean[PLANE] else "pca"
+    start = _STARTS[max(_STARTS, key=mean.__getitem__)]
     logger.info(
         "%d donors left out in turn: a learned map places their cells with distance Spearman "
-        "%.3f, the plane of the embedding with %.3f; model.start is %s",
-        min(len(groups), _DONORS), mean[MAP], mean[PLANE], start,
+        "%.3f, an atlas with %.3f, the plane of the embedding with %.3f; model.start is %s",
+        min(len(groups), _DONORS), mean[MAP], mean[ATLAS], mean[PLANE], start,
     )  # fmt: skip
     return Transfer(start, min(len(groups), _DONORS), mean)
 
@@ -110,9 +111,7 @@ def _leave_out(train, test, config, build, genes, device, seed, step_done) -> di
     settings = config.encoder
     torch.manual_seed(seed)
     encoder = build().to(device)
-    if settings.skip or settings.smooth:
-        plain = [Expression.from_slide(slide, genes) for slide in train]
-        encoder.start_from(*principal_axes(plain, max(settings.out, SMOOTH_CHANNELS)))
+    begin(encoder, train, genes, config)
     read = {id(s): read_expression(s, genes, encoder) for s in (*train, *test)}
 
     steps = round(_PART * settings.steps_for(sum(s.num_cells for s in train)))
@@ -122,6 +121,7 @@ def _leave_out(train, test, config, build, genes, device, seed, step_done) -> di
             for s in train
         ]
         _train(encoder, fit, settings, steps, seed, device, step_done)
+        finish(encoder, [slide.expression for slide in fit], settings, device)
     h = {key: encode(encoder, expression, device) for key, expression in read.items()}
     return _scores(h, train, test)
 
@@ -154,11 +154,12 @@ def _train(
 def _scores(h: dict[int, Tensor], train, test) -> dict[str, list[float]]:
     """Distance Spearman of each way to place the cells of each slide left out."""
     known = [(h[id(slide)].numpy(), slide.pos) for slide in train]
-    scores: dict[str, list[float]] = {PLANE: [], MAP: []}
+    scores: dict[str, list[float]] = {name: [] for name in _STARTS}
     for slide in test:
         layouts = {
             PLANE: principal_plane(h[id(slide)]).numpy(),
             MAP: ridge_layout(h[id(slide)].numpy(), known),
+            ATLAS: atlas_layout(h[id(slide)], known),
         }
         for name, layout in layouts.items():
             scores[name].append(distance_metrics(layout, slide.pos)["distance_spearman"])
