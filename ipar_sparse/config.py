@@ -81,9 +81,10 @@ class EncoderConfig(Section):
     then all by one number, for a mean variance of 1"""
     spatial_genes: Share = 0.25
     """and multiply it by its Moran's I on the training slides to this power; 0 = not"""
-    keep: Weight = 0.5
+    keep: Weight | None = None
     """weight of the principal components of the expression that the embedding keeps beside what it
-    has learned, once it is trained; 0 = none"""
+    has learned, once it is trained; none = 0.5, or 0 if more neighbours on donors left out are
+    found that way"""
     dropout: Fraction = 0.3
     """dropout after every hidden layer"""
     steps: Count | None = None
@@ -144,7 +145,7 @@ class EncoderConfig(Section):
 
     @model_validator(mode="after")
     def _keeps_by_the_linear_path(self):
-        if self.keep > 0 and not self.skip:
+        if self.keep and not self.skip:
             raise ValueError("encoder.keep needs encoder.skip; set encoder.keep=0 without it")
         return self
 
@@ -395,8 +396,9 @@ class TrainConfig(Section):
 class RefineConfig(Section):
     """The last step of a prediction: candidates of a cell become its neighbours in the layout."""
 
-    steps: Count = 200
-    """steps of descent; 0 = the layout as the model leaves it"""
+    steps: Count | None = None
+    """steps of descent; 0 = the layout as the model leaves it; none = 200, or 0 if they cost
+    neighbours on donors left out"""
     neighbors: Positive = 15
     """nearest candidates that attract a cell"""
     anchor: Weight = 2.0

@@ -9,8 +9,11 @@ from scipy import sparse
 from ipar_sparse.errors import UserError
 from ipar_sparse.expression import (
     Expression,
+    gene_weights,
     log_normalize,
     match_genes,
+    median_total,
+    morans_i,
     normalized_expression,
     select_genes,
 )
@@ -98,6 +101,63 @@ def test_library_size_counts_all_genes_of_the_slide():
     counts = np.array([[1, 9], [5, 5]])
     out = normalized_expression(slide_of(counts), ["g0"]).toarray()
     np.testing.assert_allclose(out[:, 0], np.log1p([1000, 5000]), rtol=1e-6)
+
+
+def test_counts_are_scaled_to_what_is_asked_and_genes_weighted_after_the_logarithm():
+    counts = np.array([[1, 9], [5, 5], [0, 4]])
+    weight = np.array([2.0, 0.5])
+    e = Expression.from_slide(slide_of(counts), ["g0", "g1"], target_sum=20.0, weight=weight)
+    plain = np.log1p(20.0 * counts / counts.sum(1, keepdims=True)) * weight
+    np.testing.assert_allclose(e.rows(), plain - plain.mean(0), atol=1e-5)
+
+
+def test_the_median_cell_of_the_median_slide():
+    def slide(*totals, **more):
+        return slide_of(np.array([[total, 0] for total in totals]), **more)
+
+    assert median_total([slide(2, 4, 9), slide(0, 0, 7), slide(100, 300)]) == 7.0
+    assert median_total([slide(2, 4), slide(0.5, 0.25, normalized=True)]) == 3.0
+    assert median_total([slide(0.5, normalized=True), slide(0, 0)]) == 1e4
+
+
+def test_morans_i_is_the_correlation_with_the_surroundings():
+    rng = np.random.default_rng(0)
+    values = rng.poisson(1.0, (60, 5)).astype(np.float32)
+    values[:, 3] = np.repeat(np.arange(6), 10)  # the same in ten cells that are neighbours
+    values[:, 4] = 2.0
+    block = np.arange(60) // 10 * 10
+    neighbors = np.array([[j for j in range(b, b + 10) if j != i] for i, b in enumerate(block)])
+    found = morans_i(sparse.csr_matrix(values), neighbors)
+    around = values.astype(np.float64)[neighbors].mean(1)
+    for gene in range(4):
+        x, y = values[:, gene].astype(np.float64), around[:, gene]
+        assert found[gene] == pytest.approx(np.mean((x - x.mean()) * (y - y.mean())) / x.var())
+    assert found[3] == pytest.approx(1.0) and found[4] == 0.0
+    rows = np.arange(0, 60, 3)
+    x, y = values[rows, 0].astype(np.float64), around[rows, 0]
+    part = morans_i(sparse.csr_matrix(values), neighbors, rows)
+    assert part[0] == pytest.approx(np.mean((x - x.mean()) * (y - y.mean())) / x.var())
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_gene_weights_even_out_the_variance(power):
+    rng = np.random.default_rng(0)
+    genes = [f"g{i}" for i in range(6)]
+    slides = [Expression(rng.normal(0, [0.1, 0.5, 1, 2, 4, 0], (80, 6)), genes) for _ in range(2)]
+    variance = np.mean([slide.rows().var(0, dtype=np.float64) for slide in slides], axis=0)
+    weight = gene_weights(slides, power)
+    assert (weight**2 * variance).mean() == pytest.approx(1.0, rel=1e-4)
+    slope = np.diff(np.log(weight[1:5])) / np.diff(np.log(np.sqrt(variance[1:5])))
+    np.testing.assert_allclose(slope, -power, atol=1e-3)
+    assert np.isfinite(weight).all()
+    morans = np.array([0.0, 0.04, 0.16, 0.64, 0.01, 0.0])
+    spatial = gene_weights(slides, power, morans, 0.5) / weight
+    np.testing.assert_allclose(spatial / spatial[4], [1, 2, 4, 8, 1, 1], rtol=1e-4)
+
+
+def test_genes_that_never_vary_are_left_as_they_are():
+    flat = Expression(np.ones((5, 3)), ["a", "b", "c"])
+    np.testing.assert_array_equal(gene_weights([flat], 0.5), np.ones(3))
 
 
 def test_log_normalised_input_is_used_as_it_is():

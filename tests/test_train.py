@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ipar_sparse.config import load_config
 from ipar_sparse.errors import UserError
@@ -32,7 +33,10 @@ from ipar_sparse.train.stage_a import (
     EmbeddingScale,
     _distance,
     _infonce,
+    begin,
+    encode,
     encoder_loss,
+    finish,
     principal_axes,
     read_expression,
 )
@@ -443,6 +447,61 @@ def test_smoothing_averages_with_the_nearest_in_expression(slides):
     rows = np.array([7, 3])
     smoothed = read_expression(slides[0], genes, encoder)
     np.testing.assert_allclose(smoothed.rows(rows), found[rows], atol=1e-5)
+
+
+def test_genes_are_weighted_before_anything_else(slides):
+    genes, _ = match_genes(slides)
+    config = load_config(None, ["encoder.hidden=[24]", "encoder.out=16", "model.dim=16"])
+    encoder = trainer_module.build_encoder(config, len(genes))
+    begin(encoder, slides[:2], genes, config)
+    totals = [np.asarray(s.expression.sum(axis=1)) for s in slides[:2]]
+    totals = [np.median(t[t > 0]) for t in totals]
+    assert float(encoder.target_sum) == pytest.approx(np.median(totals))
+    found = read_expression(slides[2], genes, encoder)
+    found.mix = None
+    plain = Expression.from_slide(slides[2], genes, float(encoder.target_sum))
+    np.testing.assert_allclose(found.rows(), plain.rows() * encoder.gene_weight.numpy(), atol=1e-5)
+    as_before = load_config(None, preset="record")
+    assert trainer_module.build_encoder(as_before, len(genes)).gene_weight is None
+
+
+def test_a_finished_embedding_is_what_was_learned_beside_the_components(slides):
+    """The best projection of the two side by side, in as many dimensions as before."""
+    genes, _ = match_genes(slides)
+    plain = [Expression.from_slide(slide, genes) for slide in slides[:2]]
+    torch.manual_seed(0)
+    encoder = SharedEncoder(len(genes), (24,), 16, skip=True).eval()
+    nn.init.normal_(encoder.linear.weight, std=0.01)
+    nn.init.normal_(encoder.mlp[-1].weight, std=0.1)
+    nn.init.normal_(encoder.mlp[-1].bias)
+    axes, _ = principal_axes(plain, 16)
+
+    def covariance(parts):
+        return sum(torch.cov(x.T, correction=0) for x in parts) / len(parts)
+
+    learned = [encode(encoder, x, "cpu").double() for x in plain]
+    kept = [torch.from_numpy(x.rows()).double() @ axes.double() for x in plain]
+    factors = [1.0 / covariance(learned).trace().sqrt(), 0.5 / covariance(kept).trace().sqrt()]
+    both = [torch.cat([factors[0] * h, factors[1] * p], 1) for h, p in zip(learned, kept, strict=True)]
+    values, vectors = torch.linalg.eigh(covariance(both))
+    finish(encoder, plain, 0.5, "cpu")
+    after = [encode(encoder, x, "cpu").double() for x in plain]
+    expected = both[1] @ vectors[:, -16:]
+    torch.testing.assert_close(torch.pdist(after[1]), torch.pdist(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        covariance(after).diagonal(), values[-16:].flip(0), rtol=1e-3, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="linear path"):
+        finish(SharedEncoder(len(genes), (24,), 16), plain, 0.5, "cpu")
+
+
+def test_nothing_kept_leaves_the_encoder_as_it_was(slides):
+    genes, _ = match_genes(slides)
+    plain = [Expression.from_slide(slides[0], genes)]
+    encoder = SharedEncoder(len(genes), (24,), 16, skip=True)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    finish(encoder, plain, 0.0, "cpu")
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
 
 
 def test_a_foreign_checkpoint_is_refused(run, tmp_path):

@@ -10,8 +10,8 @@ from ipar_sparse.simulate import simulate
 from ipar_sparse.slide import Slide
 from ipar_sparse.train.checkpoint import LAST, read_meta
 from ipar_sparse.train.predict import Predictor
-from ipar_sparse.train.trainer import TRANSFER, build_encoder, fit, fit_encoder, resolve_start
-from ipar_sparse.train.transfer import ATLAS, MAP, PLANE, try_transfer
+from ipar_sparse.train.trainer import TRANSFER, build_encoder, fit, fit_encoder, settle
+from ipar_sparse.train.transfer import ATLAS, MAP, PLANE, _choose, _Left, try_transfer
 
 CPU = torch.device("cpu")
 OWN = RunConfig().replace(data={"embedding": "obsm:H"}, model={"dim": 8})
@@ -80,7 +80,9 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
         )
         for _ in range(2)
     ]  # fmt: skip
-    assert found[0] == found[1] and set(found[0].scores) == {PLANE, MAP, ATLAS}
+    assert found[0] == found[1]
+    names = {f"{name}{what}" for name in (PLANE, MAP, ATLAS) for what in ("", " hit", " refined")}
+    assert set(found[0].scores) == names | {"keep 0", "keep 0.5"}
     assert len(steps) == 2 * 3 * 4  # half of the steps, for each slide left out
 
 
@@ -102,6 +104,51 @@ def test_a_run_remembers_what_it_began_from(slides, tmp_path):
 
 def test_a_run_stopped_before_the_choice_cannot_predict():
     with pytest.raises(UserError, match="stopped before its training began"):
-        resolve_start(RunConfig(), {"genes": 10})
-    settled = RunConfig().replace(model={"start": "mlp"})
-    assert resolve_start(settled, {}) is settled
+        settle(RunConfig(), {"genes": 10})
+    settled = RunConfig().replace(
+        model={"start": "mlp"}, encoder={"keep": 0.0}, refine={"steps": 200}
+    )
+    assert settle(settled, {}) is settled
+
+
+def test_what_is_left_open_is_settled_and_nothing_else():
+    found = {TRANSFER: {"start": "atlas", "keep": 0.0, "refine": {"atlas": 0, "pca": 200}}}
+    config = settle(RunConfig(), found)
+    assert (config.model.start, config.encoder.keep, config.refine.steps) == ("atlas", 0.0, 0)
+    config = settle(RunConfig().replace(model={"start": "pca"}, encoder={"keep": 1.0}), found)
+    assert (config.model.start, config.encoder.keep, config.refine.steps) == ("pca", 1.0, 200)
+    config = settle(RunConfig().replace(encoder={"skip": False}), found)
+    assert config.encoder.keep == 0.0
+
+
+def told_apart(seed, kept, n=300):
+    """What a trained encoder left (h), and places; one of them in a dimension it dropped."""
+    rng = np.random.default_rng(seed)
+    pos = rng.uniform(-1, 1, (n, 2))
+    h = np.concatenate([pos[:, : 1 + kept], 0.01 * rng.standard_normal((n, 2 - kept))], axis=1)
+    return torch.from_numpy(h).float(), pos
+
+
+@pytest.mark.parametrize("better", [0.0, 0.5])
+def test_components_are_kept_where_they_find_more_neighbors(better):
+    found = {}
+    for keep in (0.0, 0.5):
+        known = [told_apart(0, keep == better)]
+        left = _Left(*told_apart(1, keep == better), [(h.numpy(), x) for h, x in known])
+        found[keep] = [[left]]
+    assert _choose(found, RunConfig()).keep == better
+
+
+def test_the_last_step_is_left_out_where_it_costs_neighbors():
+    """An embedding of noise misleads a layout that is right; one of the place sharpens a blur."""
+    rng = np.random.default_rng(0)
+    pos = rng.uniform(-1, 1, (400, 2))
+    known = [(rng.standard_normal((100, 2)), rng.standard_normal((100, 2)))]
+    noise = _Left(torch.from_numpy(rng.standard_normal((400, 2))).float(), pos, known)
+    place = _Left(torch.from_numpy(pos).float(), pos, known)
+    noise.layouts = dict.fromkeys((PLANE, MAP, ATLAS), pos)
+    place.layouts = dict.fromkeys((PLANE, MAP, ATLAS), pos + 0.1 * rng.standard_normal(pos.shape))
+    assert set(_choose({0.0: [[noise]]}, RunConfig()).refine.values()) == {0}
+    assert set(_choose({0.0: [[place]]}, RunConfig()).refine.values()) == {200}
+    asked = RunConfig().replace(refine={"steps": 50})
+    assert set(_choose({0.0: [[noise]]}, asked).refine.values()) == {50}

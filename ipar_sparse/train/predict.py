@@ -22,7 +22,7 @@ from ..refine import refine_layout
 from ..slide import Slide
 from .checkpoint import find_checkpoint, load_checkpoint, read_meta
 from .stage_a import EmbeddingScale
-from .trainer import build_encoder, build_gate_and_model, embed_raw, resolve_start
+from .trainer import build_encoder, build_gate_and_model, embed_raw, settle
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Predictor:
         config = RunConfig.load(run)
         path = find_checkpoint(run)
         meta = read_meta(path)
-        config = resolve_start(config, meta["facts"])
+        config = settle(config, meta["facts"])
         modules: dict[str, nn.Module] = {"scale": EmbeddingScale(meta["dim"])}
         modules["gate"], modules["model"] = build_gate_and_model(config, meta["dim"])
         if meta["genes"] is not None:

@@ -187,9 +187,7 @@ def begin(encoder: SharedEncoder, slides: Sequence[Slide], genes, config: RunCon
 
 
 @torch.no_grad()
-def finish(
-    encoder: SharedEncoder, slides: Sequence[Expression], settings: EncoderConfig, device
-) -> None:
+def finish(encoder: SharedEncoder, slides: Sequence[Expression], keep: float, device) -> None:
     """Give the trained embedding back what it has forgotten of the expression.
 
     Training drops whatever does not help on the training slides, and neighbours of a new slide
@@ -203,15 +201,15 @@ def finish(
     Args:
         encoder: trained, with a linear path.
         slides: training slides as the encoder takes them.
-        settings: ``keep``; nothing is done where it is 0.
+        keep: weight of P; nothing is done where it is 0.
         device: where the encoder lies.
     """
-    if not settings.keep:
+    if not keep:
         return
     encoder.eval()
-    axes, _ = principal_axes(slides, settings.out)
-    axes = axes.to(device)
-    total = torch.zeros(settings.out + axes.size(1), settings.out + axes.size(1)).double()
+    width = encoder.out_channels
+    axes = principal_axes(slides, width)[0].to(device)
+    total = torch.zeros(width + axes.size(1), width + axes.size(1)).double()
     for number, slide in enumerate(slides):
         cells = np.random.default_rng([number, 7]).permutation(slide.shape[0])[:_AXES_CELLS]
         parts = []
@@ -222,12 +220,12 @@ def finish(
         values = values - values.mean(0)
         total += values.T @ values / len(values) / len(slides)
     power = total.diagonal()
-    learned = 1.0 / power[: settings.out].sum().sqrt().clamp(min=1e-8)
-    kept = settings.keep / power[settings.out :].sum().sqrt().clamp(min=1e-8)
-    factor = torch.cat([learned.expand(settings.out), kept.expand(axes.size(1))])
+    learned = 1.0 / power[:width].sum().sqrt().clamp(min=1e-8)
+    kept = keep / power[width:].sum().sqrt().clamp(min=1e-8)
+    factor = torch.cat([learned.expand(width), kept.expand(axes.size(1))])
     _, turn = torch.linalg.eigh(factor[:, None] * total * factor)
-    turn = (factor[:, None] * turn[:, -settings.out :].flip(1)).float().to(device)
-    encoder.recombine(turn[: settings.out], axes @ turn[settings.out :])
+    turn = (factor[:, None] * turn[:, -width:].flip(1)).float().to(device)
+    encoder.recombine(turn[:width], axes @ turn[width:])
 
 
 def _morans(expression: Expression, pos) -> np.ndarray:

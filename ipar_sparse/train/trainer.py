@@ -152,7 +152,7 @@ def fit(
             run.load()
         elif encoder is not None:
             run.take_encoder(encoder)
-        run.choose_start()
+        run.try_out()
         run.train_encoder()
         run.freeze_embeddings()
         run.train_gate()
@@ -183,7 +183,7 @@ def fit_encoder(
     device = resolve_device(config.train.device)
     with _interrupt_between_steps() as interrupted, Progress() as progress:
         run = _Run(train_slides, [], config, Path(out), device, progress, interrupted, donors)
-        run.choose_start()
+        run.try_out()
         run.train_encoder()
         run.close()
 
@@ -234,9 +234,9 @@ class _Run:
         self.history: History | None = None
         self.board: TensorBoard | None = None
 
-    def choose_start(self) -> None:
-        """Settle what ``model.start: auto`` means, once; a checkpoint remembers it."""
-        if self.config.model.start != "auto":
+    def try_out(self) -> None:
+        """Settle what the settings left open mean, once; a checkpoint remembers it."""
+        if not _is_open(self.config):
             return
         if TRANSFER not in self.state.facts:
             build = None
@@ -256,7 +256,7 @@ class _Run:
                     step_done,
                 )  # fmt: skip
             self.state.facts[TRANSFER] = found.as_dict()
-        self.config = resolve_start(self.config, self.state.facts)
+        self.config = settle(self.config, self.state.facts)
 
     def train_encoder(self) -> None:
         if self.encoder is None or self.state.stage != "encoder":
@@ -289,7 +289,7 @@ class _Run:
                 optimizer.step()
                 self._stepped("encoder", step + 1, optimizer, losses, task)
                 self._stop_if_asked("encoder", optimizer)
-        finish(self.encoder, [slide.expression for slide in slides], settings, self.device)
+        finish(self.encoder, [slide.expression for slide in slides], settings.keep, self.device)
         self.encoder.eval().requires_grad_(False)
         self._advance("gate")
 
@@ -739,8 +739,9 @@ class _Run:
         return torch.Generator(device or self.device).manual_seed(seed)
 
 
-def resolve_start(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
-    """A run's configuration with what ``model.start: auto`` came to.
+def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
+    """A run's configuration with what it left open (``model.start``, ``encoder.keep``,
+    ``refine.steps``) as donors left out have settled it.
 
     Args:
         config: of the run.
@@ -749,14 +750,28 @@ def resolve_start(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: the run was stopped before that was settled.
     """
-    if config.model.start != "auto":
+    if not _is_open(config):
         return config
     if TRANSFER not in facts:
         raise UserError(
             "the run was stopped before its training began; go on with it first: "
             "ipar-sparse train --resume --out RUN"
         )
-    return config.replace(model={"start": facts[TRANSFER]["start"]})
+    found, sections = facts[TRANSFER], {}
+    if (start := config.model.start) == "auto":
+        start = found["start"]
+        sections["model"] = {"start": start}
+    if config.encoder.keep is None:
+        sections["encoder"] = {"keep": found["keep"] if config.encoder.skip else 0.0}
+    if config.refine.steps is None:
+        sections["refine"] = {"steps": found["refine"][start]}
+    return config.replace(**sections)
+
+
+def _is_open(config: RunConfig) -> bool:
+    return (
+        config.model.start == "auto" or config.encoder.keep is None or config.refine.steps is None
+    )
 
 
 def build_encoder(config: RunConfig, num_genes: int) -> SharedEncoder:
