@@ -482,7 +482,8 @@ def test_a_finished_embedding_is_what_was_learned_beside_the_components(slides):
     learned = [encode(encoder, x, "cpu").double() for x in plain]
     kept = [torch.from_numpy(x.rows()).double() @ axes.double() for x in plain]
     factors = [1.0 / covariance(learned).trace().sqrt(), 0.5 / covariance(kept).trace().sqrt()]
-    both = [torch.cat([factors[0] * h, factors[1] * p], 1) for h, p in zip(learned, kept, strict=True)]
+    pairs = zip(learned, kept, strict=True)
+    both = [torch.cat([factors[0] * h, factors[1] * p], 1) for h, p in pairs]
     values, vectors = torch.linalg.eigh(covariance(both))
     finish(encoder, plain, 0.5, "cpu")
     after = [encode(encoder, x, "cpu").double() for x in plain]

@@ -138,9 +138,10 @@ def score_slide(
                     progress=lambda name: task.advance(now=name),
                 )
                 for name in ("PCA", "MLP", "atlas"):  # what the last step alone is worth
-                    if name in layouts and predictor.config.refine.steps:
+                    if name in layouts and (predictor.config.refine.steps or predictor.spared):
                         pos = torch.from_numpy(layouts[name])
-                        pos = predictor.refined(pos, prediction.candidates.to("cpu"))
+                        candidates = prediction.candidates.to("cpu")
+                        pos = predictor.refined(pos, candidates, always=True)
                         layouts[f"{name}, refined"] = pos.numpy()
                 # with an embedding of the user's own, X may hold anything
                 if genes := predictor.meta["genes"]:
@@ -284,7 +285,7 @@ def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> d
     if first is not None:
         layouts["first layout"] = first
     layouts = {name: layout.double().cpu().numpy() for name, layout in layouts.items()}
-    if predictor.config.refine.steps:
+    if predictor.config.refine.steps or predictor.spared:
         layouts["not refined"] = prediction.trajectory[-1]
     return layouts
 

@@ -23,6 +23,7 @@ from ..slide import Slide
 from .checkpoint import find_checkpoint, load_checkpoint, read_meta
 from .stage_a import EmbeddingScale
 from .trainer import build_encoder, build_gate_and_model, embed_raw, settle
+from .transfer import REFINE_STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Predictor:
         scale, gate, model: the trained modules, in evaluation mode.
         device: where they lie.
         atlas: of the training slides, None where the run does not begin from one.
+        spared: whether the last step was tried on donors left out, and found to cost neighbours.
     """
 
     run: Path
@@ -75,6 +77,7 @@ class Predictor:
     model: IPALiteModel
     device: torch.device
     atlas: Atlas | None = None
+    spared: bool = False
 
     @classmethod
     def load(cls, run: Path, device: torch.device | str = "cpu") -> Predictor:
@@ -84,10 +87,10 @@ class Predictor:
             UserError: if the folder is no run, or its checkpoint is damaged.
         """
         run, device = Path(run), torch.device(device)
-        config = RunConfig.load(run)
+        asked = RunConfig.load(run)
         path = find_checkpoint(run)
         meta = read_meta(path)
-        config = settle(config, meta["facts"])
+        config = settle(asked, meta["facts"])
         modules: dict[str, nn.Module] = {"scale": EmbeddingScale(meta["dim"])}
         modules["gate"], modules["model"] = build_gate_and_model(config, meta["dim"])
         if meta["genes"] is not None:
@@ -107,6 +110,7 @@ class Predictor:
             model=modules["model"],
             device=device,
             atlas=modules.get("atlas"),
+            spared=asked.refine.steps is None and config.refine.steps == 0,
         )
 
     def embed(self, slide: Slide) -> np.ndarray:
@@ -175,11 +179,18 @@ class Predictor:
         nearest = graph.index[:, : settings.fine].contiguous()
         return graph, NeighborTable(nearest, metric=graph.metric, method=graph.method)
 
-    def refined(self, pos: Tensor, candidates: NeighborTable) -> Tensor:
-        """A layout (n, 2) drawn to its nearest candidates, as the configuration says."""
+    def refined(self, pos: Tensor, candidates: NeighborTable, always: bool = False) -> Tensor:
+        """A layout (n, 2) drawn to its nearest candidates, as the configuration says.
+
+        Args:
+            pos: layout.
+            candidates: nearest first.
+            always: also where the run was found to be better without.
+        """
         settings = self.config.refine
+        steps = REFINE_STEPS if always and self.spared else settings.steps
         return refine_layout(
-            pos, candidates, steps=settings.steps, neighbors=settings.neighbors,
+            pos, candidates, steps=steps, neighbors=settings.neighbors,
             anchor=settings.anchor, seed=self.config.train.seed,
         )  # fmt: skip
 

@@ -33,6 +33,9 @@ from ..refine import refine_layout
 from ..slide import Slide
 from .stage_a import ContrastSlide, begin, encode, encoder_loss, finish, read_expression
 
+REFINE_STEPS = 200
+"""Steps of the last step, where it is taken."""
+
 logger = logging.getLogger(__name__)
 
 _CELLS = 3000  # of a slide; more do not change a mean over slides
@@ -42,7 +45,6 @@ _PART = 0.5  # of the steps of stage A
 PLANE, MAP, ATLAS = "plane", "map", "atlas"
 _STARTS = {PLANE: "pca", MAP: "mlp", ATLAS: "atlas"}
 _KEEP = 0.5  # of the principal components of the expression, where they are kept
-_STEPS = 200  # of the last step, where it is taken
 _NEIGHBORS = 15  # by which embeddings and layouts are compared
 
 
@@ -64,7 +66,9 @@ class Transfer:
 
     start: str = "pca"
     keep: float = _KEEP
-    refine: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_STARTS.values(), _STEPS))
+    refine: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(_STARTS.values(), REFINE_STEPS)
+    )
     donors: int = 0
     scores: dict[str, float] | None = None
 
@@ -122,9 +126,9 @@ def _choose(found: dict[float, list[list[_Left]]], config: RunConfig) -> Transfe
     refine = dict.fromkeys(_STARTS.values(), config.refine.steps)
     if config.refine.steps is None:
         for name, value in _STARTS.items():
-            for title, steps in ((f"{name} hit", 0), (f"{name} refined", _STEPS)):
+            for title, steps in ((f"{name} hit", 0), (f"{name} refined", REFINE_STEPS)):
                 scores[title] = _mean(donors, lambda left, n=name, s=steps: left.layout_hit(n, s))
-            refine[value] = _STEPS if scores[f"{name} refined"] > scores[f"{name} hit"] else 0
+            refine[value] = REFINE_STEPS if scores[f"{name} refined"] > scores[f"{name} hit"] else 0
     logger.info(
         "%d donors left out in turn: a learned map places their cells with distance Spearman "
         "%.3f, an atlas with %.3f, the plane of the embedding with %.3f; model.start is %s, "
