@@ -685,6 +685,7 @@ def info(run: Run) -> None:
 
     from .config import RunConfig
     from .train.checkpoint import LAST, count_parameters, find_checkpoint, read_meta
+    from .train.trainer import settle
 
     settings = RunConfig.load(run)
     best = find_checkpoint(run)
@@ -698,11 +699,19 @@ def info(run: Run) -> None:
             table.add_row(label, "\n".join(recorded[role]))
     facts = {key: value for key, value in meta["facts"].items() if isinstance(value, int)}
     table.add_row("data", ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in facts.items()))
-    if tried := meta["facts"].get("transfer", {}).get("scores"):
+    if trial := meta["facts"].get("transfer"):
+        chosen = settle(settings, meta["facts"])
+        if tried := trial["scores"]:
+            table.add_row(
+                "tried",
+                f"on {trial['donors']} donors left out, distance Spearman: a learned map "
+                f"{tried['map']:.3f}, the embedding's plane {tried['plane']:.3f}"
+                + (f", an atlas {tried['atlas']:.3f}" if "atlas" in tried else ""),
+            )
         table.add_row(
-            "start",
-            f"{meta['facts']['transfer']['start']}: on donors left out a learned map reached "
-            f"distance Spearman {tried['map']:.3f}, the embedding's plane {tried['plane']:.3f}",
+            "chosen",
+            f"model.start {chosen.model.start}, encoder.keep {chosen.encoder.keep:g}, "
+            f"refine.steps {chosen.refine.steps}",
         )
     table.add_row("got to", f"{meta['stage']} stage, step {meta['step']}")
     if meta["best"] is not None:
