@@ -174,16 +174,20 @@ def begin(encoder: SharedEncoder, slides: Sequence[Slide], genes, config: RunCon
     settings, total = config.encoder, config.data.target_sum
     if encoder.gene_weight is not None:
         encoder.target_sum.fill_(median_total(slides) if total is None else total)
-        plain = [Expression.from_slide(s, genes, float(encoder.target_sum)) for s in slides]
-        morans = None
-        if settings.spatial_genes > 0:
-            found = [_morans(e, slide.pos) for e, slide in zip(plain, slides, strict=True)]
-            morans = np.mean(found, axis=0)
-        weight = gene_weights(plain, settings.standardize, morans, settings.spatial_genes)
+        weight = _weights(slides, genes, float(encoder.target_sum), settings)
         encoder.gene_weight.copy_(torch.from_numpy(weight))
     if settings.skip or settings.smooth:
         inputs = [_input(slide, genes, encoder) for slide in slides]
         encoder.start_from(*principal_axes(inputs, max(settings.out, SMOOTH_CHANNELS)))
+
+
+def _weights(slides: Sequence[Slide], genes, total: float, settings: EncoderConfig) -> np.ndarray:
+    plain = [Expression.from_slide(slide, genes, total) for slide in slides]
+    morans = None
+    if settings.spatial_genes > 0:
+        found = [_morans(e, slide.pos) for e, slide in zip(plain, slides, strict=True)]
+        morans = np.mean(found, axis=0)
+    return gene_weights(plain, settings.standardize, morans, settings.spatial_genes)
 
 
 @torch.no_grad()
