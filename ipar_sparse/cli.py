@@ -710,8 +710,10 @@ def info(run: Run) -> None:
             )
         table.add_row(
             "chosen",
-            f"model.start {chosen.model.start}, encoder.keep {chosen.encoder.keep:g}, "
-            f"refine.steps {chosen.refine.steps}",
+            f"model.start {chosen.model.start}, refine.steps {chosen.refine.steps}, "
+            f"encoder.standardize {chosen.encoder.standardize:g}, "
+            f"encoder.spatial_genes {chosen.encoder.spatial_genes:g}, "
+            f"encoder.kept {chosen.encoder.kept}",
         )
     table.add_row("got to", f"{meta['stage']} stage, step {meta['step']}")
     if meta["best"] is not None:

@@ -76,15 +76,20 @@ class EncoderConfig(Section):
     """a linear path beside the MLP, which starts as principal components of the training slides"""
     smooth: Count = 10
     """average each cell with this many nearest in expression before it is encoded; 0 = none"""
-    standardize: Share = 0.5
+    standardize: Share | None = None
     """divide each gene by its standard deviation to this power: 0 = leave them, 1 = unit variance;
-    then all by one number, for a mean variance of 1"""
-    spatial_genes: Share = 0.25
-    """and multiply it by its Moran's I on the training slides to this power; 0 = not"""
-    keep: Weight | None = None
-    """weight of the principal components of the expression that the embedding keeps beside what it
-    has learned, once it is trained; none = 0.5, or 0 if more neighbours on donors left out are
-    found that way"""
+    then all by one number, for a mean variance of 1; none = 0.5, or 1 with spatial_genes 0, if
+    that places donors left out better"""
+    spatial_genes: Share | None = None
+    """and multiply it by its Moran's I on the training slides to this power; 0 = not; none = 0.25,
+    or as standardize says"""
+    keep: Weight = 0.5
+    """weight of the components that the embedding keeps beside what it has learned, once it is
+    trained; 0 = none; without a linear path none are kept"""
+    kept: Literal["principal", "spatial"] | None = None
+    """which: principal = of largest variance; spatial = directions in which a cell is like the
+    cells around it, by signal to noise; none = principal, or spatial if those place donors left
+    out better"""
     dropout: Fraction = 0.3
     """dropout after every hidden layer"""
     steps: Count | None = None
@@ -141,12 +146,6 @@ class EncoderConfig(Section):
     def _learns_something(self):
         if not self.weights():
             raise ValueError("all weights of the encoder's losses are 0; set encoder.steps=0")
-        return self
-
-    @model_validator(mode="after")
-    def _keeps_by_the_linear_path(self):
-        if self.keep and not self.skip:
-            raise ValueError("encoder.keep needs encoder.skip; set encoder.keep=0 without it")
         return self
 
 
@@ -486,6 +485,8 @@ class RunConfig(Section):
         for section, settings in _ABSENT.items():
             if isinstance(values, dict) and isinstance(values.get(section), dict):
                 values[section] = settings | values[section]
+                if values[section].get("keep", 0.0) is None:  # once left to donors left out
+                    values[section]["keep"] = 0.5
         return _validate(values, source=str(path))
 
     def replace(self, **sections: Mapping[str, Any]) -> RunConfig:
@@ -495,7 +496,12 @@ class RunConfig(Section):
 
 _ABSENT = {
     "data": {"target_sum": 1e4},
-    "encoder": {"standardize": 0.0, "spatial_genes": 0.0, "keep": 0.0},
+    "encoder": {
+        "standardize": 0.0,
+        "spatial_genes": 0.0,
+        "keep": 0.0,
+        "kept": "principal",
+    },
 }
 """What was done before there was a setting for it, for runs saved then."""
 

@@ -137,18 +137,20 @@ def test_stage_a_is_as_long_as_its_cells_ask():
 def test_a_run_saved_before_a_setting_existed_keeps_what_was_done_then(tmp_path):
     config = RunConfig().replace(
         data={"target_sum": 1e4},
-        encoder={"standardize": 0.0, "spatial_genes": 0.0, "keep": 0.0},
+        encoder={"standardize": 0.0, "spatial_genes": 0.0, "keep": 0.0, "kept": "principal"},
     )
     config.save(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     del values["data"]["target_sum"]
-    for name in ("standardize", "spatial_genes", "keep"):
+    for name in ("standardize", "spatial_genes", "keep", "kept"):
         del values["encoder"][name]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert RunConfig.load(tmp_path) == config != RunConfig()
 
 
-def test_components_are_kept_by_the_linear_path():
-    with pytest.raises(UserError, match=r"encoder.keep needs encoder.skip"):
-        load_config(None, ["encoder.skip=false", "encoder.keep=0.5"])
-    assert load_config(None, ["encoder.skip=false"]).encoder.keep is None
+def test_what_a_run_once_left_to_donors_is_read(tmp_path):
+    RunConfig().save(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["encoder"]["keep"] = None
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert RunConfig.load(tmp_path).encoder.keep == 0.5

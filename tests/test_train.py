@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
+from scipy import sparse
 from torch import nn
 
 from ipar_sparse.config import load_config
@@ -15,9 +17,10 @@ from ipar_sparse.gauge import gauge_fix, principal_plane
 from ipar_sparse.metrics import align, evaluate_layout
 from ipar_sparse.nn import SharedEncoder
 from ipar_sparse.simulate import simulate
-from ipar_sparse.train import stage_a
+from ipar_sparse.train import components
 from ipar_sparse.train import trainer as trainer_module
 from ipar_sparse.train.checkpoint import BEST, LAST, load_checkpoint, read_meta
+from ipar_sparse.train.components import principal_axes, spatial_axes
 from ipar_sparse.train.evaluate import (
     energies,
     evaluate_slide,
@@ -37,10 +40,10 @@ from ipar_sparse.train.stage_a import (
     encode,
     encoder_loss,
     finish,
-    principal_axes,
     read_expression,
 )
 from ipar_sparse.train.trainer import fit, term_weights
+from ipar_sparse.train.transfer import weigh
 from ipar_sparse.train.units import (
     MinisetPool,
     TrainingSlide,
@@ -452,6 +455,7 @@ def test_smoothing_averages_with_the_nearest_in_expression(slides):
 def test_genes_are_weighted_before_anything_else(slides):
     genes, _ = match_genes(slides)
     config = load_config(None, ["encoder.hidden=[24]", "encoder.out=16", "model.dim=16"])
+    config = weigh(config, 0.5, 0.25)
     encoder = trainer_module.build_encoder(config, len(genes))
     begin(encoder, slides[:2], genes, config)
     totals = [np.asarray(s.expression.sum(axis=1)) for s in slides[:2]]
@@ -465,7 +469,8 @@ def test_genes_are_weighted_before_anything_else(slides):
     assert trainer_module.build_encoder(as_before, len(genes)).gene_weight is None
 
 
-def test_a_finished_embedding_is_what_was_learned_beside_the_components(slides):
+@pytest.mark.parametrize("which", ["principal", "spatial"])
+def test_a_finished_embedding_is_what_was_learned_beside_the_components(slides, which):
     """The best projection of the two side by side, in as many dimensions as before."""
     genes, _ = match_genes(slides)
     plain = [Expression.from_slide(slide, genes) for slide in slides[:2]]
@@ -474,7 +479,12 @@ def test_a_finished_embedding_is_what_was_learned_beside_the_components(slides):
     nn.init.normal_(encoder.linear.weight, std=0.01)
     nn.init.normal_(encoder.mlp[-1].weight, std=0.1)
     nn.init.normal_(encoder.mlp[-1].bias)
-    axes, _ = principal_axes(plain, 16)
+    positions = [slide.pos for slide in slides[:2]]
+    settings = load_config(None, [f"encoder.kept={which}"]).encoder
+    if which == "principal":
+        axes, _ = principal_axes(plain, 16)
+    else:
+        axes, _ = spatial_axes(plain, positions, 16)
 
     def covariance(parts):
         return sum(torch.cov(x.T, correction=0) for x in parts) / len(parts)
@@ -485,24 +495,82 @@ def test_a_finished_embedding_is_what_was_learned_beside_the_components(slides):
     pairs = zip(learned, kept, strict=True)
     both = [torch.cat([factors[0] * h, factors[1] * p], 1) for h, p in pairs]
     values, vectors = torch.linalg.eigh(covariance(both))
-    finish(encoder, plain, 0.5, "cpu")
+    finish(encoder, plain, positions, settings)
     after = [encode(encoder, x, "cpu").double() for x in plain]
     expected = both[1] @ vectors[:, -16:]
     torch.testing.assert_close(torch.pdist(after[1]), torch.pdist(expected), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
         covariance(after).diagonal(), values[-16:].flip(0), rtol=1e-3, atol=1e-6
     )
-    with pytest.raises(ValueError, match="linear path"):
-        finish(SharedEncoder(len(genes), (24,), 16), plain, 0.5, "cpu")
+    bare = SharedEncoder(len(genes), (24,), 16).eval()
+    learned = encode(bare, plain[0], "cpu")
+    finish(bare, plain, positions, settings)
+    assert torch.equal(encode(bare, plain[0], "cpu"), learned)
 
 
-def test_nothing_kept_leaves_the_encoder_as_it_was(slides):
+def test_spatial_axes_are_the_directions_in_which_neighbors_agree():
+    """Against the plain definition; a field that hardly varies comes before noise that does."""
+    rng = np.random.default_rng(0)
+    pos = [rng.uniform(-1, 1, (300, 2)) for _ in range(2)]
+    mixing = rng.standard_normal((12, 12))
+    parts = []
+    for x in pos:
+        field = np.column_stack([0.5 * np.sin(2 * x[:, 0]), 0.4 * x[:, 1], np.zeros((300, 10))])
+        values = (field + rng.standard_normal((300, 12)) * np.r_[0.2, 0.2, [1.0] * 10]) @ mixing
+        matrix = sparse.csr_matrix((values - values.mean(0)).astype(np.float32))
+        parts.append(Expression(matrix, [f"g{i}" for i in range(12)]))
+    axes, scale = spatial_axes(parts, pos, 12)
+    dense = [part.rows().astype(np.float64) for part in parts]
+    variance, alike = 0.0, 0.0
+    for x, place in zip(dense, pos, strict=True):
+        gap = np.linalg.norm(place[:, None] - place[None], axis=-1)
+        np.fill_diagonal(gap, np.inf)
+        around = x[np.argsort(gap, axis=1)[:, :15]].mean(1)
+        cross = x.T @ (around - around.mean(0)) / 300
+        alike = alike + (cross + cross.T) / 4
+        variance = variance + np.cov(x.T, bias=True) / 2
+    ridge = variance + 0.5 * np.trace(variance) / 12 * np.eye(12)
+    mu, found = scipy.linalg.eigh(alike, ridge)
+    mu = mu[::-1].clip(1e-4, 0.999)
+    expected = found[:, ::-1] * np.sqrt(mu / (1 - mu))
+    got = axes.double().numpy()
+    np.testing.assert_allclose(np.abs(got), np.abs(expected), rtol=1e-3, atol=1e-5)
+    total = np.mean([np.square(x @ got).sum(1).mean() for x in dense])
+    assert scale**2 * total == pytest.approx(1.0, rel=1e-4)
+    plain = principal_axes(parts, 12)[0].double().numpy()
+
+    def told(directions):  # correlation of the two leading components with the place
+        place = np.column_stack([pos[0], np.ones(300)])
+        values = dense[0] @ directions[:, :2]
+        fitted = place @ np.linalg.lstsq(place, values, rcond=None)[0]
+        return fitted.var(0).sum() / values.var(0).sum()
+
+    assert told(got) > 3 * told(plain)
+
+
+def test_spatial_axes_of_a_slide_of_one_cell_are_not_asked(slides):
     genes, _ = match_genes(slides)
-    plain = [Expression.from_slide(slides[0], genes)]
-    encoder = SharedEncoder(len(genes), (24,), 16, skip=True)
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    finish(encoder, plain, 0.0, "cpu")
-    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+    one = Expression.from_slide(slides[0], genes)
+    one = Expression(one.matrix[:1], genes)
+    axes, scale = spatial_axes([one], [slides[0].pos[:1]], 4)
+    assert bool(torch.isfinite(axes).all()) and np.isfinite(scale)
+
+
+@pytest.mark.parametrize("setting", ["encoder.keep=0", "encoder.steps=0"])
+def test_an_encoder_that_keeps_nothing_or_is_not_trained(slides, tmp_path, setting):
+    """Nothing is added to what it learned; without training it is its components."""
+    config = load_config(None, [*SMALL, setting])
+    trainer_module.fit_encoder(slides[:2], config, tmp_path)
+    genes = read_meta(tmp_path / LAST)["genes"]
+    encoder = trainer_module.build_encoder(config, len(genes))
+    load_checkpoint(tmp_path / LAST, {"encoder": encoder})
+    begun = trainer_module.build_encoder(config, len(genes))
+    facts = read_meta(tmp_path / LAST)["facts"]
+    begin(begun, slides[:2], genes, trainer_module.settle(config, facts))
+    same = torch.equal(encoder.linear.weight, begun.linear.weight)
+    assert same == (setting == "encoder.steps=0")
+    if same:
+        assert not encoder.mlp[-1].weight.any()
 
 
 def test_a_foreign_checkpoint_is_refused(run, tmp_path):
@@ -579,7 +647,7 @@ def test_principal_axes_of_many_genes_form_no_covariance(slides, monkeypatch):
     plain = [Expression.from_slide(slide, genes) for slide in slides[:2]]
     plain[0].empty[:3] = True
     dense, scale = principal_axes(plain, 5)
-    monkeypatch.setattr(stage_a, "_DENSE_GENES", 8)
+    monkeypatch.setattr(components, "_DENSE_GENES", 8)
     found, other = principal_axes(plain, 5)
     torch.testing.assert_close(found, dense, atol=1e-4, rtol=0)
     assert other == pytest.approx(scale, rel=1e-5)

@@ -8,10 +8,19 @@ from ipar_sparse.config import RunConfig, load_config
 from ipar_sparse.errors import UserError
 from ipar_sparse.simulate import simulate
 from ipar_sparse.slide import Slide
+from ipar_sparse.train import transfer
 from ipar_sparse.train.checkpoint import LAST, read_meta
 from ipar_sparse.train.predict import Predictor
 from ipar_sparse.train.trainer import TRANSFER, build_encoder, fit, fit_encoder, settle
-from ipar_sparse.train.transfer import ATLAS, MAP, PLANE, _choose, _Left, try_transfer
+from ipar_sparse.train.transfer import (
+    ATLAS,
+    MAP,
+    PLANE,
+    Transfer,
+    _choose,
+    _Left,
+    try_transfer,
+)
 
 CPU = torch.device("cpu")
 OWN = RunConfig().replace(data={"embedding": "obsm:H"}, model={"dim": 8})
@@ -82,7 +91,8 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
     ]  # fmt: skip
     assert found[0] == found[1]
     names = {f"{name}{what}" for name in (PLANE, MAP, ATLAS) for what in ("", " hit", " refined")}
-    assert set(found[0].scores) == names | {"keep 0", "keep 0.5"}
+    tried = {"spatial genes", "all genes", "principal", "spatial"}
+    assert set(found[0].scores) == names | tried
     assert len(steps) == 2 * 3 * 4  # half of the steps, for each slide left out
 
 
@@ -106,49 +116,132 @@ def test_a_run_stopped_before_the_choice_cannot_predict():
     with pytest.raises(UserError, match="stopped before its training began"):
         settle(RunConfig(), {"genes": 10})
     settled = RunConfig().replace(
-        model={"start": "mlp"}, encoder={"keep": 0.0}, refine={"steps": 200}
-    )
+        model={"start": "mlp"}, refine={"steps": 200},
+        encoder={"standardize": 0.5, "spatial_genes": 0.0, "kept": "spatial"},
+    )  # fmt: skip
     assert settle(settled, {}) is settled
 
 
+FOUND = Transfer("atlas", 1.0, 0.0, "spatial", {"atlas": 0, "pca": 200}).as_dict()
+
+
 def test_what_is_left_open_is_settled_and_nothing_else():
-    found = {TRANSFER: {"start": "atlas", "keep": 0.0, "refine": {"atlas": 0, "pca": 200}}}
-    config = settle(RunConfig(), found)
+    config = settle(RunConfig(), {TRANSFER: FOUND})
+    assert (config.model.start, config.refine.steps) == ("atlas", 0)
+    own = config.encoder
+    assert (own.standardize, own.spatial_genes, own.kept) == (1.0, 0.0, "spatial")
+    asked = {"standardize": 0.2, "kept": "principal"}
+    config = settle(RunConfig().replace(model={"start": "pca"}, encoder=asked), {TRANSFER: FOUND})
+    assert (config.model.start, config.refine.steps) == ("pca", 200)
+    own = config.encoder
+    assert (own.standardize, own.spatial_genes, own.kept) == (0.2, 0.0, "principal")
+
+
+def test_a_run_that_tried_what_to_keep_is_read_as_it_was():
+    before = {"start": "atlas", "keep": 0.0, "refine": {"atlas": 0, "pca": 200}}
+    config = RunConfig().replace(
+        encoder={"standardize": 0.5, "spatial_genes": 0.25, "kept": "principal"}
+    )
+    config = settle(config, {TRANSFER: before})
     assert (config.model.start, config.encoder.keep, config.refine.steps) == ("atlas", 0.0, 0)
-    config = settle(RunConfig().replace(model={"start": "pca"}, encoder={"keep": 1.0}), found)
-    assert (config.model.start, config.encoder.keep, config.refine.steps) == ("pca", 1.0, 200)
-    config = settle(RunConfig().replace(encoder={"skip": False}), found)
-    assert config.encoder.keep == 0.0
 
 
-def told_apart(seed, kept, n=300):
-    """What a trained encoder left (h), and places; one of them in a dimension it dropped."""
-    rng = np.random.default_rng(seed)
-    pos = rng.uniform(-1, 1, (n, 2))
-    h = np.concatenate([pos[:, : 1 + kept], 0.01 * rng.standard_normal((n, 2 - kept))], axis=1)
-    return torch.from_numpy(h).float(), pos
+def test_an_encoder_without_a_linear_path_keeps_nothing_to_try(slides):
+    config = load_config(None, [*SMALL, "encoder.skip=false", "encoder.spatial_genes=0"])
+    genes = list(slides[0].genes)
+    found = try_transfer(
+        slides, None, config, lambda: build_encoder(config, len(genes)), genes, CPU
+    )
+    assert found.kept == "principal"
+    assert not found.scores.keys() & {"spatial", "all genes", "spatial genes"}
 
 
-@pytest.mark.parametrize("better", [0.0, 0.5])
-def test_components_are_kept_where_they_find_more_neighbors(better):
-    found = {}
-    for keep in (0.0, 0.5):
-        known = [told_apart(0, keep == better)]
-        left = _Left(*told_apart(1, keep == better), [(h.numpy(), x) for h, x in known])
-        found[keep] = [[left]]
-    assert _choose(found, RunConfig()).keep == better
+class Scored:
+    """A slide left out whose scores are known."""
+
+    def __init__(self, spearman, hit):
+        self.values, self.hit = spearman, hit
+
+    def spearman(self, name):
+        return self.values[name]
+
+    def embedding_hit(self):
+        return self.hit
+
+
+def test_an_embedding_counts_by_its_best_start_and_its_neighbors(monkeypatch):
+    monkeypatch.setattr(transfer, "_Left", Scored)
+    donors = [
+        [Scored({PLANE: 0.1, MAP: 0.4, ATLAS: 0.2}, 0.3), Scored(dict.fromkeys("x"), 0.1)],
+        [Scored({PLANE: 0.3, MAP: 0.4, ATLAS: -0.2}, 0.4)],
+    ]
+    donors[0][1].values = {PLANE: 0.1, MAP: 0.2, ATLAS: 0.2}
+    assert transfer._score(donors) == pytest.approx(np.sqrt((0.3 + 0.4) / 2 * (0.2 + 0.4) / 2))
+    nothing = [[Scored({PLANE: -0.1, MAP: -0.4, ATLAS: -0.2}, 0.3)]]
+    assert transfer._score(nothing) == 0.0
+
+
+def noise(fold):
+    """Embedding and layouts of the slides left out that say nothing of the place."""
+    rng = np.random.default_rng(0)
+    return [
+        _Left(torch.from_numpy(rng.standard_normal((s.num_cells, 4))).float(), s.pos,
+              {name: rng.standard_normal((s.num_cells, 2)) for name in (PLANE, MAP, ATLAS)})
+        for s in fold.test
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("better", ["principal", "spatial"])
+def test_what_is_kept_serves_donors_left_out(slides, monkeypatch, better):
+    config = load_config(None, SMALL)
+    genes = list(slides[0].genes)
+    trained = transfer._Fold.trained
+
+    def spoiled(fold, *args):
+        found = trained(fold, *args)
+        return {kept: left if kept == better else noise(fold) for kept, left in found.items()}
+
+    monkeypatch.setattr(transfer._Fold, "trained", spoiled)
+    found = try_transfer(
+        slides, None, config, lambda: build_encoder(config, len(genes)), genes, CPU
+    )
+    other = "spatial" if better == "principal" else "principal"
+    assert found.kept == better and found.scores[better] > found.scores[other]
+
+
+@pytest.mark.parametrize("better", [(0.5, 0.25), (1.0, 0.0)])
+def test_genes_are_weighted_as_serves_donors_left_out(slides, monkeypatch, better):
+    config = load_config(None, SMALL)
+    genes = list(slides[0].genes)
+    components, seen = transfer._Fold.components, []
+
+    def powers(config):
+        return config.encoder.standardize, config.encoder.spatial_genes
+
+    def spoiled(fold, config, build):
+        return components(fold, config, build) if powers(config) == better else noise(fold)
+
+    def trained(fold, config, *args):
+        seen.append(powers(config))
+        return {"principal": noise(fold)}
+
+    monkeypatch.setattr(transfer._Fold, "components", spoiled)
+    monkeypatch.setattr(transfer._Fold, "trained", trained)
+    found = try_transfer(
+        slides, None, config, lambda: build_encoder(config, len(genes)), genes, CPU
+    )
+    assert (found.standardize, found.spatial_genes) == better and set(seen) == {better}
 
 
 def test_the_last_step_is_left_out_where_it_costs_neighbors():
     """An embedding of noise misleads a layout that is right; one of the place sharpens a blur."""
     rng = np.random.default_rng(0)
     pos = rng.uniform(-1, 1, (400, 2))
-    known = [(rng.standard_normal((100, 2)), rng.standard_normal((100, 2)))]
-    noise = _Left(torch.from_numpy(rng.standard_normal((400, 2))).float(), pos, known)
-    place = _Left(torch.from_numpy(pos).float(), pos, known)
-    noise.layouts = dict.fromkeys((PLANE, MAP, ATLAS), pos)
-    place.layouts = dict.fromkeys((PLANE, MAP, ATLAS), pos + 0.1 * rng.standard_normal(pos.shape))
-    assert set(_choose({0.0: [[noise]]}, RunConfig()).refine.values()) == {0}
-    assert set(_choose({0.0: [[place]]}, RunConfig()).refine.values()) == {200}
+    starts, blurred = (PLANE, MAP, ATLAS), pos + 0.1 * rng.standard_normal(pos.shape)
+    h = torch.from_numpy(rng.standard_normal((400, 2))).float()
+    noise = _Left(h, pos, dict.fromkeys(starts, pos))
+    place = _Left(torch.from_numpy(pos).float(), pos, dict.fromkeys(starts, blurred))
+    assert set(_choose([[noise]], RunConfig(), Transfer(), {}).refine.values()) == {0}
+    assert set(_choose([[place]], RunConfig(), Transfer(), {}).refine.values()) == {200}
     asked = RunConfig().replace(refine={"steps": 50})
-    assert set(_choose({0.0: [[noise]]}, asked).refine.values()) == {50}
+    assert set(_choose([[noise]], asked, Transfer(), {}).refine.values()) == {50}

@@ -74,11 +74,11 @@ class SharedEncoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, axes: Tensor, scale: float = 1.0) -> None:
-        """Begin from principal components: the linear path, and what cells are compared by.
+        """Begin from components of the expression: the linear path, and what cells are compared by.
 
         Args:
-            axes: (genes, r) orthonormal, largest variance first; the linear path takes as many
-                as the embedding has room for.
+            axes: (genes, r), the most telling first; the linear path takes as many as the
+                embedding has room for.
             scale: factor of the linear path.
         """
         if self.linear is not None:

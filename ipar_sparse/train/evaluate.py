@@ -27,9 +27,9 @@ from ..pl import AttentionFocus
 from ..report import ReportBundle, write_metrics, write_report
 from ..slide import Slide
 from ..targets import build_target, target_graph
+from .components import principal_axes, project
 from .logs import HISTORY, Progress, read_history
 from .predict import Prediction, Predictor
-from .stage_a import principal_axes, project
 from .trainer import REFERENCE, slide_digest
 
 logger = logging.getLogger(__name__)

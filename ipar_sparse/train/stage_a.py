@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,12 +20,12 @@ from ..graph import knn
 from ..nn import SharedEncoder
 from ..nn.encoder import SMOOTH_CHANNELS
 from ..slide import Slide
+from .components import principal_axes, project, spatial_axes
 
 _ROWS = 8192  # cells of dense expression at once
 _TABLE = 1 << 26  # expression values of a training slide that are kept dense: 256 MiB
 _AXES_CELLS = 20_000  # a slide; more do not move the leading components
 _AROUND = 15  # nearest cells that a gene is compared with for Moran's I
-_DENSE_GENES = 4096  # beyond, the covariance of genes is not formed
 _NEAREST = 0.02  # of the slide's radius; log distances below it say nothing of the layout
 
 
@@ -52,26 +51,6 @@ class EmbeddingScale(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return (h - self.mean) / self.std
-
-
-def _covariance_matrix(samples) -> np.ndarray:
-    total = 0.0
-    for slide, cells in samples:
-        for rows in np.array_split(cells, max(1, len(cells) // _ROWS)):
-            x = slide.rows(rows).astype(np.float64)
-            total = total + x.T @ x / len(cells)
-    return total / len(samples)
-
-
-def _covariance_product(samples, v: np.ndarray) -> np.ndarray:
-    """The covariance matrix times a vector, without either of the dense matrices."""
-    total = np.zeros(v.size)
-    for slide, cells in samples:
-        counted = slide.matrix[cells[~slide.empty[cells]]]
-        mean = slide.mean.astype(np.float64)
-        along = counted @ v.ravel() - mean @ v.ravel()
-        total += (counted.T @ along - mean * along.sum()) / len(cells)
-    return total / len(samples)
 
 
 class ContrastSlide:
@@ -162,14 +141,17 @@ def encoder_loss(
 
 
 @torch.no_grad()
-def begin(encoder: SharedEncoder, slides: Sequence[Slide], genes, config: RunConfig) -> None:
+def begin(encoder: SharedEncoder, slides: Sequence[Slide], genes, config: RunConfig) -> list:
     """All of an encoder that needs no steps: how counts become its input, and where it starts.
 
     Args:
         encoder: untrained.
         slides: training slides.
         genes: of the encoder.
-        config: of the run.
+        config: of the run, with the weights of genes settled.
+
+    Returns:
+        An :class:`~ipar_sparse.expression.Expression` for each slide, as the encoder takes it.
     """
     settings, total = config.encoder, config.data.target_sum
     if encoder.gene_weight is not None:
@@ -177,8 +159,9 @@ def begin(encoder: SharedEncoder, slides: Sequence[Slide], genes, config: RunCon
         weight = _weights(slides, genes, float(encoder.target_sum), settings)
         encoder.gene_weight.copy_(torch.from_numpy(weight))
     if settings.skip or settings.smooth:
-        inputs = [_input(slide, genes, encoder) for slide in slides]
-        encoder.start_from(*principal_axes(inputs, max(settings.out, SMOOTH_CHANNELS)))
+        plain = [_input(slide, genes, encoder) for slide in slides]
+        encoder.start_from(*principal_axes(plain, max(settings.out, SMOOTH_CHANNELS)))
+    return [read_expression(slide, genes, encoder) for slide in slides]
 
 
 def _weights(slides: Sequence[Slide], genes, total: float, settings: EncoderConfig) -> np.ndarray:
@@ -191,7 +174,9 @@ def _weights(slides: Sequence[Slide], genes, total: float, settings: EncoderConf
 
 
 @torch.no_grad()
-def finish(encoder: SharedEncoder, slides: Sequence[Expression], keep: float, device) -> None:
+def finish(
+    encoder: SharedEncoder, slides: Sequence[Expression], positions: Sequence, settings
+) -> None:
     """Give the trained embedding back what it has forgotten of the expression.
 
     Training drops whatever does not help on the training slides, and neighbours of a new slide
@@ -199,20 +184,25 @@ def finish(encoder: SharedEncoder, slides: Sequence[Expression], keep: float, de
 
         [H / s_H, keep * P / s_P]
 
-    with P the principal components of the expression and s^2 total variances. Both are linear in
-    what the encoder ends with, so its weights take the change and nothing else does.
+    with P linear components of the expression and s^2 total variances. Both are linear in what
+    the encoder ends with, so its weights take the change and nothing else does.
 
     Args:
-        encoder: trained, with a linear path.
+        encoder: trained; without a linear path it is left as it is.
         slides: training slides as the encoder takes them.
-        keep: weight of P; nothing is done where it is 0.
-        device: where the encoder lies.
+        positions: (n, 2) of each.
+        settings: ``keep``, the weight of P; nothing is done where it is 0; ``kept``, which.
     """
-    if not keep:
+    keep = settings.keep
+    if not keep or encoder.linear is None:
         return
+    if settings.kept == "spatial":
+        axes, _ = spatial_axes(slides, positions, encoder.out_channels)
+    else:
+        axes, _ = principal_axes(slides, encoder.out_channels)
     encoder.eval()
-    width = encoder.out_channels
-    axes = principal_axes(slides, width)[0].to(device)
+    width, device = encoder.out_channels, next(encoder.parameters()).device
+    axes = axes.to(device)
     total = torch.zeros(width + axes.size(1), width + axes.size(1)).double()
     for number, slide in enumerate(slides):
         cells = np.random.default_rng([number, 7]).permutation(slide.shape[0])[:_AXES_CELLS]
@@ -264,49 +254,6 @@ def read_expression(slide: Slide, genes, encoder: SharedEncoder) -> Expression:
     place = project(expression, encoder.axes.cpu())
     neighbors = knn(torch.from_numpy(place).to(encoder.axes.device), encoder.smooth).index
     return expression.smoothed(neighbors.cpu().numpy())
-
-
-def project(expression: Expression, axes: Tensor) -> np.ndarray:
-    """Cells along some axes (n, r), never all of them dense at once.
-
-    Args:
-        expression: n cells.
-        axes: (genes, r).
-    """
-    blocks = np.array_split(np.arange(expression.shape[0]), expression.shape[0] // _ROWS + 1)
-    return np.concatenate([expression.rows(rows) @ axes.numpy() for rows in blocks])
-
-
-def principal_axes(slides: Sequence[Expression], count: int) -> tuple[Tensor, float]:
-    """Principal components of the expression of several slides, each slide counted alike.
-
-    Args:
-        slides: mean-centred expression of the same genes.
-        count: components, at most as many as genes.
-
-    Returns:
-        Axes (genes, count), largest variance first, the largest loading of each positive, and
-        the factor that gives the components of a cell, all together, unit variance.
-    """
-    samples = []
-    for number, slide in enumerate(slides):
-        rng = np.random.default_rng([number, 7])
-        samples.append((slide, rng.permutation(slide.shape[0])[:_AXES_CELLS]))
-    genes = slides[0].shape[1]
-    count = min(count, genes)
-    if genes <= _DENSE_GENES or count > genes // 4:
-        variance, axes = np.linalg.eigh(_covariance_matrix(samples))
-        variance, axes = variance[::-1][:count], axes[:, ::-1][:, :count]
-    else:
-        operator = LinearOperator(
-            (genes, genes), matvec=lambda v: _covariance_product(samples, v), dtype=np.float64
-        )
-        variance, axes = eigsh(operator, k=count, v0=np.ones(genes))
-        variance, axes = variance[::-1], axes[:, ::-1]
-    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
-    power = float(np.clip(variance, 0.0, None).sum())
-    scale = 1.0 / math.sqrt(power) if power > 0 else 1.0
-    return torch.from_numpy(np.ascontiguousarray(axes)).float(), scale
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ from .stage_a import (
     finish,
     read_expression,
 )
-from .transfer import try_transfer
+from .transfer import try_transfer, weigh
 from .units import MinisetPool, TrainingSlide, Unit, build_unit, draw_candidates, merge
 
 logger = logging.getLogger(__name__)
@@ -263,14 +263,13 @@ class _Run:
             return
         settings = self.config.encoder
         if self.state.step == 0:
-            begin(self.encoder, self.train_slides, self.genes, self.config)
+            read = begin(self.encoder, self.train_slides, self.genes, self.config)
+        else:
+            read = [read_expression(s, self.genes, self.encoder) for s in self.train_slides]
         slides = [
-            ContrastSlide(
-                read_expression(slide, self.genes, self.encoder), slide.pos,
-                settings.neighbors, settings.far_quantile,
-            )
-            for slide in self.train_slides
-        ]  # fmt: skip
+            ContrastSlide(expression, s.pos, settings.neighbors, settings.far_quantile)
+            for expression, s in zip(read, self.train_slides, strict=True)
+        ]
         optimizer = torch.optim.AdamW(
             self.encoder.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
@@ -289,7 +288,8 @@ class _Run:
                 optimizer.step()
                 self._stepped("encoder", step + 1, optimizer, losses, task)
                 self._stop_if_asked("encoder", optimizer)
-        finish(self.encoder, [slide.expression for slide in slides], settings.keep, self.device)
+        if total:
+            finish(self.encoder, read, [slide.pos for slide in self.train_slides], settings)
         self.encoder.eval().requires_grad_(False)
         self._advance("gate")
 
@@ -740,8 +740,8 @@ class _Run:
 
 
 def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
-    """A run's configuration with what it left open (``model.start``, ``encoder.keep``,
-    ``refine.steps``) as donors left out have settled it.
+    """A run's configuration with what it left open (``model.start``, ``refine.steps``, and of the
+    encoder ``standardize``, ``spatial_genes`` and ``kept``) as donors left out have settled it.
 
     Args:
         config: of the run.
@@ -761,17 +761,21 @@ def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
     if (start := config.model.start) == "auto":
         start = found["start"]
         sections["model"] = {"start": start}
-    if config.encoder.keep is None:
-        sections["encoder"] = {"keep": found["keep"] if config.encoder.skip else 0.0}
     if config.refine.steps is None:
         sections["refine"] = {"steps": found["refine"][start]}
-    return config.replace(**sections)
+    if "keep" in found:  # a run from when that was tried instead
+        sections["encoder"] = {"keep": found["keep"]}
+    if config.encoder.kept is None:
+        sections["encoder"] = {"kept": found["kept"]}
+    return weigh(
+        config.replace(**sections), found.get("standardize"), found.get("spatial_genes")
+    )
 
 
 def _is_open(config: RunConfig) -> bool:
-    return (
-        config.model.start == "auto" or config.encoder.keep is None or config.refine.steps is None
-    )
+    encoder = config.encoder
+    asked = (encoder.standardize, encoder.spatial_genes, encoder.kept)
+    return config.model.start == "auto" or None in (*asked, config.refine.steps)
 
 
 def build_encoder(config: RunConfig, num_genes: int) -> SharedEncoder:
@@ -784,8 +788,8 @@ def build_encoder(config: RunConfig, num_genes: int) -> SharedEncoder:
         settings.dropout,
         skip=settings.skip,
         smooth=settings.smooth,
-        prepare=config.data.target_sum != 1e4
-        or max(settings.standardize, settings.spatial_genes) > 0,
+        prepare=(config.data.target_sum, settings.standardize, settings.spatial_genes)
+        != (1e4, 0.0, 0.0),
     )
 
 

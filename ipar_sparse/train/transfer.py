@@ -3,18 +3,19 @@
 Some tissues share a plan: layers of a cortex, the axes of an embryo. A map from expression to
 position that was learned on other animals holds there, and is the best start. Others do not:
 where every tumour is its own, a map from other patients misleads, and the cells are better placed
-by how they differ from one another. In some, what the encoder dropped of the expression would
-have told neighbours apart; in some, the last step gathers cells that were well apart. Each donor of
-the training slides is therefore left out in turn, a short stage A is trained on the rest, and
-what serves the donor left out better is what the run does. Slides that are held out of the run
-take no part.
+by how they differ from one another. In some, faint genes tell neighbours apart, in others they are
+noise; in some, the last step gathers cells that were well apart. Each donor of the training slides
+is therefore left out in turn, embeddings are made from the rest, and what serves the donor left
+out better is what the run does. Slides that are held out of the run take no part.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,15 @@ from ..metrics import distance_metrics
 from ..nn import SharedEncoder
 from ..refine import refine_layout
 from ..slide import Slide
-from .stage_a import ContrastSlide, begin, encode, encoder_loss, finish, read_expression
+from .components import project, spatial_axes
+from .stage_a import (
+    ContrastSlide,
+    begin,
+    encode,
+    encoder_loss,
+    finish,
+    read_expression,
+)
 
 REFINE_STEPS = 200
 """Steps of the last step, where it is taken."""
@@ -40,12 +49,16 @@ logger = logging.getLogger(__name__)
 
 _CELLS = 3000  # of a slide; more do not change a mean over slides
 _DONORS = 3  # left out at most
+_SLIDES = 3  # of a donor, at most
 _PART = 0.5  # of the steps of stage A
 
 PLANE, MAP, ATLAS = "plane", "map", "atlas"
 _STARTS = {PLANE: "pca", MAP: "mlp", ATLAS: "atlas"}
-_KEEP = 0.5  # of the principal components of the expression, where they are kept
 _NEIGHBORS = 15  # by which embeddings and layouts are compared
+_WEIGHTS = {"spatial genes": (0.5, 0.25), "all genes": (1.0, 0.0)}
+"""Powers ``encoder.standardize`` and ``encoder.spatial_genes`` that are tried, the usual first."""
+_KEPT = "principal", "spatial"
+"""What an embedding keeps, ``encoder.kept``, the usual first."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +68,23 @@ class Transfer:
     Args:
         start: ``"mlp"`` or ``"atlas"`` where a learned map or an atlas holds on other donors, else
             ``"pca"``.
-        keep: principal components in the embedding, ``encoder.keep``.
+        standardize, spatial_genes: how genes are weighted, as in ``encoder``.
+        kept: what the embedding keeps beside what it has learned, ``encoder.kept``.
         refine: of the last step after each of the starts, ``refine.steps``.
         donors: how many were left out in turn; with one donor nothing is tried.
         scores: means over donors left out. Distance Spearman: ``plane`` (principal plane of the
             embedding), ``map`` (ridge regression from it) and ``atlas`` (of it). Neighbour hit
-            @15: ``keep 0`` and ``keep 0.5`` (nearest cells in the embedding); ``plane hit`` and
-            ``plane refined`` (before and after the last step), and so for the other two.
+            @15: ``plane hit`` and ``plane refined`` (before and after the last step), and so for
+            the other two. Of embeddings, the geometric mean of the best distance Spearman and
+            the hit @15 of their nearest cells: ``spatial genes`` and ``all genes`` (spatial
+            components under either weights) and, trained, by what they keep, ``principal`` and
+            ``spatial``.
     """
 
     start: str = "pca"
-    keep: float = _KEEP
+    standardize: float = _WEIGHTS["spatial genes"][0]
+    spatial_genes: float = _WEIGHTS["spatial genes"][1]
+    kept: str = _KEPT[0]
     refine: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(_STARTS.values(), REFINE_STEPS)
     )
@@ -100,46 +119,81 @@ def try_transfer(
     groups: dict[str, list[Slide]] = {}
     for slide in slides:
         groups.setdefault((donors or {}).get(slide.name, slide.name), []).append(slide)
+    groups = {name: _spread_out(group) for name, group in groups.items()}
     if len(groups) < 2:
         return Transfer()
-    small = {slide.name: _sample(slide) for slide in slides}
-    found: dict[float, list[list[_Left]]] = {}
-    for number, (left_out, test) in enumerate(list(groups.items())[:_DONORS]):
-        train = [small[s.name] for name, group in groups.items() if name != left_out for s in group]
-        left = _leave_out(
-            train, [small[slide.name] for slide in test], config, build, genes, device,
-            config.train.seed * _DONORS + number, step_done,
-        )  # fmt: skip
-        for keep, slides_left in left.items():
-            found.setdefault(keep, []).append(slides_left)
-    return _choose(found, config)
+    small = {slide.name: _sample(slide) for group in groups.values() for slide in group}
+    folds = []
+    for left_out, test in list(groups.items())[:_DONORS]:
+        rest = [small[s.name] for name, group in groups.items() if name != left_out for s in group]
+        folds.append(_Fold(rest, [small[slide.name] for slide in test], genes, device))
+    if build is None:
+        return _choose([fold.brought() for fold in folds], config, Transfer(), {})
+    settings, scores, chosen = config.encoder, {}, Transfer()
+    if settings.standardize is None and settings.spatial_genes is None:
+        for name, powers in _WEIGHTS.items():
+            weighted = weigh(config, *powers)
+            scores[name] = _score([fold.components(weighted, build) for fold in folds])
+        standardize, spatial_genes = _WEIGHTS[max(scores, key=scores.__getitem__)]
+        chosen = Transfer(standardize=standardize, spatial_genes=spatial_genes)
+    config = weigh(config, chosen.standardize, chosen.spatial_genes)
+    embeddings: dict[str, list[list[_Left]]] = {}
+    for number, fold in enumerate(folds):
+        seed = config.train.seed * _DONORS + number
+        for kept, left in fold.trained(config, build, seed, step_done).items():
+            embeddings.setdefault(kept, []).append(left)
+    tried = {name: _score(found) for name, found in embeddings.items()}
+    kept = max(tried, key=tried.__getitem__)
+    return _choose(embeddings[kept], config, replace(chosen, kept=kept), scores | tried)
 
 
-def _choose(found: dict[float, list[list[_Left]]], config: RunConfig) -> Transfer:
-    """The choices, and the scores behind them, of what each donor left out showed."""
-    hits = {keep: _mean(donors, _Left.embedding_hit) for keep, donors in found.items()}
-    keep = max(hits, key=hits.__getitem__)
-    donors = found[keep]
-    scores = {name: _mean(donors, lambda left, n=name: left.spearman(n)) for name in _STARTS}
+def weigh(config: RunConfig, standardize: float, spatial_genes: float) -> RunConfig:
+    """A configuration with these weights of genes where it leaves them open."""
+    own = config.encoder
+    if own.standardize is not None:
+        standardize = own.standardize
+    if own.spatial_genes is not None:
+        spatial_genes = own.spatial_genes
+    return config.replace(encoder={"standardize": standardize, "spatial_genes": spatial_genes})
+
+
+def _choose(
+    donors: list[list[_Left]], config: RunConfig, chosen: Transfer, tried: dict[str, float]
+) -> Transfer:
+    """Start and last step by what each donor left out showed in the embedding that was chosen."""
+    scores = {name: _mean(donors, partial(_Left.spearman, name=name)) for name in _STARTS}
     start = _STARTS[max(_STARTS, key=scores.__getitem__)]
-    scores |= {f"keep {value:g}": hit for value, hit in hits.items()}
     refine = dict.fromkeys(_STARTS.values(), config.refine.steps)
     if config.refine.steps is None:
         for name, value in _STARTS.items():
             for title, steps in ((f"{name} hit", 0), (f"{name} refined", REFINE_STEPS)):
-                scores[title] = _mean(donors, lambda left, n=name, s=steps: left.layout_hit(n, s))
+                scores[title] = _mean(donors, partial(_Left.layout_hit, name=name, steps=steps))
             refine[value] = REFINE_STEPS if scores[f"{name} refined"] > scores[f"{name} hit"] else 0
+    found = replace(
+        chosen, start=start, refine=refine, donors=len(donors), scores=scores | tried
+    )
     logger.info(
         "%d donors left out in turn: a learned map places their cells with distance Spearman "
         "%.3f, an atlas with %.3f, the plane of the embedding with %.3f; model.start is %s, "
-        "encoder.keep %g, refine.steps %d",
-        len(donors), scores[MAP], scores[ATLAS], scores[PLANE], start, keep, refine[start],
+        "refine.steps %d",
+        found.donors, scores[MAP], scores[ATLAS], scores[PLANE], start, refine[start],
     )  # fmt: skip
-    return Transfer(start, keep, refine, len(donors), scores)
+    if tried:
+        logger.info(
+            "encoder.standardize is %g, encoder.spatial_genes %g, encoder.kept %s",
+            found.standardize, found.spatial_genes, found.kept,
+        )  # fmt: skip
+    return found
 
 
 def _mean(donors: list[list[_Left]], score: Callable[[_Left], float]) -> float:
     return float(np.mean([np.mean([score(left) for left in slides]) for slides in donors]))
+
+
+def _score(donors: list[list[_Left]]) -> float:
+    """Of an embedding: gains count alike in distances and in neighbours, relative to either."""
+    far = max(_mean(donors, partial(_Left.spearman, name=name)) for name in _STARTS)
+    return float(np.sqrt(max(far, 0.0) * _mean(donors, _Left.embedding_hit)))
 
 
 class _Left:
@@ -148,16 +202,11 @@ class _Left:
     Args:
         h: embedding (n, d).
         pos: true positions (n, 2).
-        known: pairs (embedding, positions) of the slides trained on.
+        placed: start to layout (n, 2).
     """
 
-    def __init__(self, h: Tensor, pos, known):
-        self.pos = np.asarray(pos)
-        self.layouts = {
-            PLANE: principal_plane(h).numpy(),
-            MAP: ridge_layout(h.numpy(), known),
-            ATLAS: atlas_layout(h, known),
-        }
+    def __init__(self, h: Tensor, pos, placed: Mapping[str, np.ndarray]):
+        self.pos, self.layouts = np.asarray(pos), dict(placed)
         self.graph = knn(h, _NEIGHBORS)
 
     def spearman(self, name: str) -> float:
@@ -175,41 +224,81 @@ class _Left:
         return candidate_recall(graph, self.pos, _NEIGHBORS)[f"candidate_recall@{_NEIGHBORS}"]
 
 
-def _leave_out(
-    train, test, config, build, genes, device, seed, step_done
-) -> dict[float, list[_Left]]:
-    """The slides left out as a short stage A shows them, by ``encoder.keep``."""
+@dataclass
+class _Fold:
+    """Slides to learn from, and those of the donor left out.
 
-    def look(h: dict[int, Tensor]) -> list[_Left]:
-        known = [(h[id(slide)].numpy(), slide.pos) for slide in train]
-        return [_Left(h[id(slide)], slide.pos, known) for slide in test]
+    Args:
+        train: slides of the other donors.
+        test: slides of this one.
+        genes: of the encoder.
+        device: where it is trained.
+    """
 
-    if build is None:
-        return {0.0: look({id(s): torch.from_numpy(s.embedding).float() for s in (*train, *test)})}
-    settings = config.encoder
-    torch.manual_seed(seed)
-    encoder = build().to(device)
-    begin(encoder, train, genes, config)
-    read = {id(s): read_expression(s, genes, encoder) for s in (*train, *test)}
+    train: list[Slide]
+    test: list[Slide]
+    genes: Sequence[str] | None
+    device: torch.device
 
-    def embed() -> list[_Left]:
-        return look({key: encode(encoder, expression, device) for key, expression in read.items()})
+    def brought(self) -> list[_Left]:
+        """The slides left out in the embedding that came with them."""
+        h = [torch.from_numpy(s.embedding).float() for s in (*self.train, *self.test)]
+        return self._look(h)
 
-    steps = round(_PART * settings.steps_for(sum(s.num_cells for s in train)))
-    if steps:
-        fit = [
-            ContrastSlide(read[id(s)], s.pos, settings.neighbors, settings.far_quantile)
-            for s in train
-        ]
-        _train(encoder, fit, settings, steps, seed, device, step_done)
-    keep = settings.keep
-    found = {0.0: embed()} if not keep else {}
-    if keep is None and settings.skip:
-        keep = _KEEP
-    if keep:
-        finish(encoder, [read[id(s)] for s in train], keep, device)
-        found[keep] = embed()
-    return found
+    def components(self, config: RunConfig, build: Callable[[], SharedEncoder]) -> list[_Left]:
+        """The slides left out in nothing but spatial components: quick, and by which genes weigh
+        what, better or worse as an embedding trained on them is."""
+        encoder = build().to(self.device)
+        read = begin(encoder, self.train, self.genes, config)
+        axes, _ = spatial_axes(read, [slide.pos for slide in self.train], config.encoder.out)
+        read = read + [read_expression(slide, self.genes, encoder) for slide in self.test]
+        return self._look([torch.from_numpy(project(x, axes)).float() for x in read])
+
+    def trained(
+        self, config: RunConfig, build: Callable[[], SharedEncoder], seed: int, step_done
+    ) -> dict[str, list[_Left]]:
+        """The slides left out after a short stage A, by what the embedding keeps beside it."""
+        settings = config.encoder
+        torch.manual_seed(seed)
+        encoder = build().to(self.device)
+        read = begin(encoder, self.train, self.genes, config)
+        positions = [slide.pos for slide in self.train]
+        steps = round(_PART * settings.steps_for(sum(s.num_cells for s in self.train)))
+        if steps:
+            fit = [
+                ContrastSlide(expression, pos, settings.neighbors, settings.far_quantile)
+                for expression, pos in zip(read, positions, strict=True)
+            ]
+            _train(encoder, fit, settings, steps, seed, self.device, step_done)
+        tried = _KEPT if steps and settings.skip and settings.keep else _KEPT[:1]
+        found = {}
+        for kept in tried if settings.kept is None else (settings.kept,):
+            finished = copy.deepcopy(encoder)
+            if steps:
+                asked = settings.model_copy(update={"kept": kept})
+                finish(finished, read, positions, asked)
+            found[kept] = self._embed(finished, read)
+        return found
+
+    def _embed(self, encoder: SharedEncoder, read: list) -> list[_Left]:
+        read = read + [read_expression(slide, self.genes, encoder) for slide in self.test]
+        return self._look([encode(encoder, expression, self.device) for expression in read])
+
+    def _look(self, h: list[Tensor]) -> list[_Left]:
+        known = [(own.numpy(), s.pos) for own, s in zip(h, self.train, strict=False)]
+        h = h[len(self.train) :]
+        together = torch.cat(h)  # what is learned of the others is learned once
+        learned = {
+            MAP: ridge_layout(together.numpy(), known),
+            ATLAS: atlas_layout(together, known),
+        }
+        ends = np.cumsum([len(own) for own in h])[:-1]
+        parts = {name: np.split(layout, ends) for name, layout in learned.items()}
+        left = []
+        for number, (own, slide) in enumerate(zip(h, self.test, strict=True)):
+            placed = {name: layouts[number] for name, layouts in parts.items()}
+            left.append(_Left(own, slide.pos, placed | {PLANE: principal_plane(own).numpy()}))
+        return left
 
 
 def _train(
@@ -235,6 +324,12 @@ def _train(
         schedule.step()
         step_done()
     encoder.eval()
+
+
+def _spread_out(slides: list[Slide]) -> list[Slide]:
+    """At most so many slides of a donor, as far apart in their order as can be."""
+    count = min(len(slides), _SLIDES)
+    return [slides[round(i)] for i in np.linspace(0, len(slides) - 1, count)]
 
 
 def _sample(slide: Slide) -> Slide:
