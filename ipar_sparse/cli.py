@@ -220,6 +220,13 @@ def _options(
     pass
 
 
+_EMBEDDINGS_TRIED = {
+    "spatial genes": "spatial genes forward",
+    "all genes": "genes alike",
+    "principal": "principal components kept",
+    "spatial": "spatial ones",
+}
+
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write the slides to.")],
@@ -708,6 +715,13 @@ def info(run: Run) -> None:
                 f"{tried['map']:.3f}, the embedding's plane {tried['plane']:.3f}"
                 + (f", an atlas {tried['atlas']:.3f}" if "atlas" in tried else ""),
             )
+            embeddings = [
+                f"{title} {tried[name]:.3f}"
+                for name, title in _EMBEDDINGS_TRIED.items()
+                if name in tried
+            ]
+            if embeddings:
+                table.add_row("", f"root of that times neighbour hit: {', '.join(embeddings)}")
         table.add_row(
             "chosen",
             f"model.start {chosen.model.start}, refine.steps {chosen.refine.steps}, "

@@ -235,7 +235,8 @@ def test_a_run_records_how_it_was_made(slides, run, capsys):
     assert {BEST, LAST, HISTORY, "config.yaml", "inputs.json"} <= {p.name for p in run.iterdir()}
     assert cli.run_command(["info", str(run)]) == 0
     shown = capsys.readouterr().out
-    for word in ("cortex1.h5ad", "cortex2.h5ad", "model.heads = 2", "E_geo", "gate 6,337"):
+    for word in ("cortex1.h5ad", "cortex2.h5ad", "model.heads = 2", "E_geo", "gate 6,337",
+                 "genes alike", "encoder.kept"):  # fmt: skip
         assert word in shown
 
 

@@ -19,6 +19,7 @@ from ipar_sparse.train.transfer import (
     Transfer,
     _choose,
     _Left,
+    trial_steps,
     try_transfer,
 )
 
@@ -68,6 +69,14 @@ def test_slides_of_one_donor_are_left_out_together():
     assert tried(pairs, donors).donors == 2
 
 
+def test_a_donor_of_many_slides_counts_by_some_of_them():
+    many = [slide(f"a{i}", [0, 1], i) for i in range(7)] + [slide("b", [0, 1], 9)]
+    donors = {s.name: s.name[0] for s in many}
+    first, second = transfer._folds(many, donors, None, CPU)
+    assert [s.name for s in first.test] == [s.name for s in second.train] == ["a0", "a3", "a6"]
+    assert [s.name for s in second.test] == [s.name for s in first.train] == ["b"]
+
+
 def test_one_donor_tells_nothing():
     found = tried([slide("a", [0, 1], 0), slide("b", [0, 1], 1)], {"a": "x", "b": "x"})
     assert (found.start, found.donors, found.scores) == ("pca", 0, None)
@@ -94,6 +103,8 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
     tried = {"spatial genes", "all genes", "principal", "spatial"}
     assert set(found[0].scores) == names | tried
     assert len(steps) == 2 * 3 * 4  # half of the steps, for each slide left out
+    assert trial_steps(slides, None, config) == 3 * 4
+    assert trial_steps(slides[:1], None, config) == 0
 
 
 def test_a_run_remembers_what_it_began_from(slides, tmp_path):

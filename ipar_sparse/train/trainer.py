@@ -49,7 +49,7 @@ from .stage_a import (
     finish,
     read_expression,
 )
-from .transfer import try_transfer, weigh
+from .transfer import trial_steps, try_transfer, weigh
 from .units import MinisetPool, TrainingSlide, Unit, build_unit, draw_candidates, merge
 
 logger = logging.getLogger(__name__)
@@ -239,13 +239,14 @@ class _Run:
         if not _is_open(self.config):
             return
         if TRANSFER not in self.state.facts:
-            build = None
+            build, steps = None, None
             if self.encoder is not None:
+                steps = trial_steps(self.train_slides, self.donors, self.config)
 
                 def build():
                     return build_encoder(self.config, len(self.genes))
 
-            with self.progress.task("Leaving donors out") as task:
+            with self.progress.task("Leaving donors out", total=steps or None) as task:
 
                 def step_done():
                     task.advance()

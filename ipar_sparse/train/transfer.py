@@ -114,19 +114,11 @@ def try_transfer(
         build: makes an untrained encoder; None where embeddings are brought along.
         genes: of the encoder.
         device: where encoders are trained.
-        step_done: called after every step; may raise to stop.
+        step_done: called after every step, :func:`trial_steps` times; may raise to stop.
     """
-    groups: dict[str, list[Slide]] = {}
-    for slide in slides:
-        groups.setdefault((donors or {}).get(slide.name, slide.name), []).append(slide)
-    groups = {name: _spread_out(group) for name, group in groups.items()}
-    if len(groups) < 2:
+    folds = _folds(slides, donors, genes, device)
+    if not folds:
         return Transfer()
-    small = {slide.name: _sample(slide) for group in groups.values() for slide in group}
-    folds = []
-    for left_out, test in list(groups.items())[:_DONORS]:
-        rest = [small[s.name] for name, group in groups.items() if name != left_out for s in group]
-        folds.append(_Fold(rest, [small[slide.name] for slide in test], genes, device))
     if build is None:
         return _choose([fold.brought() for fold in folds], config, Transfer(), {})
     settings, scores, chosen = config.encoder, {}, Transfer()
@@ -145,6 +137,36 @@ def try_transfer(
     tried = {name: _score(found) for name, found in embeddings.items()}
     kept = max(tried, key=tried.__getitem__)
     return _choose(embeddings[kept], config, replace(chosen, kept=kept), scores | tried)
+
+
+def trial_steps(
+    slides: Sequence[Slide], donors: Mapping[str, str] | None, config: RunConfig
+) -> int:
+    """Optimiser steps that :func:`try_transfer` takes where it trains encoders.
+
+    Args:
+        slides: training slides.
+        donors: slide name to donor.
+        config: of the run.
+    """
+    return sum(fold.steps(config) for fold in _folds(slides, donors, None, torch.device("cpu")))
+
+
+def _folds(slides, donors, genes, device) -> list[_Fold]:
+    """One for each donor that is left out; none where there is one donor only."""
+    groups: dict[str, list[Slide]] = {}
+    for slide in slides:
+        groups.setdefault((donors or {}).get(slide.name, slide.name), []).append(slide)
+    if len(groups) < 2:
+        return []
+    small = {
+        name: [_sample(slide) for slide in _spread_out(group)] for name, group in groups.items()
+    }
+    folds = []
+    for left_out in list(small)[:_DONORS]:
+        rest = [slide for name, group in small.items() if name != left_out for slide in group]
+        folds.append(_Fold(rest, small[left_out], genes, device))
+    return folds
 
 
 def weigh(config: RunConfig, standardize: float, spatial_genes: float) -> RunConfig:
@@ -240,6 +262,10 @@ class _Fold:
     genes: Sequence[str] | None
     device: torch.device
 
+    def steps(self, config: RunConfig) -> int:
+        """Of its stage A."""
+        return round(_PART * config.encoder.steps_for(sum(s.num_cells for s in self.train)))
+
     def brought(self) -> list[_Left]:
         """The slides left out in the embedding that came with them."""
         h = [torch.from_numpy(s.embedding).float() for s in (*self.train, *self.test)]
@@ -263,7 +289,7 @@ class _Fold:
         encoder = build().to(self.device)
         read = begin(encoder, self.train, self.genes, config)
         positions = [slide.pos for slide in self.train]
-        steps = round(_PART * settings.steps_for(sum(s.num_cells for s in self.train)))
+        steps = self.steps(config)
         if steps:
             fit = [
                 ContrastSlide(expression, pos, settings.neighbors, settings.far_quantile)
