@@ -227,6 +227,7 @@ _EMBEDDINGS_TRIED = {
     "spatial": "spatial ones",
 }
 
+
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write the slides to.")],

@@ -148,6 +148,19 @@ def test_what_is_left_open_is_settled_and_nothing_else():
     assert (own.standardize, own.spatial_genes, own.kept) == (0.2, 0.0, "principal")
 
 
+@pytest.mark.parametrize("unused", [
+    {"data": {"embedding": "obsm:H"}},
+    {"encoder": {"standardize": 1.0, "spatial_genes": 0.0, "keep": 0.0}},
+    {"encoder": {"standardize": 1.0, "spatial_genes": 0.0, "skip": False}},
+])  # fmt: skip
+def test_what_a_run_does_not_use_is_not_tried(unused):
+    config = RunConfig().replace(model={"start": "pca"}, refine={"steps": 0})
+    with pytest.raises(UserError, match="stopped before its training began"):
+        settle(config, {})
+    config = config.replace(**unused)
+    assert settle(config, {}) is config
+
+
 def test_a_run_that_tried_what_to_keep_is_read_as_it_was():
     before = {"start": "atlas", "keep": 0.0, "refine": {"atlas": 0, "pca": 200}}
     config = RunConfig().replace(

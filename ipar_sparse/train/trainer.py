@@ -774,9 +774,14 @@ def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
 
 
 def _is_open(config: RunConfig) -> bool:
+    """Whether anything that the run will use is left to donors left out."""
+    if config.model.start == "auto" or config.refine.steps is None:
+        return True
     encoder = config.encoder
-    asked = (encoder.standardize, encoder.spatial_genes, encoder.kept)
-    return config.model.start == "auto" or None in (*asked, config.refine.steps)
+    kept = encoder.skip and encoder.keep and encoder.kept is None
+    return config.data.embedding is None and (
+        kept or None in (encoder.standardize, encoder.spatial_genes)
+    )
 
 
 def build_encoder(config: RunConfig, num_genes: int) -> SharedEncoder:
