@@ -3,7 +3,8 @@
 A regression from embedding to position must find, for every one of 128 dimensions, what it says
 of the place. It is easier to go the other way: over the tissue, the embedding is a smooth field,
 and what is left around it is noise whose covariance can be measured. Bayes' rule then gives the
-place.
+place. A field knows nothing of kinds of cells that lie side by side; the training cells that are
+most like a cell do, and where they lie is the other half of the answer.
 """
 
 from __future__ import annotations
@@ -26,10 +27,19 @@ _SMOOTHNESS = 1e-4  # ridge penalty of a field, relative to the number of cells
 _SHRINKAGE = 0.1  # of the noise's covariance towards its diagonal
 _CELLS = 4000  # that density is looked at by
 _BLOCK = 4096  # cells placed at once
+_FITTED = 50_000  # cells of a slide that it is fitted on; more do not move a field of 100 knots
+_NEAREST = 15  # training cells whose places are averaged
+_KNOWN = 20_000  # training cells that are remembered
 
 
 class Atlas(nn.Module):
-    r"""Posterior mean of a cell's place given its embedding.
+    r"""A cell's place given its embedding: half its posterior mean, half where cells like it lie.
+
+    .. math::
+        \hat{\mathbf{x}} = \tfrac12\, E[\mathbf{x} \mid \mathbf{h}]
+        + \tfrac12\, \frac{1}{k} \sum_{j \in N_k(\mathbf{h})} \mathbf{x}_j
+
+    with the k = 15 training cells that are nearest in the embedding, and
 
     .. math::
         \mathbf{h} = f(\mathbf{x}) + \varepsilon, \quad \varepsilon \sim N(0, \Sigma), \qquad
@@ -46,19 +56,29 @@ class Atlas(nn.Module):
     Args:
         channels: width d of the embedding.
         temperature: T.
+        cells: training cells that are remembered, at most 20,000, drawn alike from every slide;
+            fitting sets it. With 0, as in runs saved before there were any, the place is the
+            posterior mean.
 
     Shapes:
         - **input:** embeddings (n, d)
         - **output:** positions (n, 2) in the common frame
     """
 
-    def __init__(self, channels: int, temperature: float = 0.5):
+    def __init__(self, channels: int, temperature: float = 0.5, cells: int = 0):
         super().__init__()
         self.channels, self.temperature = channels, temperature
         self.register_buffer("grid", torch.zeros(_SIDE**2, 2))
         self.register_buffer("log_density", torch.zeros(_SIDE**2))  # -inf where no tissue is
         self.register_buffer("field", torch.zeros(_SIDE**2, channels))  # whitened
         self.register_buffer("whiten", torch.eye(channels))
+        self.register_buffer("known", torch.zeros(cells, channels) if cells else None)
+        self.register_buffer("places", torch.zeros(cells, 2) if cells else None)
+
+    @property
+    def cells(self) -> int:
+        """Training cells that are remembered."""
+        return 0 if self.known is None else len(self.known)
 
     @torch.no_grad()
     def fit(self, slides: Sequence[tuple]) -> Atlas:
@@ -72,8 +92,9 @@ class Atlas(nn.Module):
         """
         if not slides or any(h.shape[1] != self.channels for h, _ in slides):
             raise ValueError(f"an atlas is fitted on slides of embeddings (n, {self.channels})")
-        values = [torch.as_tensor(h).double().cpu() for h, _ in slides]
-        pairs = [(h.numpy(), np.asarray(pos)) for h, (_, pos) in zip(values, slides, strict=True)]
+        values = [_some(torch.as_tensor(h).cpu(), _FITTED).double() for h, _ in slides]
+        seen = [_some(torch.as_tensor(pos), _FITTED).double() for _, pos in slides]
+        pairs = [(h.numpy(), x.numpy()) for h, x in zip(values, seen, strict=True)]
         places = [torch.from_numpy(np.asarray(x)).double() for x in align_slides(pairs)]
         seen = torch.cat([_some(x, _CELLS // len(places)) for x in places])
         low, high = (torch.cat([x.aminmax(dim=0)[i][None] for x in places]) for i in (0, 1))
@@ -111,15 +132,29 @@ class Atlas(nn.Module):
         self.log_density.copy_(log_density)
         self.whiten.copy_(whiten.T)
         self.field.copy_(_bumps(grid, knots) @ weight @ whiten.T)
+        share = _KNOWN // count
+        self.known = torch.cat([_some(h, share) for h in values]).to(self.field)
+        self.places = torch.cat([_some(x, share) for x in places]).to(self.field)
         return self
 
     @torch.no_grad()
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, nearest: bool = True) -> Tensor:
+        """Places (n, 2) of cells with embeddings (n, d).
+
+        Args:
+            h: embeddings.
+            nearest: whether training cells like them have their say. Without, it is the posterior
+                mean alone: cells of a training slide are most like themselves.
+        """
         if h.dim() != 2 or h.size(1) != self.channels:
             raise ValueError(
                 f"Atlas({self.channels}) needs embeddings (n, {self.channels}); "
                 f"given {tuple(h.shape)}"
             )
+        place = self._posterior_mean(h)
+        return (place + self._nearest_mean(h)) / 2 if nearest and self.cells else place
+
+    def _posterior_mean(self, h: Tensor) -> Tensor:
         tissue = self.log_density.isfinite()
         field, grid, prior = self.field[tissue], self.grid[tissue], self.log_density[tissue]
         # |h - f|^2 without |h|^2, which is the same at every place
@@ -128,7 +163,18 @@ class Atlas(nn.Module):
         for part in (h.to(field) @ self.whiten).split(_BLOCK):
             log_posterior = torch.addmm(prior, part, field.T, alpha=self.temperature)
             blocks.append(log_posterior.softmax(1) @ grid)
-        return torch.cat(blocks).to(h.dtype) if blocks else h.new_zeros(0, 2)
+        return torch.cat(blocks).to(h.dtype)
+
+    def _nearest_mean(self, h: Tensor) -> Tensor:
+        count = min(_NEAREST, self.cells)
+        square = self.known.square().sum(1)
+        blocks = []
+        for part in h.to(self.known).split(_BLOCK // 4):
+            # |h - g|^2 without |h|^2, which is the same for every training cell
+            distance = torch.addmm(square, part, self.known.T, alpha=-2)
+            nearest = distance.topk(count, dim=1, largest=False).indices
+            blocks.append(self.places[nearest].mean(1))
+        return torch.cat(blocks).to(h.dtype)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.channels}, temperature={self.temperature})"
@@ -160,5 +206,8 @@ def _bumps(x: Tensor, knots: Tensor) -> Tensor:
 
 
 def _some(x: Tensor, count: int) -> Tensor:
+    """Rows drawn at random, the same of tensors of the same length."""
+    if len(x) <= count:
+        return x
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return x[rows[: max(1, count)]]

@@ -208,8 +208,8 @@ class ModelConfig(Section):
     """start of a learned step size per recycle; none = whole steps"""
     start: Literal["auto", "atlas", "mlp", "pca"] = "auto"
     """first layout: an MLP of the embedding, the embedding's own two principal components, or an
-    atlas of the training slides; auto = the MLP where a learned map places the training slides of
-    a donor left out better than the components do, else these"""
+    atlas of the training slides; auto = what places the slides of donors left out best, the atlas
+    where there is one donor"""
     init_noise: Weight = 0.05
     """standard deviation of the noise on the first layout in training"""
     backend: Literal["auto", "reference", "chunked", "triton"] = "auto"

@@ -39,7 +39,44 @@ def test_it_is_the_posterior_mean_of_its_definition():
     white = h.double() @ atlas.whiten
     square = (white.unsqueeze(1) - atlas.field[tissue]).square().sum(-1)
     posterior = torch.softmax(atlas.log_density[tissue] - 0.7 / 2 * square, dim=1)
-    torch.testing.assert_close(atlas(h.double()), posterior @ atlas.grid[tissue])
+    mean = posterior @ atlas.grid[tissue]
+
+    known = torch.cat([g for g, _ in train]).double()
+    places = align_slides([(g.numpy(), pos) for g, pos in train])
+    nearest = torch.cdist(h.double(), known).argsort(1)[:, :15]
+    near = torch.from_numpy(np.concatenate(places))[nearest].mean(1)
+    torch.testing.assert_close(atlas(h.double()), (mean + near) / 2)
+
+    # runs saved before atlases remembered cells
+    older = Atlas(5, temperature=0.7).double()
+    older.load_state_dict(
+        {k: v for k, v in atlas.state_dict().items() if k not in ("known", "places")}
+    )
+    assert older.cells == 0
+    torch.testing.assert_close(older(h.double()), mean)
+
+
+def test_kinds_of_cells_side_by_side_are_told_apart():
+    """Two kinds that lie in two halves, mirror images of one another: no field describes them."""
+
+    def mosaic(seed):
+        rng = np.random.default_rng(seed)
+        x = rng.uniform(-1, 1, (900, 2))
+        kind = np.sign(rng.uniform(-1, 1, 900) + 0.8 * x[:, 0])
+        h = np.column_stack([kind, kind * x[:, 0], x[:, 1], 0.3 * rng.standard_normal((900, 3))])
+        return torch.from_numpy(h).float(), 30 * x
+
+    train, (h, pos) = [mosaic(0), mosaic(1)], mosaic(2)
+    atlas = Atlas(6).fit(train)
+    both = evaluate_layout(atlas(h).double().numpy(), pos)["distance_spearman"]
+    atlas.known = None
+    field = evaluate_layout(atlas(h).double().numpy(), pos)["distance_spearman"]
+    assert both > field + 0.05
+
+
+def test_each_slide_of_many_is_remembered_alike():
+    atlas = Atlas(5).fit([slide(seed, n=9000) for seed in range(3)])
+    assert atlas.cells == 3 * (20_000 // 3) and atlas.places.shape == (atlas.cells, 2)
 
 
 def test_noise_is_white_to_it():

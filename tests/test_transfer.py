@@ -24,6 +24,7 @@ from ipar_sparse.train.transfer import (
 )
 
 CPU = torch.device("cpu")
+STARTS = PLANE, MAP, ATLAS
 OWN = RunConfig().replace(data={"embedding": "obsm:H"}, model={"dim": 8})
 SMALL = [
     "train.minisets=6", "train.epochs=2", "train.ramp_epochs=1", "train.gate_steps=3",
@@ -79,7 +80,7 @@ def test_a_donor_of_many_slides_counts_by_some_of_them():
 
 def test_one_donor_tells_nothing():
     found = tried([slide("a", [0, 1], 0), slide("b", [0, 1], 1)], {"a": "x", "b": "x"})
-    assert (found.start, found.donors, found.scores) == ("pca", 0, None)
+    assert (found.start, found.donors, found.scores) == ("atlas", 0, None)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
         for _ in range(2)
     ]  # fmt: skip
     assert found[0] == found[1]
-    names = {f"{name}{what}" for name in (PLANE, MAP, ATLAS) for what in ("", " hit", " refined")}
+    names = {f"{name}{what}" for name in STARTS for what in ("", " hit", " refined")}
     tried = {"spatial genes", "all genes", "principal", "spatial"}
     assert set(found[0].scores) == names | tried
     assert len(steps) == 2 * 3 * 4  # half of the steps, for each slide left out
@@ -193,15 +194,18 @@ class Scored:
         return self.hit
 
 
+def scored(hit, *spearman):
+    return Scored(dict(zip(STARTS, spearman, strict=True)), hit)
+
+
 def test_an_embedding_counts_by_its_best_start_and_its_neighbors(monkeypatch):
     monkeypatch.setattr(transfer, "_Left", Scored)
     donors = [
-        [Scored({PLANE: 0.1, MAP: 0.4, ATLAS: 0.2}, 0.3), Scored(dict.fromkeys("x"), 0.1)],
-        [Scored({PLANE: 0.3, MAP: 0.4, ATLAS: -0.2}, 0.4)],
+        [scored(0.3, 0.1, 0.4, 0.2), scored(0.1, 0.1, 0.2, 0.2)],
+        [scored(0.4, 0.3, 0.4, -0.2)],
     ]
-    donors[0][1].values = {PLANE: 0.1, MAP: 0.2, ATLAS: 0.2}
     assert transfer._score(donors) == pytest.approx(np.sqrt((0.3 + 0.4) / 2 * (0.2 + 0.4) / 2))
-    nothing = [[Scored({PLANE: -0.1, MAP: -0.4, ATLAS: -0.2}, 0.3)]]
+    nothing = [[scored(0.3, -0.1, -0.4, -0.2)]]
     assert transfer._score(nothing) == 0.0
 
 
@@ -210,7 +214,7 @@ def noise(fold):
     rng = np.random.default_rng(0)
     return [
         _Left(torch.from_numpy(rng.standard_normal((s.num_cells, 4))).float(), s.pos,
-              {name: rng.standard_normal((s.num_cells, 2)) for name in (PLANE, MAP, ATLAS)})
+              {name: rng.standard_normal((s.num_cells, 2)) for name in STARTS})
         for s in fold.test
     ]  # fmt: skip
 
@@ -261,10 +265,10 @@ def test_the_last_step_is_left_out_where_it_costs_neighbors():
     """An embedding of noise misleads a layout that is right; one of the place sharpens a blur."""
     rng = np.random.default_rng(0)
     pos = rng.uniform(-1, 1, (400, 2))
-    starts, blurred = (PLANE, MAP, ATLAS), pos + 0.1 * rng.standard_normal(pos.shape)
+    blurred = pos + 0.1 * rng.standard_normal(pos.shape)
     h = torch.from_numpy(rng.standard_normal((400, 2))).float()
-    noise = _Left(h, pos, dict.fromkeys(starts, pos))
-    place = _Left(torch.from_numpy(pos).float(), pos, dict.fromkeys(starts, blurred))
+    noise = _Left(h, pos, dict.fromkeys(STARTS, pos))
+    place = _Left(torch.from_numpy(pos).float(), pos, dict.fromkeys(STARTS, blurred))
     assert set(_choose([[noise]], RunConfig(), Transfer(), {}).refine.values()) == {0}
     assert set(_choose([[place]], RunConfig(), Transfer(), {}).refine.values()) == {200}
     asked = RunConfig().replace(refine={"steps": 50})

@@ -96,7 +96,8 @@ class Predictor:
         if meta["genes"] is not None:
             modules["encoder"] = build_encoder(config, len(meta["genes"]))
         if config.model.start == "atlas":
-            modules["atlas"] = Atlas(meta["dim"])
+            cells = meta["facts"].get("atlas_cells", 0)
+            modules["atlas"] = Atlas(meta["dim"], cells=cells)
         load_checkpoint(path, modules)
         for module in modules.values():
             module.to(device).eval().requires_grad_(False)

@@ -66,8 +66,8 @@ class Transfer:
     """What a run begins from, and why.
 
     Args:
-        start: ``"mlp"`` or ``"atlas"`` where a learned map or an atlas holds on other donors, else
-            ``"pca"``.
+        start: ``"mlp"`` or ``"atlas"`` where a learned map or an atlas holds on other donors,
+            ``"pca"`` where neither does; ``"atlas"`` where nothing was tried.
         standardize, spatial_genes: how genes are weighted, as in ``encoder``.
         kept: what the embedding keeps beside what it has learned, ``encoder.kept``.
         refine: of the last step after each of the starts, ``refine.steps``.
@@ -81,7 +81,7 @@ class Transfer:
             ``spatial``.
     """
 
-    start: str = "pca"
+    start: str = _STARTS[ATLAS]
     standardize: float = _WEIGHTS["spatial genes"][0]
     spatial_genes: float = _WEIGHTS["spatial genes"][1]
     kept: str = _KEPT[0]
