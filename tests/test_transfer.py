@@ -273,3 +273,13 @@ def test_the_last_step_is_left_out_where_it_costs_neighbors():
     assert set(_choose([[place]], RunConfig(), Transfer(), {}).refine.values()) == {200}
     asked = RunConfig().replace(refine={"steps": 50})
     assert set(_choose([[noise]], asked, Transfer(), {}).refine.values()) == {50}
+
+
+@pytest.mark.parametrize(("refined", "steps"), [(0.299, 200), (0.29, 0)])
+def test_a_tie_is_for_the_last_step(monkeypatch, refined, steps):
+    """Cells are thinned for the trial, and it gains more where they are not."""
+    monkeypatch.setattr(_Left, "layout_hit", lambda left, name, steps: refined if steps else 0.3)
+    pos = np.random.default_rng(0).uniform(-1, 1, (60, 2))
+    left = _Left(torch.from_numpy(pos).float(), pos, dict.fromkeys(STARTS, pos))
+    found = _choose([[left]], RunConfig(), Transfer(), {})
+    assert set(found.refine.values()) == {steps}

@@ -51,6 +51,8 @@ _CELLS = 3000  # of a slide; more do not change a mean over slides
 _DONORS = 3  # left out at most
 _SLIDES = 3  # of a donor, at most
 _PART = 0.5  # of the steps of stage A
+_TIE = 0.01  # of neighbours that the last step may cost: it gains where cells are dense, which
+# those of a slide of more than _CELLS are not here
 
 PLANE, MAP, ATLAS = "plane", "map", "atlas"
 _STARTS = {PLANE: "pca", MAP: "mlp", ATLAS: "atlas"}
@@ -190,7 +192,8 @@ def _choose(
         for name, value in _STARTS.items():
             for title, steps in ((f"{name} hit", 0), (f"{name} refined", REFINE_STEPS)):
                 scores[title] = _mean(donors, partial(_Left.layout_hit, name=name, steps=steps))
-            refine[value] = REFINE_STEPS if scores[f"{name} refined"] > scores[f"{name} hit"] else 0
+            least = (1 - _TIE) * scores[f"{name} hit"]
+            refine[value] = REFINE_STEPS if scores[f"{name} refined"] > least else 0
     found = replace(
         chosen, start=start, refine=refine, donors=len(donors), scores=scores | tried
     )
