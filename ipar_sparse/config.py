@@ -402,6 +402,9 @@ class RefineConfig(Section):
     """nearest candidates that attract a cell"""
     anchor: Weight = 2.0
     """what it costs to leave the model's layout"""
+    enough: Weight = 0.5
+    """share of nearest candidates that are neighbours in the layout already from which on it is
+    left as it is"""
 
 
 class EvalConfig(Section):

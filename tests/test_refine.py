@@ -105,6 +105,25 @@ def test_a_strong_anchor_keeps_the_layout(blurred):
     assert moved[1] < 0.3 * moved[0]
 
 
+def test_a_layout_that_agrees_with_its_candidates_is_left_as_it_is(blurred):
+    true, blur, graph = blurred
+    agreed = []
+    for share in (0.2, 0.5, 0.8):  # of the way from the truth to the blur
+        pos = true + share * (blur - true)
+        near = knn(pos, K).index.long()
+        hit = (graph.index.long().unsqueeze(2) == near.unsqueeze(1)).any(2).double().mean()
+        agreed.append(float(hit))
+        assert refine_layout(pos, graph, enough=float(hit) - 0.02) is pos
+        assert refine_layout(pos, graph, enough=float(hit) + 0.02) is not pos
+    assert agreed[0] > 0.6 > agreed[1] > agreed[2]
+
+
+def test_a_layout_that_diverged_is_nobodys_to_mend(blurred):
+    _, blur, graph = blurred
+    broken = blur * math.nan
+    assert refine_layout(broken, graph) is broken
+
+
 def test_coinciding_cells_are_no_trouble():
     pos = torch.zeros(100, 2)
     pos[50:] = 1.0

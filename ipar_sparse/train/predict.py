@@ -192,7 +192,7 @@ class Predictor:
         steps = REFINE_STEPS if always and self.spared else settings.steps
         return refine_layout(
             pos, candidates, steps=steps, neighbors=settings.neighbors,
-            anchor=settings.anchor, seed=self.config.train.seed,
+            anchor=settings.anchor, enough=settings.enough, seed=self.config.train.seed,
         )  # fmt: skip
 
     def unfolds(self, n: int) -> bool:
