@@ -142,6 +142,19 @@ def normalized_expression(slide, genes, target_sum=1e4):
     return log_normalize(matrix, target_sum, totals=slide.expression.sum(axis=1))
 
 
+def take_genes(slide, genes):
+    """A slide's expression of some genes, as it is.
+
+    Args:
+        slide: a `Slide` with expression.
+        genes: G gene names; those the slide lacks become zero columns.
+
+    Returns:
+        (n, G) CSR.
+    """
+    return _take_columns(slide.expression, slide.genes, genes)
+
+
 def median_total(slides):
     """What a cell of these slides has in counts: the median over slides of their median cell's.
 

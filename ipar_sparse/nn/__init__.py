@@ -1,6 +1,7 @@
 """Modules to import into a PyG model."""
 
 from .conv import IPALiteConv
+from .counts import CountComponents
 from .encoder import SharedEncoder
 from .gate import EdgeGateSoft
 from .model import IPALiteModel
@@ -8,6 +9,7 @@ from .terms import LOGIT_TERMS, PairBias
 
 __all__ = [
     "LOGIT_TERMS",
+    "CountComponents",
     "EdgeGateSoft",
     "IPALiteConv",
     "IPALiteModel",

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import inits
 
+from .counts import CountComponents
+
 SMOOTH_CHANNELS = 30
 """Principal components in which cells are compared for smoothing."""
 
@@ -28,10 +30,12 @@ class SharedEncoder(nn.Module):
             that a cell is averaged with before it comes here (default: 0).
         prepare: whether to carry how counts become its input, as buffers ``target_sum``, the total
             that a cell is scaled to, and ``gene_weight`` (genes,) (default: False: 1e4, none).
+        counts: components of counts that are its input in place of genes, carried along as a
+            module; ``in_channels`` is then theirs (default: None).
 
     Shapes:
         - **input:** expression (n, genes): normalised per cell, log1p, weighted, mean-centred per
-          gene within the slide
+          gene within the slide; or components of counts (n, in_channels)
         - **output:** embedding (n, out_channels)
     """
 
@@ -44,6 +48,7 @@ class SharedEncoder(nn.Module):
         skip: bool = False,
         smooth: int = 0,
         prepare: bool = False,
+        counts: CountComponents | None = None,
     ):
         super().__init__()
         self.in_channels = in_channels
@@ -57,6 +62,7 @@ class SharedEncoder(nn.Module):
         layers.append(nn.Linear(width, out_channels))
         self.mlp = nn.Sequential(*layers)
         self.linear = nn.Linear(in_channels, out_channels, bias=False) if skip else None
+        self.counts = counts
         self.smooth = smooth
         axes = torch.zeros(in_channels, min(SMOOTH_CHANNELS, in_channels))
         self.register_buffer("axes", axes if smooth else None)

@@ -21,6 +21,7 @@ from ..nn import SharedEncoder
 from ..nn.encoder import SMOOTH_CHANNELS
 from ..slide import Slide
 from .components import principal_axes, project, spatial_axes
+from .counts import fit_counts, read_counts
 
 _ROWS = 8192  # cells of dense expression at once
 _TABLE = 1 << 26  # expression values of a training slide that are kept dense: 256 MiB
@@ -154,6 +155,8 @@ def begin(encoder: SharedEncoder, slides: Sequence[Slide], genes, config: RunCon
         An :class:`~ipar_sparse.expression.Expression` for each slide, as the encoder takes it.
     """
     settings, total = config.encoder, config.data.target_sum
+    if encoder.counts is not None:
+        fit_counts(encoder.counts, slides, genes)
     if encoder.gene_weight is not None:
         encoder.target_sum.fill_(median_total(slides) if total is None else total)
         weight = _weights(slides, genes, float(encoder.target_sum), settings)
@@ -229,6 +232,8 @@ def _morans(expression: Expression, pos) -> np.ndarray:
 
 
 def _input(slide: Slide, genes, encoder: SharedEncoder) -> Expression:
+    if encoder.counts is not None:
+        return read_counts(slide, genes, encoder.counts)
     if encoder.gene_weight is None:
         return Expression.from_slide(slide, genes)
     weight = encoder.gene_weight.cpu().numpy()

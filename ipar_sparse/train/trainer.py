@@ -34,11 +34,11 @@ from ..files import atomic_write
 from ..gauge import gauge_fix
 from ..graph import NeighborTable, knn_candidates
 from ..losses import e_geo, gate_loss, geometry_terms
-from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
+from ..nn import CountComponents, EdgeGateSoft, IPALiteModel, SharedEncoder
 from ..slide import Slide
 from ..targets import target_graph
 from .cache import cached_record
-from .checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from .checkpoint import BEST, LAST, load_checkpoint, read_meta, save_checkpoint
 from .logs import HISTORY, History, Progress, TensorBoard
 from .stage_a import (
     ContrastSlide,
@@ -243,8 +243,8 @@ class _Run:
             if self.encoder is not None:
                 steps = trial_steps(self.train_slides, self.donors, self.config)
 
-                def build():
-                    return build_encoder(self.config, len(self.genes))
+                def build(config):
+                    return build_encoder(config, len(self.genes))
 
             with self.progress.task("Leaving donors out", total=steps or None) as task:
 
@@ -257,7 +257,15 @@ class _Run:
                     step_done,
                 )  # fmt: skip
             self.state.facts[TRANSFER] = found.as_dict()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take what donors left out have settled, and the encoder that reads what they favour."""
         self.config = settle(self.config, self.state.facts)
+        counts = self.config.encoder.input == "counts"
+        if self.encoder is not None and counts != (self.encoder.counts is not None):
+            torch.manual_seed(self.config.train.seed)
+            self.encoder = build_encoder(self.config, len(self.genes)).to(self.device)
 
     def train_encoder(self) -> None:
         if self.encoder is None or self.state.stage != "encoder":
@@ -296,13 +304,15 @@ class _Run:
 
     def take_encoder(self, trained: Path) -> None:
         """The encoder of another directory, in place of training it."""
-        meta = load_checkpoint(Path(trained) / LAST, {"encoder": self.encoder})
+        meta = read_meta(Path(trained) / LAST)
         if meta["genes"] != self.genes or meta["stage"] == "encoder":
             raise UserError(
                 f"{trained} holds no trained encoder of these slides' genes; train it again"
             )
         if TRANSFER in meta["facts"]:
             self.state.facts[TRANSFER] = meta["facts"][TRANSFER]
+            self._settle()
+        load_checkpoint(Path(trained) / LAST, {"encoder": self.encoder})
         self.encoder.eval().requires_grad_(False)
         self._advance("gate")
 
@@ -652,12 +662,16 @@ class _Run:
 
     def load(self) -> None:
         """Take up the last checkpoint; its optimiser waits for the stage it belongs to."""
-        meta = load_checkpoint(self.out / LAST, self._modules())
+        meta = read_meta(self.out / LAST)
         if meta["genes"] != self.genes:
             raise UserError(
                 f"{self.out} was trained on {len(meta['genes'] or [])} genes that these slides do "
                 "not give; resume with the slides the run was started with"
             )
+        if TRANSFER in meta["facts"]:
+            self.state.facts[TRANSFER] = meta["facts"][TRANSFER]
+            self._settle()
+        load_checkpoint(self.out / LAST, self._modules())
         names = ("stage", "step", "best", "best_epoch", "stale", "log_step", "facts")
         self.state = Progressed(**{name: meta[name] for name in names})
         self._pending = meta
@@ -746,7 +760,8 @@ class _Run:
 
 def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
     """A run's configuration with what it left open (``model.start``, ``refine.steps``, and of the
-    encoder ``standardize``, ``spatial_genes`` and ``kept``) as donors left out have settled it.
+    encoder ``input``, ``standardize``, ``spatial_genes`` and ``kept``) as donors left out have
+    settled it.
 
     Args:
         config: of the run.
@@ -773,8 +788,9 @@ def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
     if config.encoder.kept is None:
         sections["encoder"] = {"kept": found["kept"]}
     return weigh(
-        config.replace(**sections), found.get("standardize"), found.get("spatial_genes")
-    )
+        config.replace(**sections),
+        found.get("standardize"), found.get("spatial_genes"), found.get("input", "log"),
+    )  # fmt: skip
 
 
 def _is_open(config: RunConfig) -> bool:
@@ -791,15 +807,18 @@ def _is_open(config: RunConfig) -> bool:
 def build_encoder(config: RunConfig, num_genes: int) -> SharedEncoder:
     """The encoder a configuration describes."""
     settings = config.encoder
+    counts = CountComponents(num_genes) if settings.input == "counts" else None
     return SharedEncoder(
-        num_genes,
+        num_genes if counts is None else counts.channels,
         tuple(settings.hidden),
         settings.out,
         settings.dropout,
         skip=settings.skip,
         smooth=settings.smooth,
-        prepare=(config.data.target_sum, settings.standardize, settings.spatial_genes)
+        prepare=counts is None
+        and (config.data.target_sum, settings.standardize, settings.spatial_genes)
         != (1e4, 0.0, 0.0),
+        counts=counts,
     )
 
 
