@@ -146,6 +146,7 @@ def _frames(slides: Sequence[Slide], genes: Sequence[str]) -> list[np.ndarray]:
     return align_slides(pairs)
 
 
+@torch.enable_grad()
 def _fit_fields(data: _Cells, rank: int) -> tuple[Tensor, Tensor]:
     """Weights of the basis for every gene (K, G), of low rank, and sizes (G,)."""
     generator = torch.Generator().manual_seed(0)
