@@ -138,6 +138,24 @@ def test_a_stopped_run_resumes_to_the_same_bits(run, slides, tmp_path, monkeypat
     assert steps == [row["step"] for row in read_history(run / HISTORY)]
 
 
+def test_a_gradient_that_is_not_finite_costs_one_step(slides, tmp_path, monkeypatch):
+    config, terms, calls = load_config(None, SMALL), trainer_module.geometry_terms, []
+
+    def spoiled(pos, *args, **options):
+        found = terms(pos, *args, **options)
+        calls.append(1)
+        if len(calls) == 3:
+            found["stress_log"] = found["stress_log"] + (0.0 * pos).sum().sqrt()  # 0 * inf
+        return found
+
+    config.save(tmp_path)
+    monkeypatch.setattr(trainer_module, "geometry_terms", spoiled)
+    fit(slides[:2], [], config, tmp_path)
+    assert len(calls) == 12
+    predictor = Predictor.load(tmp_path)
+    assert all(p.isfinite().all() for p in predictor.model.parameters())
+
+
 def test_a_short_run_that_was_stopped_keeps_its_last_weights(slides, tmp_path, monkeypatch):
     """No epoch counts before the ramp ends: the weights of the stop must not stay the best."""
     config = load_config(None, [*SMALL, "train.epochs=2", "train.ramp_epochs=5"])

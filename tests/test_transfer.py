@@ -94,14 +94,14 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
     steps = []
     found = [
         try_transfer(
-            slides, None, config, lambda asked: build_encoder(asked, len(genes)), genes, CPU,
+            slides, None, config, lambda: build_encoder(config, len(genes)), genes, CPU,
             lambda: steps.append(1),
         )
         for _ in range(2)
     ]  # fmt: skip
     assert found[0] == found[1]
     names = {f"{name}{what}" for name in STARTS for what in ("", " hit", " refined")}
-    tried = {"spatial genes", "all genes", "counts", "principal", "spatial"}
+    tried = {"spatial genes", "all genes", "principal", "spatial"}
     assert set(found[0].scores) == names | tried
     assert len(steps) == 2 * 3 * 4  # half of the steps, for each slide left out
     assert trial_steps(slides, None, config) == 3 * 4
@@ -175,7 +175,7 @@ def test_an_encoder_without_a_linear_path_keeps_nothing_to_try(slides):
     config = load_config(None, [*SMALL, "encoder.skip=false", "encoder.spatial_genes=0"])
     genes = list(slides[0].genes)
     found = try_transfer(
-        slides, None, config, lambda asked: build_encoder(asked, len(genes)), genes, CPU
+        slides, None, config, lambda: build_encoder(config, len(genes)), genes, CPU
     )
     assert found.kept == "principal"
     assert not found.scores.keys() & {"spatial", "all genes", "spatial genes"}
@@ -231,7 +231,7 @@ def test_what_is_kept_serves_donors_left_out(slides, monkeypatch, better):
 
     monkeypatch.setattr(transfer._Fold, "trained", spoiled)
     found = try_transfer(
-        slides, None, config, lambda asked: build_encoder(asked, len(genes)), genes, CPU
+        slides, None, config, lambda: build_encoder(config, len(genes)), genes, CPU
     )
     other = "spatial" if better == "principal" else "principal"
     assert found.kept == better and found.scores[better] > found.scores[other]
@@ -256,7 +256,7 @@ def test_genes_are_weighted_as_serves_donors_left_out(slides, monkeypatch, bette
     monkeypatch.setattr(transfer._Fold, "components", spoiled)
     monkeypatch.setattr(transfer._Fold, "trained", trained)
     found = try_transfer(
-        slides, None, config, lambda asked: build_encoder(asked, len(genes)), genes, CPU
+        slides, None, config, lambda: build_encoder(config, len(genes)), genes, CPU
     )
     assert (found.standardize, found.spatial_genes) == better and set(seen) == {better}
 

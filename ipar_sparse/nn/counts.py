@@ -10,6 +10,8 @@ FIELDS = 16
 OTHERS = 24
 """Components of what cells differ in beside it, at most."""
 
+FEWEST_GENES = 3
+
 _ITERATIONS = 8  # of Fisher scoring
 _STEP = 3.0  # longest of them, in prior standard deviations
 _CLOSE = 1e-3  # a shorter one ends it
@@ -48,8 +50,8 @@ class CountComponents(nn.Module):
 
     def __init__(self, genes: int):
         super().__init__()
-        if genes < 3:
-            raise ValueError(f"components of counts need 3 genes, given {genes}")
+        if genes < FEWEST_GENES:
+            raise ValueError(f"components of counts need {FEWEST_GENES} genes, given {genes}")
         self.genes = genes
         self.fields, self.others = min(FIELDS, genes // 3), min(OTHERS, genes // 3)
         self.channels = self.fields + self.others

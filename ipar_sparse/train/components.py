@@ -73,7 +73,7 @@ def spatial_axes(
     mu, turn = mu[::-1].clip(*_RANGE), turn[:, ::-1]
     turn = turn * np.sqrt(mu / (1 - mu))
     power = float(((turn.T @ variance) * turn.T).sum())
-    return _signed(axes @ turn), 1.0 / math.sqrt(power) if power > 0 else 1.0
+    return signed(axes @ turn), 1.0 / math.sqrt(power) if power > 0 else 1.0
 
 
 def principal_axes(slides: Sequence[Expression], count: int) -> tuple[Tensor, float]:
@@ -104,7 +104,7 @@ def principal_axes(slides: Sequence[Expression], count: int) -> tuple[Tensor, fl
     variance, axes = variance[::-1], axes[:, ::-1]
     power = float(np.clip(variance, 0.0, None).sum())
     scale = 1.0 / math.sqrt(power) if power > 0 else 1.0
-    return _signed(axes), scale
+    return signed(axes), scale
 
 
 def project(expression: Expression, axes, rows=None) -> np.ndarray:
@@ -121,7 +121,7 @@ def project(expression: Expression, axes, rows=None) -> np.ndarray:
     return np.concatenate([expression.rows(block) @ axes for block in blocks])
 
 
-def _signed(axes: np.ndarray) -> Tensor:
+def signed(axes: np.ndarray) -> Tensor:
     """Axes whose largest loadings are positive; an eigenvector's sign is nobody's choice."""
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
     return torch.from_numpy(np.ascontiguousarray(axes)).float()

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..baselines import align_slides
 from ..errors import UserError
 from ..expression import Expression, match_genes, median_total, take_genes
-from ..nn.counts import CountComponents, depth_and_mean
+from ..nn.counts import FEWEST_GENES, CountComponents, depth_and_mean
 from ..slide import Slide
-from .components import principal_axes, project
+from .components import principal_axes, project, signed
 
 _CELLS = 60_000  # fitted on, drawn alike from every slide
 _RESIDUAL_CELLS = 10_000  # whose residuals are looked at
@@ -24,9 +24,25 @@ _FRAME = 40  # principal components by which slides are turned into one frame
 _SIDE, _WIDTH = 10, 0.35  # knots along a side, and the width of a bump in RMS radii
 _STEPS, _BATCH, _RATE = 300, 1024, 0.02
 _PENALTY = 3.0  # of a field's squared weights, against the log likelihood of all cells
+_LOG_RATE = -12.0, 10.0
 _SIZES = 0.05, 100.0  # of the negative binomial
 _RESIDUAL = 10.0  # standard deviations, at most, of one count
 _SHRUNK = 0.7  # of the loadings that residuals suggest: they hold noise as well
+
+
+def require_counts(slides: Sequence[Slide], genes: Sequence[str]) -> None:
+    """Raise a UserError unless every slide has counts, of as many genes as components need."""
+    for slide in slides:
+        if slide.expression is None or slide.normalized:
+            what = "expression" if slide.expression is None else "counts, only normalised values"
+            raise UserError(
+                f"{slide.name}: has no {what}, and encoder.input is counts; "
+                "name a layer of counts (--layer), or train with --set encoder.input=log"
+            )
+    if len(genes) < FEWEST_GENES:
+        raise UserError(
+            f"{len(genes)} genes are too few for encoder.input=counts, which needs {FEWEST_GENES}"
+        )
 
 
 def slide_counts(slide: Slide, genes: Sequence[str]) -> sparse.csr_matrix:
@@ -35,12 +51,7 @@ def slide_counts(slide: Slide, genes: Sequence[str]) -> sparse.csr_matrix:
     Raises:
         UserError: if the slide has no counts, or none of the genes.
     """
-    if slide.expression is None or slide.normalized:
-        what = "no expression" if slide.expression is None else "no counts, only normalised values"
-        raise UserError(
-            f"{slide.name}: {what}, and encoder.input is counts; "
-            "name a layer of counts (--layer), or train with --set encoder.input=log"
-        )
+    require_counts([slide], genes)
     match_genes([slide], genes)
     return take_genes(slide, genes)
 
@@ -75,9 +86,10 @@ def fit_counts(components: CountComponents, slides: Sequence[Slide], genes: Sequ
     share = max(1, _CELLS // len(slides))
     chosen, places = [], []
     for number, (slide, place) in enumerate(zip(slides, frames, strict=True)):
-        filled = np.flatnonzero(~slide.empty)
+        counts = slide_counts(slide, genes)
+        filled = np.flatnonzero(np.asarray(counts.sum(axis=1)).ravel() > 0)
         rows = np.sort(np.random.default_rng([number, 11]).permutation(filled)[:share])
-        chosen.append(slide_counts(slide, genes)[rows])
+        chosen.append(counts[rows])
         places.append(torch.from_numpy(place[rows]).float().to(device))
     data = _Cells(chosen, places, device)
     weight, size = _fit_fields(data, components.fields)
@@ -86,7 +98,8 @@ def fit_counts(components: CountComponents, slides: Sequence[Slide], genes: Sequ
     field = field - field.mean(0)
     _, spread, directions = torch.linalg.svd(field[_some(len(field), 20_000)], full_matrices=False)
     spread = spread / min(len(field), 20_000) ** 0.5
-    own = spread[: components.fields, None] * directions[: components.fields]
+    directions = signed(directions[: components.fields].T.cpu().numpy()).T.to(device)
+    own = spread[: components.fields, None] * directions
     size, other = _residual_axes(data, weight, size, components.others)
     components.loading.zero_()
     components.loading[: len(own)] = own
@@ -114,6 +127,7 @@ class _Cells:
         self.log_mean = torch.stack([mean for _, mean in found])
         sizes = torch.tensor([c.shape[0] for c in counts])
         self.slide = torch.repeat_interleave(torch.arange(len(counts)), sizes).to(device)
+        self.member = torch.nn.functional.one_hot(self.slide, len(counts)).to(like)
         self.device = device
         x = torch.cat(places)
         radius = x.square().sum(1).mean().div(2).sqrt()
@@ -165,7 +179,9 @@ def _fit_fields(data: _Cells, rank: int) -> tuple[Tensor, Tensor]:
         rows = torch.randperm(n, generator=generator)[:_BATCH]
         counts, known = data.batch(rows)
         rows = rows.to(data.device)
-        log_rate = data.basis[rows] @ inner @ outer + shift[data.slide[rows]] + known
+        # not indexed: that gradient would be summed in another order every time
+        log_rate = data.basis[rows] @ inner @ outer + data.member[rows] @ shift + known
+        log_rate = log_rate.clamp(*_LOG_RATE)
         # without what does not depend on the rate
         likelihood = counts * log_rate - (counts + size) * torch.log(log_rate.exp() + size)
         penalty = _PENALTY / n * (inner @ outer).square().sum()
@@ -188,7 +204,7 @@ def _sizes(data: _Cells, weight: Tensor | None, shift: Tensor | None) -> Tensor:
         part = part.to(data.device)
         if weight is not None:
             log_rate = log_rate + data.basis[part] @ weight + shift[data.slide[part]]
-        rate = log_rate.exp()
+        rate = log_rate.clamp(*_LOG_RATE).exp()
         square = square + rate.square().sum(0)
         excess = excess + ((counts - rate).square() - rate).sum(0)
     return (square / excess.clamp(min=1e-8)).clamp(*_SIZES)
@@ -201,7 +217,8 @@ def _residual_axes(data: _Cells, weight: Tensor, size: Tensor, count: int):
     rows, blocks = _some(len(data.basis), _RESIDUAL_CELLS), []
     for part in rows.split(_BATCH):
         counts, log_rate = data.batch(part)
-        rate = (log_rate + data.basis[part.to(data.device)] @ weight).exp()
+        field = data.basis[part.to(data.device)] @ weight
+        rate = (log_rate + field).clamp(*_LOG_RATE).exp()
         rest = (counts - rate) / (rate + rate.square() / size).sqrt()
         blocks.append(rest.clamp(-_RESIDUAL, _RESIDUAL).cpu())
     rest = torch.cat(blocks).double().numpy()
@@ -212,7 +229,7 @@ def _residual_axes(data: _Cells, weight: Tensor, size: Tensor, count: int):
     variance, axes = eigsh(operator, k=min(count, genes - 1), v0=np.ones(genes))
     variance, axes = variance[::-1].copy(), axes[:, ::-1].copy()
     strength = _SHRUNK * np.sqrt(np.maximum(variance - 1, 0.05))
-    return size, torch.from_numpy((axes * strength).T).to(weight)
+    return size, signed(axes * strength).T.to(weight)
 
 
 def _some(n: int, count: int) -> Tensor:

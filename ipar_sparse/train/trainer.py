@@ -38,7 +38,8 @@ from ..nn import CountComponents, EdgeGateSoft, IPALiteModel, SharedEncoder
 from ..slide import Slide
 from ..targets import target_graph
 from .cache import cached_record
-from .checkpoint import BEST, LAST, load_checkpoint, read_meta, save_checkpoint
+from .checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from .counts import require_counts
 from .logs import HISTORY, History, Progress, TensorBoard
 from .stage_a import (
     ContrastSlide,
@@ -209,6 +210,8 @@ class _Run:
                 genes = select_genes(train_slides, genes, config.data.max_genes)
             if missing:
                 logger.info("%d genes are not on every training slide: left out", len(missing))
+            if config.encoder.input == "counts":
+                require_counts((*train_slides, *val_slides), genes)
             self.genes: list[str] | None = list(genes)
             self.encoder: nn.Module | None = build_encoder(config, len(genes)).to(device)
             dim = config.encoder.out
@@ -243,8 +246,8 @@ class _Run:
             if self.encoder is not None:
                 steps = trial_steps(self.train_slides, self.donors, self.config)
 
-                def build(config):
-                    return build_encoder(config, len(self.genes))
+                def build():
+                    return build_encoder(self.config, len(self.genes))
 
             with self.progress.task("Leaving donors out", total=steps or None) as task:
 
@@ -257,15 +260,7 @@ class _Run:
                     step_done,
                 )  # fmt: skip
             self.state.facts[TRANSFER] = found.as_dict()
-        self._settle()
-
-    def _settle(self) -> None:
-        """Take what donors left out have settled, and the encoder that reads what they favour."""
         self.config = settle(self.config, self.state.facts)
-        counts = self.config.encoder.input == "counts"
-        if self.encoder is not None and counts != (self.encoder.counts is not None):
-            torch.manual_seed(self.config.train.seed)
-            self.encoder = build_encoder(self.config, len(self.genes)).to(self.device)
 
     def train_encoder(self) -> None:
         if self.encoder is None or self.state.stage != "encoder":
@@ -304,15 +299,13 @@ class _Run:
 
     def take_encoder(self, trained: Path) -> None:
         """The encoder of another directory, in place of training it."""
-        meta = read_meta(Path(trained) / LAST)
+        meta = load_checkpoint(Path(trained) / LAST, {"encoder": self.encoder})
         if meta["genes"] != self.genes or meta["stage"] == "encoder":
             raise UserError(
                 f"{trained} holds no trained encoder of these slides' genes; train it again"
             )
         if TRANSFER in meta["facts"]:
             self.state.facts[TRANSFER] = meta["facts"][TRANSFER]
-            self._settle()
-        load_checkpoint(Path(trained) / LAST, {"encoder": self.encoder})
         self.encoder.eval().requires_grad_(False)
         self._advance("gate")
 
@@ -422,9 +415,13 @@ class _Run:
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(losses["loss"]).backward()
         scaler.unscale_(optimizer)
-        losses["grad_norm"] = nn.utils.clip_grad_norm_(
-            [*self.gate.parameters(), *self.model.parameters()], self.config.train.grad_clip
-        )
+        parameters = [*self.gate.parameters(), *self.model.parameters()]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.train.grad_clip)
+        # five recycles can multiply a gradient beyond what a float holds: that step says nothing
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(~norm.isfinite(), 0.0)
+        losses["grad_norm"] = norm
         scaler.step(optimizer)
         scaler.update()
         return losses
@@ -662,16 +659,12 @@ class _Run:
 
     def load(self) -> None:
         """Take up the last checkpoint; its optimiser waits for the stage it belongs to."""
-        meta = read_meta(self.out / LAST)
+        meta = load_checkpoint(self.out / LAST, self._modules())
         if meta["genes"] != self.genes:
             raise UserError(
                 f"{self.out} was trained on {len(meta['genes'] or [])} genes that these slides do "
                 "not give; resume with the slides the run was started with"
             )
-        if TRANSFER in meta["facts"]:
-            self.state.facts[TRANSFER] = meta["facts"][TRANSFER]
-            self._settle()
-        load_checkpoint(self.out / LAST, self._modules())
         names = ("stage", "step", "best", "best_epoch", "stale", "log_step", "facts")
         self.state = Progressed(**{name: meta[name] for name in names})
         self._pending = meta
@@ -760,8 +753,7 @@ class _Run:
 
 def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
     """A run's configuration with what it left open (``model.start``, ``refine.steps``, and of the
-    encoder ``input``, ``standardize``, ``spatial_genes`` and ``kept``) as donors left out have
-    settled it.
+    encoder ``standardize``, ``spatial_genes`` and ``kept``) as donors left out have settled it.
 
     Args:
         config: of the run.
@@ -788,9 +780,8 @@ def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
     if config.encoder.kept is None:
         sections["encoder"] = {"kept": found["kept"]}
     return weigh(
-        config.replace(**sections),
-        found.get("standardize"), found.get("spatial_genes"), found.get("input", "log"),
-    )  # fmt: skip
+        config.replace(**sections), found.get("standardize"), found.get("spatial_genes")
+    )
 
 
 def _is_open(config: RunConfig) -> bool:
