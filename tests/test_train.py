@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ipar_sparse.gauge import gauge_fix, principal_plane
 from ipar_sparse.metrics import align, evaluate_layout
 from ipar_sparse.nn import SharedEncoder
 from ipar_sparse.simulate import simulate
+from ipar_sparse.slide import Slide
 from ipar_sparse.train import components
 from ipar_sparse.train import trainer as trainer_module
 from ipar_sparse.train.checkpoint import BEST, LAST, load_checkpoint, read_meta
@@ -136,6 +138,25 @@ def test_a_stopped_run_resumes_to_the_same_bits(run, slides, tmp_path, monkeypat
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     steps = [row["step"] for row in read_history(tmp_path / HISTORY)]
     assert steps == [row["step"] for row in read_history(run / HISTORY)]
+
+
+def test_starts_of_training_slides_where_embeddings_are_flat(tmp_path):
+    """Dimensions that hardly vary must not drown the others in the noise of training."""
+    rng, own = np.random.default_rng(0), []
+    for name in "ab":
+        pos = rng.uniform(-1, 1, (300, 2)) * [1.0, 0.6]
+        h = 1e-3 * rng.standard_normal((300, 32))
+        h[:, :2] = pos + 0.05 * rng.standard_normal((300, 2))
+        cells = np.array([f"{name}{i}" for i in range(300)])
+        own.append(Slide(name, None, np.array([]), cells, pos=pos, embedding=h.astype(np.float32)))
+    config = load_config(None, [*SMALL, "data.embedding=obsm:H", "model.start=atlas"])
+    with trainer_module.Progress() as progress:
+        run = trainer_module._Run(
+            own, [], config, tmp_path, torch.device("cpu"), progress, threading.Event()
+        )
+        run.freeze_embeddings()
+    for slide in run.train_data:
+        assert evaluate_layout(slide.start.numpy(), slide.pos.numpy())["distance_spearman"] > 0.9
 
 
 def test_a_gradient_that_is_not_finite_costs_one_step(slides, tmp_path, monkeypatch):
