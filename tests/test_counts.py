@@ -16,6 +16,7 @@ from ipar_sparse.nn import CountComponents
 from ipar_sparse.nn.counts import depth_and_mean
 from ipar_sparse.simulate import simulate
 from ipar_sparse.train import trainer
+from ipar_sparse.train.checkpoint import LAST, read_meta
 from ipar_sparse.train.components import principal_axes, project
 from ipar_sparse.train.counts import fit_counts, read_counts
 from ipar_sparse.train.predict import Predictor
@@ -25,7 +26,7 @@ SMALL = [
     "train.miniset_min=40", "train.miniset_max=60", "encoder.steps=8", "encoder.hidden=[24]",
     "encoder.out=16", "model.dim=16", "model.recycles=2", "model.channels=16",
     "model.head_channels=8", "graph.k=12", "train.device=cpu", "encoder.input=counts",
-    "model.start=atlas", "refine.steps=0",
+    "model.start=atlas", "refine.steps=0", "encoder.kept=spatial",
 ]  # fmt: skip
 
 
@@ -113,6 +114,7 @@ def test_a_run_that_reads_counts(slides, tmp_path):
     config = load_config(None, SMALL)
     config.save(tmp_path)
     trainer.fit(slides[:2], [slides[2]], config, tmp_path)
+    assert trainer.TRANSFER not in read_meta(tmp_path / LAST)["facts"]  # nothing is left open
     predictor = Predictor.load(tmp_path)
     assert predictor.encoder.counts.loading.abs().sum() > 0
     found = predictor.predict(slides[2])

@@ -794,9 +794,8 @@ def _is_open(config: RunConfig) -> bool:
         return True
     encoder = config.encoder
     kept = encoder.skip and encoder.keep and encoder.kept is None
-    return config.data.embedding is None and (
-        kept or None in (encoder.standardize, encoder.spatial_genes)
-    )
+    weights = encoder.input == "log" and None in (encoder.standardize, encoder.spatial_genes)
+    return config.data.embedding is None and (kept or weights)
 
 
 def build_encoder(config: RunConfig, num_genes: int) -> SharedEncoder:
