@@ -136,7 +136,7 @@ def normalized_expression(slide, genes, target_sum=1e4):
     """
     if slide.expression is None:
         raise UserError(f"{slide.name}: has no expression, only an embedding")
-    matrix = _take_columns(slide.expression, slide.genes, genes)
+    matrix = take_genes(slide, genes)
     if slide.normalized:
         return matrix
     return log_normalize(matrix, target_sum, totals=slide.expression.sum(axis=1))

@@ -18,6 +18,7 @@ from ..slide import Slide
 from .components import principal_axes, project, signed
 
 _CELLS = 60_000  # fitted on, drawn alike from every slide
+_FIELD_CELLS = 20_000  # whose fields' directions are taken
 _RESIDUAL_CELLS = 10_000  # whose residuals are looked at
 _SCALED = 4000  # of a slide, by which components are scaled
 _FRAME = 40  # principal components by which slides are turned into one frame
@@ -92,15 +93,15 @@ def fit_counts(components: CountComponents, slides: Sequence[Slide], genes: Sequ
         chosen.append(counts[rows])
         places.append(torch.from_numpy(place[rows]).float().to(device))
     data = _Cells(chosen, places, device)
-    weight, size = _fit_fields(data, components.fields)
+    weight = _fit_fields(data, components.fields)
+    size = _sizes(data, weight)
 
-    field = data.basis @ weight
-    field = field - field.mean(0)
-    _, spread, directions = torch.linalg.svd(field[_some(len(field), 20_000)], full_matrices=False)
-    spread = spread / min(len(field), 20_000) ** 0.5
+    field = data.basis[_some(len(data.basis), _FIELD_CELLS).to(device)] @ weight
+    _, spread, directions = torch.linalg.svd(field, full_matrices=False)
+    spread = spread / len(field) ** 0.5
     directions = signed(directions[: components.fields].T.cpu().numpy()).T.to(device)
     own = spread[: components.fields, None] * directions
-    size, other = _residual_axes(data, weight, size, components.others)
+    other = _residual_axes(data, weight, size, components.others)
     components.loading.zero_()
     components.loading[: len(own)] = own
     components.loading[components.fields : components.fields + len(other)] = other
@@ -161,8 +162,9 @@ def _frames(slides: Sequence[Slide], genes: Sequence[str]) -> list[np.ndarray]:
 
 
 @torch.enable_grad()
-def _fit_fields(data: _Cells, rank: int) -> tuple[Tensor, Tensor]:
-    """Weights of the basis for every gene (K, G), of low rank, and sizes (G,)."""
+def _fit_fields(data: _Cells, rank: int) -> Tensor:
+    """Weights of the basis for every gene (K, G), of low rank; log means of slides take what is
+    left for them."""
     generator = torch.Generator().manual_seed(0)
     n, genes, width = len(data.basis), data.counts.shape[1], data.basis.size(1)
     inner, outer, shift = (
@@ -170,7 +172,7 @@ def _fit_fields(data: _Cells, rank: int) -> tuple[Tensor, Tensor]:
         for shape in ((width, rank), (rank, genes), (len(data.log_mean), genes))
     )
     shift.data.zero_()
-    size = _sizes(data, None, None)
+    size = _sizes(data)
     optimizer = torch.optim.Adam([inner, outer, shift], lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS)
     for step in range(_STEPS):
@@ -191,11 +193,11 @@ def _fit_fields(data: _Cells, rank: int) -> tuple[Tensor, Tensor]:
         optimizer.step()
         schedule.step()
     data.log_mean = data.log_mean + shift.detach()
-    return (inner @ outer).detach(), size
+    return (inner @ outer).detach()
 
 
 @torch.no_grad()
-def _sizes(data: _Cells, weight: Tensor | None, shift: Tensor | None) -> Tensor:
+def _sizes(data: _Cells, weight: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """Sizes of the negative binomial by moments: variance = mean + mean^2 / size."""
     rows = _some(len(data.basis), _RESIDUAL_CELLS)
     square, excess = 0.0, 0.0
@@ -203,7 +205,9 @@ def _sizes(data: _Cells, weight: Tensor | None, shift: Tensor | None) -> Tensor:
         counts, log_rate = data.batch(part)
         part = part.to(data.device)
         if weight is not None:
-            log_rate = log_rate + data.basis[part] @ weight + shift[data.slide[part]]
+            log_rate = log_rate + data.basis[part] @ weight
+        if shift is not None:
+            log_rate = log_rate + shift[data.slide[part]]
         rate = log_rate.clamp(*_LOG_RATE).exp()
         square = square + rate.square().sum(0)
         excess = excess + ((counts - rate).square() - rate).sum(0)
@@ -211,9 +215,8 @@ def _sizes(data: _Cells, weight: Tensor | None, shift: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def _residual_axes(data: _Cells, weight: Tensor, size: Tensor, count: int):
-    """Sizes once the fields are known, and loadings (count, G) of what they leave."""
-    size = _sizes(data, weight, torch.zeros_like(data.log_mean))
+def _residual_axes(data: _Cells, weight: Tensor, size: Tensor, count: int) -> Tensor:
+    """Loadings (count, G) of what the fields leave."""
     rows, blocks = _some(len(data.basis), _RESIDUAL_CELLS), []
     for part in rows.split(_BATCH):
         counts, log_rate = data.batch(part)
@@ -229,7 +232,7 @@ def _residual_axes(data: _Cells, weight: Tensor, size: Tensor, count: int):
     variance, axes = eigsh(operator, k=min(count, genes - 1), v0=np.ones(genes))
     variance, axes = variance[::-1].copy(), axes[:, ::-1].copy()
     strength = _SHRUNK * np.sqrt(np.maximum(variance - 1, 0.05))
-    return size, signed(axes * strength).T.to(weight)
+    return signed(axes * strength).T.to(weight)
 
 
 def _some(n: int, count: int) -> Tensor:
