@@ -29,7 +29,7 @@ from ipar_sparse.metrics import evaluate_layout
 from ipar_sparse.slide import Slide
 from ipar_sparse.train.checkpoint import LAST, load_checkpoint, read_meta
 from ipar_sparse.train.study import find_donors, load_variants, plan_folds, read_all
-from ipar_sparse.train.trainer import build_encoder, embed_raw, fit_encoder
+from ipar_sparse.train.trainer import build_encoder, embed_raw, fit_encoder, settle
 
 COLUMNS = {
     "knn_hit@15": "kNN(H) hit @15",
@@ -62,8 +62,9 @@ def score(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         fit_encoder(list(train), config, out, donors)
-        genes = read_meta(out / LAST)["genes"]
-        encoder = build_encoder(config, len(genes)).to(device)
+        meta = read_meta(out / LAST)
+        genes = meta["genes"]
+        encoder = build_encoder(settle(config, meta["facts"]), len(genes)).to(device)
         load_checkpoint(out / LAST, {"encoder": encoder})
     encoder.eval()
     for slide in test:

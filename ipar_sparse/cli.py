@@ -223,6 +223,7 @@ def _options(
 _EMBEDDINGS_TRIED = {
     "spatial genes": "spatial genes forward",
     "all genes": "genes alike",
+    "counts": "components of counts",
     "principal": "principal components kept",
     "spatial": "spatial ones",
 }
@@ -726,6 +727,7 @@ def info(run: Run) -> None:
         table.add_row(
             "chosen",
             f"model.start {chosen.model.start}, refine.steps {chosen.refine.steps}, "
+            f"encoder.input {chosen.encoder.input}, "
             f"encoder.standardize {chosen.encoder.standardize:g}, "
             f"encoder.spatial_genes {chosen.encoder.spatial_genes:g}, "
             f"encoder.kept {chosen.encoder.kept}",

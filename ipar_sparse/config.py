@@ -74,9 +74,10 @@ class EncoderConfig(Section):
     """width of the embedding"""
     skip: bool = True
     """a linear path beside the MLP, which starts as principal components of the training slides"""
-    input: Literal["log", "counts"] = "log"
+    input: Literal["log", "counts"] | None = None
     """what it reads: log = normalised, log1p expression; counts = factors of a negative binomial
-    model of raw counts, whose genes are not weighted"""
+    model of raw counts, whose genes are not weighted; none = log, or counts where those place
+    donors left out better (not tried where standardize or spatial_genes is set)"""
     smooth: Count = 10
     """average each cell with this many nearest in expression before it is encoded; 0 = none"""
     standardize: Share | None = None

@@ -1,5 +1,7 @@
 """What a run begins from is decided on donors left out, and remembered."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -94,14 +96,14 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
     steps = []
     found = [
         try_transfer(
-            slides, None, config, lambda: build_encoder(config, len(genes)), genes, CPU,
+            slides, None, config, lambda asked: build_encoder(asked, len(genes)), genes, CPU,
             lambda: steps.append(1),
         )
         for _ in range(2)
     ]  # fmt: skip
     assert found[0] == found[1]
     names = {f"{name}{what}" for name in STARTS for what in ("", " hit", " refined")}
-    tried = {"spatial genes", "all genes", "principal", "spatial"}
+    tried = {"spatial genes", "all genes", "counts", "principal", "spatial"}
     assert set(found[0].scores) == names | tried
     assert len(steps) == 2 * 3 * 4  # half of the steps, for each slide left out
     assert trial_steps(slides, None, config) == 3 * 4
@@ -142,6 +144,9 @@ def test_what_is_left_open_is_settled_and_nothing_else():
     assert (config.model.start, config.refine.steps) == ("atlas", 0)
     own = config.encoder
     assert (own.standardize, own.spatial_genes, own.kept) == (1.0, 0.0, "spatial")
+    assert own.input == "log"
+    reads = FOUND | {"input": "counts"}
+    assert settle(RunConfig(), {TRANSFER: reads}).encoder.input == "counts"
     asked = {"standardize": 0.2, "kept": "principal"}
     config = settle(RunConfig().replace(model={"start": "pca"}, encoder=asked), {TRANSFER: FOUND})
     assert (config.model.start, config.refine.steps) == ("pca", 200)
@@ -175,7 +180,7 @@ def test_an_encoder_without_a_linear_path_keeps_nothing_to_try(slides):
     config = load_config(None, [*SMALL, "encoder.skip=false", "encoder.spatial_genes=0"])
     genes = list(slides[0].genes)
     found = try_transfer(
-        slides, None, config, lambda: build_encoder(config, len(genes)), genes, CPU
+        slides, None, config, lambda asked: build_encoder(asked, len(genes)), genes, CPU
     )
     assert found.kept == "principal"
     assert not found.scores.keys() & {"spatial", "all genes", "spatial genes"}
@@ -231,34 +236,88 @@ def test_what_is_kept_serves_donors_left_out(slides, monkeypatch, better):
 
     monkeypatch.setattr(transfer._Fold, "trained", spoiled)
     found = try_transfer(
-        slides, None, config, lambda: build_encoder(config, len(genes)), genes, CPU
+        slides, None, config, lambda asked: build_encoder(asked, len(genes)), genes, CPU
     )
     other = "spatial" if better == "principal" else "principal"
     assert found.kept == better and found.scores[better] > found.scores[other]
 
 
-@pytest.mark.parametrize("better", [(0.5, 0.25), (1.0, 0.0)])
-def test_genes_are_weighted_as_serves_donors_left_out(slides, monkeypatch, better):
+LOG = ("log", 0.5, 0.25)  # an encoder's input and weights of genes
+ALIKE = ("log", 1.0, 0.0)
+COUNTS = ("counts", 0.5, 0.25)
+
+
+@pytest.mark.parametrize("better", [LOG, ALIKE, COUNTS])
+def test_expression_is_read_as_serves_donors_left_out(slides, monkeypatch, better):
     config = load_config(None, SMALL)
     genes = list(slides[0].genes)
     components, seen = transfer._Fold.components, []
 
-    def powers(config):
-        return config.encoder.standardize, config.encoder.spatial_genes
+    def way(config):
+        own = config.encoder
+        return own.input, own.standardize, own.spatial_genes
 
     def spoiled(fold, config, build):
-        return components(fold, config, build) if powers(config) == better else noise(fold)
+        return components(fold, config, build) if way(config) == better else noise(fold)
 
     def trained(fold, config, *args):
-        seen.append(powers(config))
+        seen.append(way(config))
         return {"principal": noise(fold)}
 
     monkeypatch.setattr(transfer._Fold, "components", spoiled)
     monkeypatch.setattr(transfer._Fold, "trained", trained)
     found = try_transfer(
-        slides, None, config, lambda: build_encoder(config, len(genes)), genes, CPU
+        slides, None, config, lambda asked: build_encoder(asked, len(genes)), genes, CPU
     )
-    assert (found.standardize, found.spatial_genes) == better and set(seen) == {better}
+    assert (found.input, found.standardize, found.spatial_genes) == better
+    assert set(seen) == {better}
+
+
+@pytest.mark.parametrize(
+    ("settings", "normalized", "ways"),
+    [
+        ([], False, {"spatial genes", "all genes", "counts"}),
+        ([], True, {"spatial genes", "all genes"}),  # nothing to count
+        (["encoder.input=log"], False, {"spatial genes", "all genes"}),
+        (["encoder.input=counts"], False, set()),  # one way is not tried
+        (["encoder.standardize=0.5"], False, set()),  # weights are of the logarithm
+    ],
+)
+def test_ways_to_read_expression_that_are_tried(slides, monkeypatch, settings, normalized, ways):
+    config = load_config(None, [*SMALL, *settings])
+    genes = list(slides[0].genes)
+    monkeypatch.setattr(transfer._Fold, "trained", lambda fold, *_: {"principal": noise(fold)})
+    found = try_transfer(
+        [replace(s, normalized=normalized) for s in slides],
+        None, config, lambda asked: build_encoder(asked, len(genes)), genes, CPU,
+    )  # fmt: skip
+    assert found.scores.keys() & {"spatial genes", "all genes", "counts"} == ways
+    if len(ways) < 3:
+        assert found.input == ("counts" if "encoder.input=counts" in settings else "log")
+
+
+def test_a_run_reads_counts_where_donors_left_out_favor_them(slides, monkeypatch, tmp_path):
+    components = transfer._Fold.components
+
+    def spoiled(fold, config, build):
+        return components(fold, config, build) if config.encoder.input == "counts" else noise(fold)
+
+    monkeypatch.setattr(transfer._Fold, "components", spoiled)
+    config = load_config(None, SMALL)
+    encoder, run, mixed = (tmp_path / name for name in ("encoder", "run", "mixed"))
+    for folder in (encoder, run, mixed):
+        folder.mkdir()
+        config.save(folder)
+    fit_encoder(slides[:2], config, encoder)
+    fit(slides[:2], [slides[2]], config, run, encoder=encoder)
+    before = Predictor.load(run).predict(slides[2]).pos
+    fit(slides[:2], [slides[2]], config, run, resume=True)  # nothing is left to do
+    predictor = Predictor.load(run)
+    assert predictor.config.encoder.input == "counts" and predictor.encoder.counts is not None
+    assert np.array_equal(predictor.predict(slides[2]).pos, before)
+    # a validation slide that has none could not be read
+    fit(slides[:2], [replace(slides[2], normalized=True)], config, mixed)
+    assert Predictor.load(mixed).config.encoder.input == "log"
 
 
 def test_the_last_step_is_left_out_where_it_costs_neighbors():

@@ -46,6 +46,12 @@ def require_counts(slides: Sequence[Slide], genes: Sequence[str]) -> None:
         )
 
 
+def have_counts(slides: Sequence[Slide], genes: Sequence[str]) -> bool:
+    """Whether :func:`require_counts` would pass."""
+    counts = all(slide.expression is not None and not slide.normalized for slide in slides)
+    return counts and len(genes) >= FEWEST_GENES
+
+
 def slide_counts(slide: Slide, genes: Sequence[str]) -> sparse.csr_matrix:
     """Counts (n, G) of some genes; those that the slide lacks have none.
 

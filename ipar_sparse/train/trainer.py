@@ -38,8 +38,8 @@ from ..nn import CountComponents, EdgeGateSoft, IPALiteModel, SharedEncoder
 from ..slide import Slide
 from ..targets import target_graph
 from .cache import cached_record
-from .checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from .counts import require_counts
+from .checkpoint import BEST, LAST, load_checkpoint, read_meta, save_checkpoint
+from .counts import have_counts, require_counts
 from .logs import HISTORY, History, Progress, TensorBoard
 from .stage_a import (
     ContrastSlide,
@@ -245,9 +245,13 @@ class _Run:
             build, steps = None, None
             if self.encoder is not None:
                 steps = trial_steps(self.train_slides, self.donors, self.config)
+                if self.config.encoder.input is None and not have_counts(
+                    self.val_slides, self.genes
+                ):
+                    self.config = self.config.replace(encoder={"input": "log"})
 
-                def build():
-                    return build_encoder(self.config, len(self.genes))
+                def build(config):
+                    return build_encoder(config, len(self.genes))
 
             with self.progress.task("Leaving donors out", total=steps or None) as task:
 
@@ -260,7 +264,15 @@ class _Run:
                     step_done,
                 )  # fmt: skip
             self.state.facts[TRANSFER] = found.as_dict()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take what donors left out have settled, and the encoder that reads what they favour."""
         self.config = settle(self.config, self.state.facts)
+        counts = self.config.encoder.input == "counts"
+        if self.encoder is not None and counts != (self.encoder.counts is not None):
+            torch.manual_seed(self.config.train.seed)
+            self.encoder = build_encoder(self.config, len(self.genes)).to(self.device)
 
     def train_encoder(self) -> None:
         if self.encoder is None or self.state.stage != "encoder":
@@ -299,13 +311,15 @@ class _Run:
 
     def take_encoder(self, trained: Path) -> None:
         """The encoder of another directory, in place of training it."""
-        meta = load_checkpoint(Path(trained) / LAST, {"encoder": self.encoder})
+        meta = read_meta(Path(trained) / LAST)
         if meta["genes"] != self.genes or meta["stage"] == "encoder":
             raise UserError(
                 f"{trained} holds no trained encoder of these slides' genes; train it again"
             )
         if TRANSFER in meta["facts"]:
             self.state.facts[TRANSFER] = meta["facts"][TRANSFER]
+            self._settle()
+        load_checkpoint(Path(trained) / LAST, {"encoder": self.encoder})
         self.encoder.eval().requires_grad_(False)
         self._advance("gate")
 
@@ -663,12 +677,16 @@ class _Run:
 
     def load(self) -> None:
         """Take up the last checkpoint; its optimiser waits for the stage it belongs to."""
-        meta = load_checkpoint(self.out / LAST, self._modules())
+        meta = read_meta(self.out / LAST)
         if meta["genes"] != self.genes:
             raise UserError(
                 f"{self.out} was trained on {len(meta['genes'] or [])} genes that these slides do "
                 "not give; resume with the slides the run was started with"
             )
+        if TRANSFER in meta["facts"]:
+            self.state.facts[TRANSFER] = meta["facts"][TRANSFER]
+            self._settle()
+        load_checkpoint(self.out / LAST, self._modules())
         names = ("stage", "step", "best", "best_epoch", "stale", "log_step", "facts")
         self.state = Progressed(**{name: meta[name] for name in names})
         self._pending = meta
@@ -757,7 +775,8 @@ class _Run:
 
 def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
     """A run's configuration with what it left open (``model.start``, ``refine.steps``, and of the
-    encoder ``standardize``, ``spatial_genes`` and ``kept``) as donors left out have settled it.
+    encoder ``input``, ``standardize``, ``spatial_genes`` and ``kept``) as donors left out have
+    settled it.
 
     Args:
         config: of the run.
@@ -784,8 +803,9 @@ def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
     if config.encoder.kept is None:
         sections["encoder"] = {"kept": found["kept"]}
     return weigh(
-        config.replace(**sections), found.get("standardize"), found.get("spatial_genes")
-    )
+        config.replace(**sections),
+        found.get("standardize"), found.get("spatial_genes"), found.get("input", "log"),
+    )  # fmt: skip
 
 
 def _is_open(config: RunConfig) -> bool:
@@ -794,7 +814,7 @@ def _is_open(config: RunConfig) -> bool:
         return True
     encoder = config.encoder
     kept = encoder.skip and encoder.keep and encoder.kept is None
-    weights = encoder.input == "log" and None in (encoder.standardize, encoder.spatial_genes)
+    weights = encoder.input != "counts" and None in (encoder.standardize, encoder.spatial_genes)
     return config.data.embedding is None and (kept or weights)
 
 

@@ -4,9 +4,10 @@ Some tissues share a plan: layers of a cortex, the axes of an embryo. A map from
 position that was learned on other animals holds there, and is the best start. Others do not:
 where every tumour is its own, a map from other patients misleads, and the cells are better placed
 by how they differ from one another. In some, faint genes tell neighbours apart, in others they are
-noise; in some, the last step gathers cells that were well apart. Each donor of the training slides
-is therefore left out in turn, embeddings are made from the rest, and what serves the donor left
-out better is what the run does. Slides that are held out of the run take no part.
+noise; in some, the noise of counts drowns what they say unless it is modelled, in others the model
+is wrong; in some, the last step gathers cells that were well apart. Each donor of the training
+slides is therefore left out in turn, embeddings are made from the rest, and what serves the donor
+left out better is what the run does. Slides that are held out of the run take no part.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ..nn import SharedEncoder
 from ..refine import refine_layout
 from ..slide import Slide
 from .components import project, spatial_axes
+from .counts import have_counts
 from .stage_a import (
     ContrastSlide,
     begin,
@@ -59,6 +61,7 @@ _STARTS = {PLANE: "pca", MAP: "mlp", ATLAS: "atlas"}
 _NEIGHBORS = 15  # by which embeddings and layouts are compared
 _WEIGHTS = {"spatial genes": (0.5, 0.25), "all genes": (1.0, 0.0)}
 """Powers ``encoder.standardize`` and ``encoder.spatial_genes`` that are tried, the usual first."""
+_COUNTS = "counts"  # tried beside them
 _KEPT = "principal", "spatial"
 """What an embedding keeps, ``encoder.kept``, the usual first."""
 
@@ -71,6 +74,7 @@ class Transfer:
         start: ``"mlp"`` or ``"atlas"`` where a learned map or an atlas holds on other donors,
             ``"pca"`` where neither does; ``"atlas"`` where nothing was tried.
         standardize, spatial_genes: how genes are weighted, as in ``encoder``.
+        input: what the encoder reads, ``encoder.input``.
         kept: what the embedding keeps beside what it has learned, ``encoder.kept``.
         refine: of the last step after each of the starts, ``refine.steps``.
         donors: how many were left out in turn; with one donor nothing is tried.
@@ -79,8 +83,8 @@ class Transfer:
             @15: ``plane hit`` and ``plane refined`` (before and after the last step), and so for
             the other two. Of embeddings, the geometric mean of the best distance Spearman and
             the hit @15 of their nearest cells: ``spatial genes`` and ``all genes`` (spatial
-            components under either weights) and, trained, by what they keep, ``principal`` and
-            ``spatial``.
+            components under either weights), ``counts`` (spatial components of those of counts)
+            and, trained, by what they keep, ``principal`` and ``spatial``.
     """
 
     start: str = _STARTS[ATLAS]
@@ -92,17 +96,22 @@ class Transfer:
     )
     donors: int = 0
     scores: dict[str, float] | None = None
+    input: str = "log"
 
     def as_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return asdict(self)
+
+    def weigh(self, config: RunConfig) -> RunConfig:
+        """A configuration with these weights of genes and this input where it leaves them open."""
+        return weigh(config, self.standardize, self.spatial_genes, self.input)
 
 
 def try_transfer(
     slides: Sequence[Slide],
     donors: Mapping[str, str] | None,
     config: RunConfig,
-    build: Callable[[], SharedEncoder] | None,
+    build: Callable[[RunConfig], SharedEncoder] | None,
     genes: Sequence[str] | None,
     device: torch.device,
     step_done: Callable[[], None] = lambda: None,
@@ -113,7 +122,8 @@ def try_transfer(
         slides: training slides with positions.
         donors: slide name to donor; every slide is its own donor if left out.
         config: the run's; its seed, steps and losses of stage A.
-        build: makes an untrained encoder; None where embeddings are brought along.
+        build: makes the untrained encoder of a configuration; None where embeddings are brought
+            along.
         genes: of the encoder.
         device: where encoders are trained.
         step_done: called after every step, :func:`trial_steps` times; may raise to stop.
@@ -124,14 +134,26 @@ def try_transfer(
     if build is None:
         return _choose([fold.brought() for fold in folds], config, Transfer(), {})
     settings, scores, chosen = config.encoder, {}, Transfer()
-    open_weights = settings.standardize is None and settings.spatial_genes is None
-    if open_weights and settings.input == "log":
-        for name, powers in _WEIGHTS.items():
-            weighted = weigh(config, *powers)
-            scores[name] = _score([fold.components(weighted, build) for fold in folds])
-        standardize, spatial_genes = _WEIGHTS[max(scores, key=scores.__getitem__)]
-        chosen = Transfer(standardize=standardize, spatial_genes=spatial_genes)
-    config = weigh(config, chosen.standardize, chosen.spatial_genes)
+    if settings.standardize is None and settings.spatial_genes is None:
+        ways = {
+            name: Transfer(standardize=standardize, spatial_genes=spatial_genes)
+            for name, (standardize, spatial_genes) in _WEIGHTS.items()
+            if settings.input != _COUNTS
+        }
+        if settings.input != "log" and have_counts(slides, genes):
+            ways[_COUNTS] = Transfer(input=_COUNTS)
+        if len(ways) > 1:
+            for name, way in ways.items():
+                asked = way.weigh(config)
+                scores[name] = _score([fold.components(asked, build) for fold in folds])
+            chosen = ways[max(scores, key=scores.__getitem__)]
+    config = chosen.weigh(config)
+    chosen = replace(
+        chosen,
+        input=config.encoder.input,
+        standardize=config.encoder.standardize,
+        spatial_genes=config.encoder.spatial_genes,
+    )
     embeddings: dict[str, list[list[_Left]]] = {}
     for number, fold in enumerate(folds):
         seed = config.train.seed * _DONORS + number
@@ -172,14 +194,23 @@ def _folds(slides, donors, genes, device) -> list[_Fold]:
     return folds
 
 
-def weigh(config: RunConfig, standardize: float, spatial_genes: float) -> RunConfig:
-    """A configuration with these weights of genes where it leaves them open."""
+def weigh(
+    config: RunConfig, standardize: float, spatial_genes: float, read: str = "log"
+) -> RunConfig:
+    """A configuration with these weights of genes, and this input of the encoder, where it leaves
+    them open; one that weighs genes itself reads their logarithms."""
     own = config.encoder
+    if own.input is not None:
+        read = own.input
+    elif own.standardize is not None or own.spatial_genes is not None:
+        read = "log"
     if own.standardize is not None:
         standardize = own.standardize
     if own.spatial_genes is not None:
         spatial_genes = own.spatial_genes
-    return config.replace(encoder={"standardize": standardize, "spatial_genes": spatial_genes})
+    return config.replace(
+        encoder={"input": read, "standardize": standardize, "spatial_genes": spatial_genes}
+    )
 
 
 def _choose(
@@ -206,8 +237,9 @@ def _choose(
     )  # fmt: skip
     if tried:
         logger.info(
-            "encoder.standardize is %g, encoder.spatial_genes %g, encoder.kept %s",
-            found.standardize, found.spatial_genes, found.kept,
+            "encoder.input is %s, encoder.standardize %g, encoder.spatial_genes %g, "
+            "encoder.kept %s",
+            found.input, found.standardize, found.spatial_genes, found.kept,
         )  # fmt: skip
     return found
 
@@ -275,22 +307,24 @@ class _Fold:
         h = [torch.from_numpy(s.embedding).float() for s in (*self.train, *self.test)]
         return self._look(h)
 
-    def components(self, config: RunConfig, build: Callable[[], SharedEncoder]) -> list[_Left]:
+    def components(
+        self, config: RunConfig, build: Callable[[RunConfig], SharedEncoder]
+    ) -> list[_Left]:
         """The slides left out in nothing but spatial components: quick, and by which genes weigh
         what, better or worse as an embedding trained on them is."""
-        encoder = build().to(self.device)
+        encoder = build(config).to(self.device)
         read = begin(encoder, self.train, self.genes, config)
         axes, _ = spatial_axes(read, [slide.pos for slide in self.train], config.encoder.out)
         read = read + [read_expression(slide, self.genes, encoder) for slide in self.test]
         return self._look([torch.from_numpy(project(x, axes)).float() for x in read])
 
     def trained(
-        self, config: RunConfig, build: Callable[[], SharedEncoder], seed: int, step_done
+        self, config: RunConfig, build: Callable[[RunConfig], SharedEncoder], seed: int, step_done
     ) -> dict[str, list[_Left]]:
         """The slides left out after a short stage A, by what the embedding keeps beside it."""
         settings = config.encoder
         torch.manual_seed(seed)
-        encoder = build().to(self.device)
+        encoder = build(config).to(self.device)
         read = begin(encoder, self.train, self.genes, config)
         positions = [slide.pos for slide in self.train]
         steps = self.steps(config)
