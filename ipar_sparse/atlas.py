@@ -151,30 +151,51 @@ class Atlas(nn.Module):
                 f"Atlas({self.channels}) needs embeddings (n, {self.channels}); "
                 f"given {tuple(h.shape)}"
             )
-        place = self._posterior_mean(h)
-        return (place + self._nearest_mean(h)) / 2 if nearest and self.cells else place
+        place = self._posterior(h)[0]
+        return (place + self._nearest(h)[0]) / 2 if nearest and self.cells else place
 
-    def _posterior_mean(self, h: Tensor) -> Tensor:
+    @torch.no_grad()
+    def spread(self, h: Tensor) -> Tensor:
+        r"""How far a cell may lie from where it is placed (n,), in RMS radii of a slide.
+
+        The standard deviation around :math:`\hat{\mathbf{x}}` of places drawn half of the time
+        from the posterior, and else from those of the nearest training cells: large where either
+        is broad, or where they disagree.
+
+        Args:
+            h: embeddings (n, d).
+        """
+        place = self(h)
+        halves = [self._posterior(h)] + ([self._nearest(h)] if self.cells else [])
+        square = [variance + (mean - place).square().sum(1) for mean, variance in halves]
+        return torch.stack(square).mean(0).sqrt()
+
+    def _posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (n, 2) and variance (n,) of the place given the embedding."""
         tissue = self.log_density.isfinite()
         field, grid, prior = self.field[tissue], self.grid[tissue], self.log_density[tissue]
         # |h - f|^2 without |h|^2, which is the same at every place
         prior = prior - self.temperature / 2 * field.square().sum(1)
+        moments = torch.cat([grid, grid.square().sum(1, keepdim=True)], dim=1)
         blocks = []
         for part in (h.to(field) @ self.whiten).split(_BLOCK):
             log_posterior = torch.addmm(prior, part, field.T, alpha=self.temperature)
-            blocks.append(log_posterior.softmax(1) @ grid)
-        return torch.cat(blocks).to(h.dtype)
+            blocks.append(log_posterior.softmax(1) @ moments)
+        return _mean_and_variance(torch.cat(blocks).to(h.dtype))
 
-    def _nearest_mean(self, h: Tensor) -> Tensor:
+    def _nearest(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (n, 2) and variance (n,) of the places of the nearest training cells."""
         count = min(_NEAREST, self.cells)
-        square = self.known.square().sum(1)
+        norm = self.known.square().sum(1)
         blocks = []
         for part in h.to(self.known).split(_BLOCK // 4):
             # |h - g|^2 without |h|^2, which is the same for every training cell
-            distance = torch.addmm(square, part, self.known.T, alpha=-2)
+            distance = torch.addmm(norm, part, self.known.T, alpha=-2)
             nearest = distance.topk(count, dim=1, largest=False).indices
-            blocks.append(self.places[nearest].mean(1))
-        return torch.cat(blocks).to(h.dtype)
+            places = self.places[nearest]
+            square = places.square().sum(-1, keepdim=True)
+            blocks.append(torch.cat([places, square], dim=-1).mean(1))
+        return _mean_and_variance(torch.cat(blocks).to(h.dtype))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.channels}, temperature={self.temperature})"
@@ -192,6 +213,12 @@ def atlas_layout(h, train: Sequence[tuple]) -> np.ndarray:
     """
     h = torch.as_tensor(h).float()
     return Atlas(h.size(1)).fit(train)(h).double().numpy()
+
+
+def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Of places, from the means of x, y and x^2 + y^2 (n, 3)."""
+    mean = moments[:, :2]
+    return mean, (moments[:, 2] - mean.square().sum(1)).clamp(min=0)
 
 
 def _lattice(low: Tensor, high: Tensor, side: int) -> Tensor:

@@ -1050,7 +1050,8 @@ def _infer(
     _folder(out.parent, "--out")
     predictor, settings = _predictor(run, device, layer, normalized, slide_key, embedding)
     seeds = seeds or settings.eval.seeds
-    columns = (Keys.UNCERTAINTY,) if wants_pos and seeds > 1 else ()
+    uncertain = seeds > 1 or predictor.atlas is not None
+    columns = (Keys.UNCERTAINTY,) if wants_pos and uncertain else ()
     if not wants_pos and settings.data.embedding is not None:
         raise UserError(
             f"{run} was trained on the embedding {settings.data.embedding}, so it has no encoder; "

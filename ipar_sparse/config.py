@@ -306,9 +306,9 @@ class TrainConfig(Section):
 
     unit: Literal["miniset", "slide", "mixed"] = "miniset"
     """what one step sees: a random subset of a slide, a whole slide, or both in turn"""
-    epochs: Positive = 15
+    epochs: Positive = 5
     """epochs at most"""
-    minisets: Positive = 1000
+    minisets: Positive = 120
     """minisets in the training pool, balanced over the slides"""
     miniset_min: Annotated[int, Field(ge=8)] = 96
     """smallest miniset, in cells"""
@@ -346,11 +346,11 @@ class TrainConfig(Section):
     """share of steps that keep mutual neighbours only"""
     gate_walk: tuple[Weight, ...] = (1.0,)
     """weights of 1, 2, ... steps of the random walk in what the gate learns"""
-    gate_steps: Count = 500
+    gate_steps: Count = 150
     """steps of gate training before joint training"""
     warmup_epochs: Count = 1
     """epochs before the random-walk loss enters"""
-    ramp_epochs: Count = 6
+    ramp_epochs: Count = 2
     """epochs over which its weight grows to rw_cap"""
     rw_cap: Weight = 0.3
     """full weight of the random-walk loss"""
@@ -537,7 +537,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "graph": {"pool": 0},
         "model": {"start": "mlp"},
-        "train": {"lambda_gram": 0.0},
+        "train": {
+            "lambda_gram": 0.0,
+            "epochs": 15,
+            "minisets": 1000,
+            "gate_steps": 500,
+            "ramp_epochs": 6,
+        },
         "refine": {"steps": 0},
     },
     "v1-rbf": {"model": {"terms": ["rbf"]}},

@@ -56,7 +56,7 @@ class ReportBundle:
         history: rows of the training history.
         gene: name and expression (n,) of a gene.
         focus: where some cells attend.
-        uncertainty: spread over noise seeds of each cell (n,), in tissue radii.
+        uncertainty: how far each cell may lie from its place (n,), in tissue radii.
         training: names of the slides the model was fitted on.
         validation: names of the slides that chose when to stop.
         held_out: whether this slide was out of every stage; None if that is not known.
@@ -437,7 +437,8 @@ def _uncertainty_section(bundle):
         pl.uncertainty_calibration(bundle.uncertainty, error, ax=axes[1])
 
     width = 5.6 if bundle.true is None else 10.0
-    text = "Spread of each cell's place over several runs from different noise."
+    text = "How far a cell may lie from its place: by the atlas of the run, where it has one, and "
+    text += "by how far different noise moves the cell, where several seeds were asked for."
     if bundle.true is not None:
         text += " On the right, cells in groups of equal uncertainty: where the line rises, cells "
         text += "that are called uncertain do lie farther off."

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from ipar_sparse.atlas import Atlas, atlas_layout
 from ipar_sparse.baselines import align_slides, ridge_layout
 from ipar_sparse.config import load_config
-from ipar_sparse.metrics import evaluate_layout
+from ipar_sparse.metrics import align, evaluate_layout
 from ipar_sparse.simulate import simulate
 from ipar_sparse.train.evaluate import score_slide
 from ipar_sparse.train.predict import Predictor
@@ -54,6 +55,48 @@ def test_it_is_the_posterior_mean_of_its_definition():
     )
     assert older.cells == 0
     torch.testing.assert_close(older(h.double()), mean)
+
+
+def test_its_spread_is_the_standard_deviation_of_what_it_averages():
+    train, (h, _) = [slide(0), slide(1)], slide(2, n=20)
+    atlas, h = Atlas(5, temperature=0.7).double().fit(train), h.double()
+    tissue = atlas.log_density.isfinite()
+    square = (torch.cdist(h @ atlas.whiten, atlas.field[tissue])).square()
+    posterior = torch.softmax(atlas.log_density[tissue] - 0.7 / 2 * square, dim=1)
+    nearest = torch.cdist(h, atlas.known).argsort(1)[:, :15]
+    places = torch.cat([atlas.grid[tissue].expand(20, -1, 2), atlas.places[nearest]], dim=1)
+    weights = torch.cat([posterior, torch.full((20, 15), 1 / 15).double()], dim=1) / 2
+    mean = (weights.unsqueeze(-1) * places).sum(1)
+    torch.testing.assert_close(atlas(h), mean)
+    variance = (weights * (places - mean.unsqueeze(1)).square().sum(-1)).sum(1)
+    torch.testing.assert_close(atlas.spread(h), variance.sqrt())
+
+    older = Atlas(5, temperature=0.7).double()  # remembers no cells
+    older.load_state_dict(
+        {k: v for k, v in atlas.state_dict().items() if k not in ("known", "places")}
+    )
+    mean = posterior @ atlas.grid[tissue]
+    apart = (atlas.grid[tissue] - mean.unsqueeze(1)).square().sum(-1)
+    torch.testing.assert_close(older.spread(h), (posterior * apart).sum(1).sqrt())
+
+
+def test_its_spread_is_as_large_as_its_errors():
+    """Cells of which much is known, and cells of which little is."""
+    train = [slide(0), slide(1), slide(2)]
+    noise = np.where(np.arange(600) % 2, 0.05, 0.6)[:, None]
+    train = [
+        (h + torch.from_numpy(noise * np.random.default_rng(i).standard_normal(h.shape)).float(), x)
+        for i, (h, x) in enumerate(train)
+    ]
+    h, pos = slide(3)
+    h = h + torch.from_numpy(noise * np.random.default_rng(9).standard_normal(h.shape)).float()
+    atlas = Atlas(5).fit(train)
+    spread, (aligned, _) = atlas.spread(h).numpy(), align(atlas(h).double().numpy(), pos)
+    radius = np.sqrt(np.square(pos - pos.mean(0)).sum(1).mean())
+    error = np.linalg.norm(aligned - pos, axis=1) / radius
+    assert spearmanr(spread, error).statistic > 0.3
+    for third in np.array_split(np.argsort(spread), 3):
+        assert 0.5 < np.sqrt(np.square(error[third]).mean() / np.square(spread[third]).mean()) < 2
 
 
 def test_kinds_of_cells_side_by_side_are_told_apart():
@@ -123,6 +166,9 @@ def test_a_run_begins_from_it_and_its_checkpoint_holds_it(tmp_path):
     h = torch.from_numpy(predictor.embed(slides[2]))
     first = predictor.predict(slides[2]).trajectory[0]
     np.testing.assert_allclose(first, predictor.start(h).numpy(), atol=1e-5)
+    one, more = (predictor.predict(slides[2], seeds=n).uncertainty for n in (1, 3))
+    np.testing.assert_allclose(one, predictor.atlas.spread(h).numpy(), atol=1e-5)
+    assert (more > one).all()
     known = [(torch.from_numpy(predictor.embed(s)), s.pos) for s in slides[:2]]
     np.testing.assert_allclose(Atlas(16).fit(known)(h), predictor.atlas(h), atol=1e-3)
     methods = score_slide(predictor, slides[2], baselines=True).methods

@@ -181,7 +181,7 @@ def uncertainty_map(pos, uncertainty, *, ax: Axes | None = None) -> Axes:
         uncertainty: spread of each cell (n,), in tissue radii.
     """
     return layout(
-        pos, uncertainty, ax=ax, title="Uncertainty", label="spread over seeds (tissue radii)"
+        pos, uncertainty, ax=ax, title="Uncertainty", label="tissue radii"
     )
 
 

@@ -192,7 +192,7 @@ def score_slide(
         notes=slide.notes,
         settings=predictor.config.model_dump(mode="json"),
         versions=_versions(),
-        absent={} if seeds > 1 else {"uncertainty": "one noise seed only; pass --seeds 8"},
+        absent={"uncertainty": "one noise seed only; pass --seeds 8"},
     )
 
 

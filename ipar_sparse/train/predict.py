@@ -40,8 +40,9 @@ class Prediction:
         gate_logits: raw gate logits (E,) or (E, heads), None without a gate.
         trajectory: layouts before the first recycle and after each, each (n, 2); the last is
             what ``pos`` was refined from.
-        uncertainty: root-mean-square deviation over noise seeds (n,), in units of the layout;
-            None for one seed.
+        uncertainty: how far a cell may lie from its place (n,), in tissue radii: what the atlas of
+            the run leaves open and how far noise seeds move the cell, one or both; None for one
+            seed without an atlas.
     """
 
     pos: np.ndarray
@@ -148,7 +149,7 @@ class Predictor:
         Args:
             slide: n cells.
             seeds: with more than one, that many layouts are also drawn under the noise of
-                training and aligned, and their spread is each cell's uncertainty.
+                training and aligned, and their spread adds to each cell's uncertainty.
         """
         h = torch.from_numpy(self.embed(slide)).to(self.device)
         candidates, graph = self.graphs(h)
@@ -163,8 +164,13 @@ class Predictor:
             gate_logits=logits,
             trajectory=[step.double().cpu().numpy() for step in trajectory],
         )
+        variance = []
+        if self.atlas is not None:
+            variance.append(self.atlas.spread(h).double().cpu().numpy() ** 2)
         if seeds > 1:
-            result.uncertainty = self._spread(h, result.trajectory[-1], seeds)
+            variance.append(self._moved(h, result.trajectory[-1], seeds))
+        if variance:
+            result.uncertainty = np.sqrt(sum(variance))
         return result
 
     def graphs(self, h: Tensor) -> tuple[NeighborTable, NeighborTable]:
@@ -234,14 +240,15 @@ class Predictor:
         logits = self.gate(h, graph)
         return self.config.model.gate_weight * logits, logits
 
-    def _spread(self, h: Tensor, pos: np.ndarray, seeds: int) -> np.ndarray:
-        """How far a cell moves between layouts drawn under training noise, each aligned.
+    def _moved(self, h: Tensor, pos: np.ndarray, seeds: int) -> np.ndarray:
+        """Mean squared distance by which training noise moves a cell (n,), layouts aligned.
 
         Before the last step: into which clump of neighbours that draws a cell differs from draw
         to draw, and says less of how wrong its place is.
         """
         square = np.zeros(len(pos))
-        noise_h = self.config.train.noise_h
+        # as where training starts: no dimension takes more noise than it varies
+        noise_h = h.std(0, correction=0).clamp(max=self.config.train.noise_h)
         for seed in range(seeds):
             generator = torch.Generator(self.device).manual_seed(seed)
             noisy = h + noise_h * torch.empty_like(h).normal_(generator=generator)
@@ -252,4 +259,4 @@ class Predictor:
             )  # fmt: skip
             aligned, _ = align(layout, pos)
             square += np.square(aligned - pos).sum(-1)
-        return np.sqrt(square / seeds)
+        return square / seeds
