@@ -108,7 +108,7 @@ def test_best_epoch_comes_after_the_ramp(run):
 
 
 def test_walk_weight_ramps_to_its_cap():
-    settings = load_config(None, []).train
+    settings = load_config(None, [], preset="record").train
     weights = [term_weights(t, settings).get("rw_kl", 0.0) for t in (0, 1, 4, 7, 20)]
     assert weights == pytest.approx([0, 0, 0.15, 0.3, 0.3])
     rest = term_weights(20, settings)
