@@ -600,12 +600,12 @@ def test_an_encoder_that_keeps_nothing_or_is_not_trained(slides, tmp_path, setti
     """Nothing is added to what it learned; without training it is its components."""
     config = load_config(None, [*SMALL, setting])
     trainer_module.fit_encoder(slides[:2], config, tmp_path)
-    genes = read_meta(tmp_path / LAST)["genes"]
+    meta = read_meta(tmp_path / LAST)
+    genes, config = meta["genes"], trainer_module.settle(config, meta["facts"])
     encoder = trainer_module.build_encoder(config, len(genes))
     load_checkpoint(tmp_path / LAST, {"encoder": encoder})
     begun = trainer_module.build_encoder(config, len(genes))
-    facts = read_meta(tmp_path / LAST)["facts"]
-    begin(begun, slides[:2], genes, trainer_module.settle(config, facts))
+    begin(begun, slides[:2], genes, config)
     same = torch.equal(encoder.linear.weight, begun.linear.weight)
     assert same == (setting == "encoder.steps=0")
     if same:
