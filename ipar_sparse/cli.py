@@ -1087,7 +1087,8 @@ def _infer(
         uns=_provenance(run, settings, slides, results if wants_pos else []),
         overwrite=overwrite,
     )
-    where = " and ".join(f"obsm[{key!r}]" for key in keys)
+    wrote = [f"obsm[{key!r}]" for key in keys] + [f"obs[{key!r}]" for key in columns]
+    where = ", ".join(wrote[:-1]) + " and " * (len(wrote) > 1) + wrote[-1]
     _say(f"{sum(slide.num_cells for slide in slides)} cells in {out}, {where}")
 
 
