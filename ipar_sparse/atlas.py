@@ -165,8 +165,8 @@ class Atlas(nn.Module):
         Args:
             h: embeddings (n, d).
         """
-        place = self(h)
         halves = [self._posterior(h)] + ([self._nearest(h)] if self.cells else [])
+        place = torch.stack([mean for mean, _ in halves]).mean(0)
         square = [variance + (mean - place).square().sum(1) for mean, variance in halves]
         return torch.stack(square).mean(0).sqrt()
 

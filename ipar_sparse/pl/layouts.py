@@ -178,11 +178,9 @@ def uncertainty_map(pos, uncertainty, *, ax: Axes | None = None) -> Axes:
 
     Args:
         pos: layout (n, 2).
-        uncertainty: spread of each cell (n,), in tissue radii.
+        uncertainty: how far each cell may lie from its place (n,), in tissue radii.
     """
-    return layout(
-        pos, uncertainty, ax=ax, title="Uncertainty", label="tissue radii"
-    )
+    return layout(pos, uncertainty, ax=ax, title="Uncertainty", label="tissue radii")
 
 
 def _robust(values: np.ndarray) -> Normalize:
