@@ -23,7 +23,7 @@ except ModuleNotFoundError:
     raise SystemExit(2) from None
 
 if TYPE_CHECKING:
-    from .config import RunConfig
+    from .config import RefineConfig, RunConfig
     from .slide import Slide
     from .train.predict import Predictor
 
@@ -726,7 +726,7 @@ def info(run: Run) -> None:
                 table.add_row("", f"root of that times neighbour hit: {', '.join(embeddings)}")
         table.add_row(
             "chosen",
-            f"model.start {chosen.model.start}, refine.steps {chosen.refine.steps}, "
+            f"model.start {chosen.model.start}, {_last_step(chosen.refine)}, "
             f"encoder.input {chosen.encoder.input}, "
             f"encoder.standardize {chosen.encoder.standardize:g}, "
             f"encoder.spatial_genes {chosen.encoder.spatial_genes:g}, "
@@ -1192,6 +1192,16 @@ def _sizes(text: str) -> list[int]:
     if not numbers or min(numbers) < 2:
         raise UserError(f"--sizes takes numbers of cells with commas, e.g. 384,1300; got {text!r}")
     return numbers
+
+
+def _last_step(settings: RefineConfig) -> str:
+    """How a run takes the last step, if it does."""
+    text = f"refine.steps {settings.steps}"
+    if settings.steps:
+        for name in ("neighbors", "anchor"):
+            if (value := getattr(settings, name)) is not None:
+                text += f", refine.{name} {value:g}"
+    return text
 
 
 def _differences(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> list[str]:

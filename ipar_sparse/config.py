@@ -400,12 +400,13 @@ class RefineConfig(Section):
     """The last step of a prediction: candidates of a cell become its neighbours in the layout."""
 
     steps: Count | None = None
-    """steps of descent; 0 = the layout as the model leaves it; none = 200, or 0 if they cost
+    """steps of descent; 0 = the layout as the model leaves it; none = 400, or 0 if they cost
     neighbours on donors left out"""
-    neighbors: Positive = 15
-    """nearest candidates that attract a cell"""
-    anchor: Weight = 2.0
-    """what it costs to leave the model's layout"""
+    neighbors: Positive | None = None
+    """nearest candidates that attract a cell; none = 10, or 15 if all three are none and donors
+    left out are placed better so"""
+    anchor: Weight | None = None
+    """what it costs to leave the model's layout; none = 4, or 8 beside the 15"""
     enough: Weight = 0.5
     """share of nearest candidates that are neighbours in the layout already from which on it is
     left as it is"""

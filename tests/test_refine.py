@@ -16,7 +16,7 @@ K = 15
 
 def objective(x, start, index, anchor):
     """The definition, over all pairs and in float64."""
-    unit = math.sqrt(2 * index.shape[1] / len(x))
+    unit = math.sqrt(index.shape[1] / len(x))
     square = (x[:, None] - x[None]).square().sum(-1)
     q = 1 / (1 + square / unit**2)
     attraction = -q.log().gather(1, index.long()).mean()
@@ -51,7 +51,8 @@ def test_the_objective_falls_to_where_its_own_gradient_leads():
     optimizer.step(closure)
     best, start = objective(x.detach(), pos, graph.index, 2.0), objective(pos, pos, graph.index, 2)
     # the gauge of the result is the start's again; the anchor allows for that
-    found, _ = align(refine_layout(pos, graph, steps=1000), x.detach())
+    own = refine_layout(pos, graph, steps=1000, neighbors=K, anchor=2.0)
+    found, _ = align(own, x.detach())
     reached = objective(torch.from_numpy(found), pos, graph.index, 2.0)
     assert start - best > 0.2
     assert reached - best < 0.1 * (start - best)
@@ -87,7 +88,7 @@ def test_missing_candidates_attract_nobody(blurred):
     _, blur, graph = blurred
     index = torch.nn.functional.pad(graph.index, (0, 3), value=-1)[:, :K]
     ragged = index.clone()
-    ragged[::2, 10:] = -1
+    ragged[::2, 5:] = -1
     padded = refine_layout(blur, NeighborTable(ragged, padded=True))
     assert torch.isfinite(padded).all()
     assert not torch.equal(padded, refine_layout(blur, graph))
@@ -100,9 +101,9 @@ def test_a_strong_anchor_keeps_the_layout(blurred):
     start = gauge_fix(blur)
     moved = [
         float((refine_layout(blur, graph, anchor=a) - start).norm(dim=-1).mean())
-        for a in (0.0, 100.0)
+        for a in (0.0, 1000.0)
     ]
-    assert moved[1] < 0.3 * moved[0]
+    assert moved[1] < 0.1 * moved[0]
 
 
 def test_a_layout_that_agrees_with_its_candidates_is_left_as_it_is(blurred):
@@ -131,7 +132,7 @@ def test_coinciding_cells_are_no_trouble():
     assert torch.isfinite(found).all()
 
 
-@pytest.mark.parametrize("steps, n", [(0, 100), (200, 59), (200, 3)])
+@pytest.mark.parametrize("steps, n", [(0, 100), (400, 39), (400, 3)])
 def test_nothing_to_do(steps, n):
     pos = torch.randn(n, 2)
     assert refine_layout(pos, knn(torch.randn(n, 3), K), steps=steps) is pos

@@ -103,6 +103,7 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
     ]  # fmt: skip
     assert found[0] == found[1]
     names = {f"{name}{what}" for name in STARTS for what in ("", " hit", " refined")}
+    names |= {"close", "wide"}
     tried = {"spatial genes", "all genes", "counts", "principal", "spatial"}
     assert set(found[0].scores) == names | tried
     assert len(steps) == 2 * 3 * 4  # half of the steps, for each slide left out
@@ -136,7 +137,14 @@ def test_a_run_stopped_before_the_choice_cannot_predict():
     assert settle(settled, {}) is settled
 
 
-FOUND = Transfer("atlas", 1.0, 0.0, "spatial", {"atlas": 0, "pca": 200}).as_dict()
+CLOSE, WIDE = transfer.REFINE["close"], transfer.REFINE["wide"]
+FOUND = Transfer(
+    "atlas", 1.0, 0.0, "spatial", {"atlas": CLOSE | {"steps": 0}, "pca": WIDE}
+).as_dict()
+
+
+def last_step(config):
+    return config.refine.model_dump(include={"steps", "neighbors", "anchor"})
 
 
 def test_what_is_left_open_is_settled_and_nothing_else():
@@ -149,9 +157,17 @@ def test_what_is_left_open_is_settled_and_nothing_else():
     assert settle(RunConfig(), {TRANSFER: reads}).encoder.input == "counts"
     asked = {"standardize": 0.2, "kept": "principal"}
     config = settle(RunConfig().replace(model={"start": "pca"}, encoder=asked), {TRANSFER: FOUND})
-    assert (config.model.start, config.refine.steps) == ("pca", 200)
+    assert config.model.start == "pca" and last_step(config) == WIDE
     own = config.encoder
     assert (own.standardize, own.spatial_genes, own.kept) == (0.2, 0.0, "principal")
+
+
+@pytest.mark.parametrize("asked", [{"steps": 30}, {"neighbors": 7}, {"anchor": 0.5}])
+def test_the_last_step_that_is_asked_for_is_taken(asked):
+    config = RunConfig().replace(model={"start": "pca"}, refine=asked)
+    found = last_step(settle(config, {TRANSFER: FOUND}))
+    nothing = {"steps": None, "neighbors": None, "anchor": None}
+    assert found == (nothing if "steps" in asked else WIDE) | asked
 
 
 @pytest.mark.parametrize("unused", [
@@ -328,17 +344,46 @@ def test_the_last_step_is_left_out_where_it_costs_neighbors():
     h = torch.from_numpy(rng.standard_normal((400, 2))).float()
     noise = _Left(h, pos, dict.fromkeys(STARTS, pos))
     place = _Left(torch.from_numpy(pos).float(), pos, dict.fromkeys(STARTS, blurred))
-    assert set(_choose([[noise]], RunConfig(), Transfer(), {}).refine.values()) == {0}
-    assert set(_choose([[place]], RunConfig(), Transfer(), {}).refine.values()) == {200}
+    for left, steps in ((noise, 0), (place, 400)):
+        found = _choose([[left]], RunConfig(), Transfer(), {})
+        assert {last["steps"] for last in found.refine.values()} == {steps}
     asked = RunConfig().replace(refine={"steps": 50})
-    assert set(_choose([[noise]], asked, Transfer(), {}).refine.values()) == {50}
+    assert _choose([[noise]], asked, Transfer(), {}).refine == Transfer().refine
 
 
-@pytest.mark.parametrize(("refined", "steps"), [(0.299, 200), (0.29, 0)])
-def test_a_tie_is_for_the_last_step(monkeypatch, refined, steps):
-    """Cells are thinned for the trial, and it gains more where they are not."""
-    monkeypatch.setattr(_Left, "layout_hit", lambda left, name, steps: refined if steps else 0.3)
-    pos = np.random.default_rng(0).uniform(-1, 1, (60, 2))
-    left = _Left(torch.from_numpy(pos).float(), pos, dict.fromkeys(STARTS, pos))
-    found = _choose([[left]], RunConfig(), Transfer(), {})
-    assert set(found.refine.values()) == {steps}
+class Refined(Scored):
+    """What each last step would make of a slide left out: distances, neighbours."""
+
+    def __init__(self, none, close, wide):
+        self.states = {0: none, 10: close, 15: wide}
+        self.spearman_, self.hit = none
+
+    def refined(self, name, settings):
+        state = self.states[settings["neighbors"]]
+        return Refined(state, *2 * [state])
+
+    def spearman(self, name):
+        return self.spearman_
+
+    def layout_hit(self, name):
+        return self.hit
+
+
+@pytest.mark.parametrize(
+    ("close", "wide", "expected"),
+    [
+        ((0.5, 0.299), (0.5, 0.28), CLOSE),  # a tie with none is for the last step:
+        ((0.5, 0.29), (0.5, 0.28), CLOSE | {"steps": 0}),  # it gains where cells are dense
+        ((0.5, 0.32), (0.51, 0.33), WIDE),
+        ((0.5, 0.33), (0.6, 0.31), WIDE),  # distances count too
+        ((0.5, 0.33), (0.7, 0.29), WIDE | {"steps": 0}),
+    ],
+)
+def test_how_the_last_step_is_taken(monkeypatch, close, wide, expected):
+    monkeypatch.setattr(transfer, "_Left", Refined)
+    found = _choose([[Refined((0.5, 0.3), close, wide)]], RunConfig(), Transfer(), {})
+    assert found.refine == dict.fromkeys(("pca", "mlp", "atlas"), expected)
+    asked = RunConfig().replace(refine={"neighbors": 10})  # what is asked for is not tried
+    found = _choose([[Refined((0.5, 0.3), close, wide)]], asked, Transfer(), {})
+    assert {last["neighbors"] for last in found.refine.values()} == {10}
+    assert "wide" not in found.scores

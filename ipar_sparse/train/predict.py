@@ -23,7 +23,7 @@ from ..slide import Slide
 from .checkpoint import find_checkpoint, load_checkpoint, read_meta
 from .stage_a import EmbeddingScale
 from .trainer import build_encoder, build_gate_and_model, embed_raw, settle
-from .transfer import REFINE_STEPS
+from .transfer import REFINE
 
 logger = logging.getLogger(__name__)
 
@@ -194,12 +194,10 @@ class Predictor:
             candidates: nearest first.
             always: also where the run was found to be better without.
         """
-        settings = self.config.refine
-        steps = REFINE_STEPS if always and self.spared else settings.steps
-        return refine_layout(
-            pos, candidates, steps=steps, neighbors=settings.neighbors,
-            anchor=settings.anchor, enough=settings.enough, seed=self.config.train.seed,
-        )  # fmt: skip
+        settings = REFINE["close"] | self.config.refine.model_dump(exclude_none=True)
+        if always and self.spared:
+            settings["steps"] = REFINE["close"]["steps"]
+        return refine_layout(pos, candidates, **settings, seed=self.config.train.seed)
 
     def unfolds(self, n: int) -> bool:
         """Whether n cells take a pass over far candidates before that over near ones."""

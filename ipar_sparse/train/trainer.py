@@ -774,7 +774,7 @@ class _Run:
 
 
 def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
-    """A run's configuration with what it left open (``model.start``, ``refine.steps``, and of the
+    """A run's configuration with what it left open (``model.start``, ``refine``, and of the
     encoder ``input``, ``standardize``, ``spatial_genes`` and ``kept``) as donors left out have
     settled it.
 
@@ -797,7 +797,11 @@ def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
         start = found["start"]
         sections["model"] = {"start": start}
     if config.refine.steps is None:
-        sections["refine"] = {"steps": found["refine"][start]}
+        last = found["refine"][start]
+        if not isinstance(last, Mapping):
+            last = {"steps": last}  # a run from when that alone was tried
+        own = config.refine.model_dump(exclude_none=True)
+        sections["refine"] = {name: value for name, value in last.items() if name not in own}
     if "keep" in found:  # a run from when that was tried instead
         sections["encoder"] = {"keep": found["keep"]}
     if config.encoder.kept is None:

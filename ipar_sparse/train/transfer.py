@@ -44,8 +44,12 @@ from .stage_a import (
     read_expression,
 )
 
-REFINE_STEPS = 200
-"""Steps of the last step, where it is taken."""
+REFINE: dict[str, dict[str, int | float]] = {
+    "close": {"steps": 400, "neighbors": 10, "anchor": 4.0},
+    "wide": {"steps": 400, "neighbors": 15, "anchor": 8.0},
+}
+"""The last step where it is taken, ``refine``, the usual first: to a few candidates, or to more and
+less far, which is the better where a cell's candidates are seldom its neighbours."""
 
 logger = logging.getLogger(__name__)
 
@@ -76,23 +80,25 @@ class Transfer:
         standardize, spatial_genes: how genes are weighted, as in ``encoder``.
         input: what the encoder reads, ``encoder.input``.
         kept: what the embedding keeps beside what it has learned, ``encoder.kept``.
-        refine: of the last step after each of the starts, ``refine.steps``.
+        refine: the last step after each of the starts: ``steps``, ``neighbors`` and ``anchor``
+            of ``refine``.
         donors: how many were left out in turn; with one donor nothing is tried.
         scores: means over donors left out. Distance Spearman: ``plane`` (principal plane of the
             embedding), ``map`` (ridge regression from it) and ``atlas`` (of it). Neighbour hit
             @15: ``plane hit`` and ``plane refined`` (before and after the last step), and so for
-            the other two. Of embeddings, the geometric mean of the best distance Spearman and
-            the hit @15 of their nearest cells: ``spatial genes`` and ``all genes`` (spatial
-            components under either weights), ``counts`` (spatial components of those of counts)
-            and, trained, by what they keep, ``principal`` and ``spatial``.
+            the other two. Of last steps after the best of the three, the geometric mean of
+            distance Spearman and hit @15: ``close`` and ``wide``. Of embeddings, that of the best
+            distance Spearman and the hit @15 of their nearest cells: ``spatial genes`` and ``all
+            genes`` (spatial components under either weights), ``counts`` (spatial components of
+            those of counts) and, trained, by what they keep, ``principal`` and ``spatial``.
     """
 
     start: str = _STARTS[ATLAS]
     standardize: float = _WEIGHTS["spatial genes"][0]
     spatial_genes: float = _WEIGHTS["spatial genes"][1]
     kept: str = _KEPT[0]
-    refine: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(_STARTS.values(), REFINE_STEPS)
+    refine: dict[str, dict[str, int | float]] = field(
+        default_factory=lambda: dict.fromkeys(_STARTS.values(), REFINE["close"])
     )
     donors: int = 0
     scores: dict[str, float] | None = None
@@ -218,23 +224,24 @@ def _choose(
 ) -> Transfer:
     """Start and last step by what each donor left out showed in the embedding that was chosen."""
     scores = {name: _mean(donors, partial(_Left.spearman, name=name)) for name in _STARTS}
-    start = _STARTS[max(_STARTS, key=scores.__getitem__)]
-    refine = dict.fromkeys(_STARTS.values(), config.refine.steps)
+    best = max(_STARTS, key=scores.__getitem__)
+    start, refine = _STARTS[best], dict(chosen.refine)
     if config.refine.steps is None:
-        for name, value in _STARTS.items():
-            for title, steps in ((f"{name} hit", 0), (f"{name} refined", REFINE_STEPS)):
-                scores[title] = _mean(donors, partial(_Left.layout_hit, name=name, steps=steps))
-            least = (1 - _TIE) * scores[f"{name} hit"]
-            refine[value] = REFINE_STEPS if scores[f"{name} refined"] > least else 0
+        refine = _last_steps(donors, best, config, scores)
     found = replace(
         chosen, start=start, refine=refine, donors=len(donors), scores=scores | tried
     )
     logger.info(
         "%d donors left out in turn: a learned map places their cells with distance Spearman "
-        "%.3f, an atlas with %.3f, the plane of the embedding with %.3f; model.start is %s, "
-        "refine.steps %d",
-        found.donors, scores[MAP], scores[ATLAS], scores[PLANE], start, refine[start],
+        "%.3f, an atlas with %.3f, the plane of the embedding with %.3f; model.start is %s",
+        found.donors, scores[MAP], scores[ATLAS], scores[PLANE], start,
     )  # fmt: skip
+    if config.refine.steps is None:
+        last = refine[start]
+        logger.info(
+            "refine.steps is %d, refine.neighbors %d, refine.anchor %g",
+            last["steps"], last["neighbors"], last["anchor"],
+        )  # fmt: skip
     if tried:
         logger.info(
             "encoder.input is %s, encoder.standardize %g, encoder.spatial_genes %g, "
@@ -242,6 +249,38 @@ def _choose(
             found.input, found.standardize, found.spatial_genes, found.kept,
         )  # fmt: skip
     return found
+
+
+def _last_steps(
+    donors: list[list[_Left]], best: str, config: RunConfig, scores: dict[str, float]
+) -> dict[str, dict[str, int | float]]:
+    """The last step after each start, if any: how, by places and neighbours after the best of them;
+    whether, by neighbours after each.
+
+    What is found stands in ``scores`` afterwards.
+    """
+    own = config.refine.model_dump(include={"neighbors", "anchor"}, exclude_none=True)
+    ways = {way: settings | own for way, settings in REFINE.items()}
+    if own:
+        del ways["wide"]  # what is asked for is not tried
+    after = {way: _refined(donors, best, settings) for way, settings in ways.items()}
+    for way, left in after.items():
+        hit = _mean(left, partial(_Left.layout_hit, name=best))
+        far = _mean(left, partial(_Left.spearman, name=best))
+        scores[way] = float(np.sqrt(max(far, 0.0) * hit))
+    way = max(ways, key=scores.__getitem__)
+    found = {}
+    for name, value in _STARTS.items():
+        left = after[way] if name == best else _refined(donors, name, ways[way])
+        hit = partial(_Left.layout_hit, name=name)
+        scores[f"{name} hit"], scores[f"{name} refined"] = _mean(donors, hit), _mean(left, hit)
+        taken = scores[f"{name} refined"] > (1 - _TIE) * scores[f"{name} hit"]
+        found[value] = ways[way] if taken else ways[way] | {"steps": 0}
+    return found
+
+
+def _refined(donors: list[list[_Left]], name: str, settings) -> list[list[_Left]]:
+    return [[left.refined(name, settings) for left in slides] for slides in donors]
 
 
 def _mean(donors: list[list[_Left]], score: Callable[[_Left], float]) -> float:
@@ -273,10 +312,16 @@ class _Left:
     def embedding_hit(self) -> float:
         return self._hit(self.graph)
 
-    def layout_hit(self, name: str, steps: int) -> float:
+    def layout_hit(self, name: str) -> float:
+        layout = torch.from_numpy(np.asarray(self.layouts[name], dtype=np.float64))
+        return self._hit(knn(layout, _NEIGHBORS))
+
+    def refined(self, name: str, settings: Mapping[str, int | float]) -> _Left:
+        """The same slide after a last step from one of the starts."""
         layout = torch.from_numpy(np.asarray(self.layouts[name], dtype=np.float64)).float()
-        layout = refine_layout(layout, self.graph, steps=steps)
-        return self._hit(knn(layout.double(), _NEIGHBORS))
+        after = copy.copy(self)
+        after.layouts = {name: refine_layout(layout, self.graph, **settings).double().numpy()}
+        return after
 
     def _hit(self, graph: NeighborTable) -> float:
         return candidate_recall(graph, self.pos, _NEIGHBORS)[f"candidate_recall@{_NEIGHBORS}"]
