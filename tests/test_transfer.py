@@ -377,6 +377,8 @@ class Refined(Scored):
         ((0.5, 0.32), (0.51, 0.33), WIDE),
         ((0.5, 0.33), (0.6, 0.31), WIDE),  # distances count too
         ((0.5, 0.33), (0.7, 0.29), WIDE | {"steps": 0}),
+        ((0.5, 0.33), (0.5, 0.327), WIDE),  # level: what moves less
+        ((0.5, 0.33), (0.5, 0.32), CLOSE),
     ],
 )
 def test_how_the_last_step_is_taken(monkeypatch, close, wide, expected):

@@ -59,6 +59,8 @@ _SLIDES = 3  # of a donor, at most
 _PART = 0.5  # of the steps of stage A
 _TIE = 0.01  # of neighbours that the last step may cost: it gains where cells are dense, which
 # those of a slide of more than _CELLS are not here
+_LEVEL = 0.01  # of a score, by which few neighbours are not told apart: the wide last step, which
+# leaves more of the layout as it was, may be so much behind
 
 PLANE, MAP, ATLAS = "plane", "map", "atlas"
 _STARTS = {PLANE: "pca", MAP: "mlp", ATLAS: "atlas"}
@@ -268,7 +270,9 @@ def _last_steps(
         hit = _mean(left, partial(_Left.layout_hit, name=best))
         far = _mean(left, partial(_Left.spearman, name=best))
         scores[way] = float(np.sqrt(max(far, 0.0) * hit))
-    way = max(ways, key=scores.__getitem__)
+    way = "close"
+    if "wide" in scores and scores["wide"] > (1 - _LEVEL) * scores["close"]:
+        way = "wide"
     found = {}
     for name, value in _STARTS.items():
         left = after[way] if name == best else _refined(donors, name, ways[way])
