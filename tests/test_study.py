@@ -469,3 +469,14 @@ def test_baselines_are_told_apart_where_encoders_differ(plan):
         for variant in ("base", "other")
     }
     assert names == {"base": "ridge [base]", "other": "ridge [other]"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "share", "threads"),
+    [(None, 4, 4), ("1", 4, 1), ("8", 4, 4), ("", 4, 4), ("2,4", 4, 4), ("0", 4, 1), (None, 0, 1)],
+)
+def test_a_run_takes_no_more_threads_than_the_user_allows(monkeypatch, asked, share, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert study_module._threads(share) == threads

@@ -465,7 +465,8 @@ def run_study(
     Args:
         study: the plan.
         out: folder of the study.
-        jobs: runs side by side; half of the cores if left out.
+        jobs: runs side by side; half of the cores if left out. They share the cores, each of them
+            with no more threads than ``OMP_NUM_THREADS`` allows.
         device: where all runs are computed; as configured if left out.
 
     Raises:
@@ -499,7 +500,7 @@ def run_study(
     done, start = count - left, time.monotonic()
     try:
         with _stop_on_sigterm():
-            threads = max(1, cores // processes) if processes > 1 else None
+            threads = _threads(cores // processes) if processes > 1 else None
             for task, error in run_jobs(
                 _Work(out), todo, processes=processes, threads=threads
             ):
@@ -565,6 +566,13 @@ def collect(out: Path, study: Study, failed: Mapping[str, str] | None = None) ->
         },
     )  # fmt: skip
     return outcome
+
+
+def _threads(share: int) -> int:
+    """Of a run, whose share of the cores is known; less where the user says so, as one does who has
+    several studies side by side. Threads beyond the cores wait for each other by spinning."""
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(share, int(allowed)) if allowed.isdigit() else share)
 
 
 @lru_cache(maxsize=2)
