@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .baselines import align_slides
+from .nn.counts import FIELDS, LOG_RATE, depth_and_mean
 
 _SIDE = 48  # grid points along each side of the tissue's frame
 _KNOTS = 10  # centres of the field along each side
@@ -30,6 +31,10 @@ _BLOCK = 4096  # cells placed at once
 _FITTED = 50_000  # cells of a slide that it is fitted on; more do not move a field of 100 knots
 _NEAREST = 15  # training cells whose places are averaged
 _KNOWN = 20_000  # training cells that are remembered
+_FINE = 64  # grid points along each side where counts are read, which tell places more closely
+_DEPTHS = 0.1  # of a log depth, by which cells that are placed together may differ
+_ROUNDS = 2  # in which a slide's means of genes and the places of its cells are found in turn
+_CENTRED = 20_000  # cells that those means are found by
 
 
 class Atlas(nn.Module):
@@ -124,10 +129,7 @@ class Atlas(nn.Module):
             factor, torch.eye(self.channels).double(), upper=False
         )
 
-        grid = _lattice(low, high, _SIDE)
-        density = torch.exp(-torch.cdist(grid, seen).square() / (2 * _DENSITY_WIDTH**2)).mean(1)
-        log_density = density.clamp(min=1e-12).log()
-        log_density[density < _SPARSE * density.mean()] = -math.inf
+        grid, log_density = tissue_grid(places, _SIDE)
         self.grid.copy_(grid)
         self.log_density.copy_(log_density)
         self.whiten.copy_(whiten.T)
@@ -199,6 +201,115 @@ class Atlas(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.channels}, temperature={self.temperature})"
+
+
+class CountAtlas(nn.Module):
+    r"""A cell's place given its counts: the posterior mean under fields of every gene.
+
+    .. math::
+        p(\mathbf{x} \mid \mathbf{c}_i) \propto \rho(\mathbf{x}) \prod_g
+        \operatorname{NB}\bigl(c_{ig};\ \text{mean } d_i\, e^{b_g + f_g(\mathbf{x})},\
+        \text{size } r_g\bigr)
+
+    on a grid of the common frame of the training slides, with fields f of low rank and sizes r that
+    :func:`~ipar_sparse.train.counts.count_atlas` takes from them, the depth d of a cell, and the
+    density :math:`\rho` of the training slides. Means b of a slide and the
+    places of its cells are found in turn, which leaves batch effects out. No embedding comes
+    between: where genes are independent given the place, this is all that a cell's counts say of
+    it. Where they are not, every gene of a kind of cells is counted as a witness of its own, and
+    an :class:`Atlas` of an embedding is the better.
+
+    Args:
+        genes: number of genes G.
+
+    Shapes:
+        - **input:** counts (n, G) of one slide, SciPy sparse
+        - **output:** positions (n, 2) in the common frame
+    """
+
+    def __init__(self, genes: int):
+        super().__init__()
+        self.genes, rank = genes, min(FIELDS, genes // 3)
+        self.register_buffer("grid", torch.zeros(_FINE**2, 2))
+        self.register_buffer("log_density", torch.zeros(_FINE**2))  # -inf where no tissue is
+        self.register_buffer("height", torch.zeros(_FINE**2, rank))  # of the fields' factors
+        self.register_buffer("loading", torch.zeros(rank, genes))
+        self.register_buffer("size", torch.ones(genes))
+
+    def forward(self, counts) -> Tensor:
+        """Places (n, 2) of the cells of a slide; see the class."""
+        return self.posterior(counts)[0]
+
+    @torch.no_grad()
+    def posterior(self, counts) -> tuple[Tensor, Tensor]:
+        """Mean (n, 2) and variance (n,) of the place of every cell of a slide.
+
+        A cell without counts has those of the tissue.
+
+        Args:
+            counts: (n, G) SciPy sparse, of all cells of the slide: they say what is average.
+        """
+        if counts.shape[1] != self.genes:
+            raise ValueError(
+                f"CountAtlas({self.genes}) needs counts (n, {self.genes}); given {counts.shape}"
+            )
+        tissue = self.log_density.isfinite()
+        grid, prior = self.grid[tissue], self.log_density[tissue]
+        field = self.height[tissue] @ self.loading
+        depth, _ = depth_and_mean(counts, self.loading)
+        rows = _some(torch.arange(len(depth)), _CENTRED)
+        sample, shallow = counts[rows.numpy()], depth[rows.to(depth.device)]
+        seen = torch.from_numpy(sample.sum(axis=0)).to(field).flatten() + 0.5
+        weight = prior.softmax(0) * shallow.sum().clamp(min=1.0)
+        for _ in range(_ROUNDS):
+            mean = seen.log() - (weight @ field.exp()).log()
+            weight = torch.zeros_like(prior)
+            for part, found in self._blocks(sample, shallow, field + mean, prior):
+                weight += shallow[part] @ found
+            weight *= shallow.sum().clamp(min=1.0) / weight.sum().clamp(min=1e-12)
+        mean = seen.log() - (weight @ field.exp()).log()
+        moments = torch.cat([grid, grid.square().sum(1, keepdim=True)], dim=1)
+        result = (prior.softmax(0) @ moments).repeat(len(depth), 1)
+        for part, found in self._blocks(counts, depth, field + mean, prior):
+            result[part] = found @ moments
+        return _mean_and_variance(result)
+
+    def _blocks(self, counts, depth: Tensor, log_rate: Tensor, prior: Tensor):
+        """Rows of cells of about one depth, and their posteriors (m, places)."""
+        depth = depth.double().cpu()
+        level = (depth.clamp(min=1e-12).log() / _DEPTHS).round()
+        for value in level[depth > 0].unique():
+            alike = ((level == value) & (depth > 0)).nonzero().flatten()
+            middle = float(depth[alike].log().mean())
+            rate = (log_rate + middle).clamp(*LOG_RATE)
+            known = torch.log(rate.exp() + self.size)
+            gain = rate - known  # of a count more
+            rest = prior - (self.size * known).sum(1)
+            for part in alike.split(_BLOCK):
+                dense = torch.from_numpy(counts[part.numpy()].toarray()).to(gain)
+                yield part.to(gain.device), torch.addmm(rest, dense, gain.T).softmax(1)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.genes})"
+
+
+def tissue_grid(places: Sequence[Tensor], side: int = _FINE) -> tuple[Tensor, Tensor]:
+    """A grid over slides in one frame, and the log of their density there.
+
+    Args:
+        places: positions (n_s, 2) of each slide, float64, in RMS radii.
+        side: grid points along each side.
+
+    Returns:
+        Points (side^2, 2), and log density (side^2,), -inf where no tissue is.
+    """
+    seen = torch.cat([_some(x, _CELLS // len(places)) for x in places])
+    low, high = (torch.stack([x.aminmax(dim=0)[i] for x in places]) for i in (0, 1))
+    grid = _lattice(low.amin(0), high.amax(0), side)
+    density = torch.exp(-torch.cdist(grid, seen).square() / (2 * _DENSITY_WIDTH**2)).mean(1)
+    log_density = density.clamp(min=1e-12).log()
+    log_density[density < _SPARSE * density.mean()] = -math.inf
+    return grid, log_density
 
 
 def atlas_layout(h, train: Sequence[tuple]) -> np.ndarray:

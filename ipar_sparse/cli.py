@@ -715,7 +715,8 @@ def info(run: Run) -> None:
                 "tried",
                 f"on {trial['donors']} donors left out, distance Spearman: a learned map "
                 f"{tried['map']:.3f}, the embedding's plane {tried['plane']:.3f}"
-                + (f", an atlas {tried['atlas']:.3f}" if "atlas" in tried else ""),
+                + (f", an atlas {tried['atlas']:.3f}" if "atlas" in tried else "")
+                + (f", fields of genes {tried['fields']:.3f}" if "fields" in tried else ""),
             )
             embeddings = [
                 f"{title} {tried[name]:.3f}"

@@ -210,10 +210,10 @@ class ModelConfig(Section):
     """starts of one learned weight of the gate per recycle, below 2.5; none = beta, fixed"""
     step_gate: Inside | None = None
     """start of a learned step size per recycle; none = whole steps"""
-    start: Literal["auto", "atlas", "mlp", "pca"] = "auto"
-    """first layout: an MLP of the embedding, the embedding's own two principal components, or an
-    atlas of the training slides; auto = what places the slides of donors left out best, the atlas
-    where there is one donor"""
+    start: Literal["auto", "atlas", "fields", "mlp", "pca"] = "auto"
+    """first layout: an MLP of the embedding, the embedding's own two principal components, an atlas
+    of the training slides, or where the fields of their genes make a cell's counts likeliest; auto
+    = what places the slides of donors left out best, the atlas where there is one donor"""
     init_noise: Weight = 0.05
     """standard deviation of the noise on the first layout in training"""
     backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
@@ -446,6 +446,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.dim ({self.model.dim}) must equal encoder.out ({self.encoder.out}); "
                 "set both"
+            )
+        if self.data.embedding is not None and self.model.start == "fields":
+            raise ValueError(
+                f"model.start=fields reads counts, but data.embedding={self.data.embedding} stands "
+                "in place of expression; use atlas, mlp or pca"
             )
         return self
 

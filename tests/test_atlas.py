@@ -165,7 +165,7 @@ def test_a_run_begins_from_it_and_its_checkpoint_holds_it(tmp_path):
     predictor = Predictor.load(tmp_path / "whole")
     h = torch.from_numpy(predictor.embed(slides[2]))
     first = predictor.predict(slides[2]).trajectory[0]
-    np.testing.assert_allclose(first, predictor.start(h).numpy(), atol=1e-5)
+    np.testing.assert_allclose(first, predictor.start(h, slides[2])[0].numpy(), atol=1e-5)
     one, more = (predictor.predict(slides[2], seeds=n).uncertainty for n in (1, 3))
     np.testing.assert_allclose(one, predictor.atlas.spread(h).numpy(), atol=1e-5)
     assert (more > one).all()

@@ -625,7 +625,7 @@ def test_a_slide_larger_than_minisets_is_unfolded_first(run, slides):
     near = predictor.predict(slides[3])
     predictor.config = predictor.config.replace(graph={"pool": 50})
     h = torch.from_numpy(near.embedding)
-    far = predictor.first_layout(h)
+    far = predictor.first_layout(h, predictor.start(h, slides[3])[0])
     again = predictor.predict(slides[3])
     np.testing.assert_allclose(again.trajectory[0], far.numpy(), atol=1e-5)
     plane = gauge_fix(principal_plane(h))

@@ -16,6 +16,7 @@ from ipar_sparse.train.predict import Predictor
 from ipar_sparse.train.trainer import TRANSFER, build_encoder, fit, fit_encoder, settle
 from ipar_sparse.train.transfer import (
     ATLAS,
+    FIELDS,
     MAP,
     PLANE,
     Transfer,
@@ -102,7 +103,9 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
         for _ in range(2)
     ]  # fmt: skip
     assert found[0] == found[1]
-    names = {f"{name}{what}" for name in STARTS for what in ("", " hit", " refined")}
+    assert found[0].input == "counts"  # so the fields of genes are tried as well
+    starts = *STARTS, FIELDS
+    names = {f"{name}{what}" for name in starts for what in ("", " hit", " refined")}
     names |= {"close", "wide"}
     tried = {"spatial genes", "all genes", "counts", "principal", "spatial"}
     assert set(found[0].scores) == names | tried
@@ -346,7 +349,7 @@ def test_the_last_step_is_left_out_where_it_costs_neighbors():
     place = _Left(torch.from_numpy(pos).float(), pos, dict.fromkeys(STARTS, blurred))
     for left, steps in ((noise, 0), (place, 400)):
         found = _choose([[left]], RunConfig(), Transfer(), {})
-        assert {last["steps"] for last in found.refine.values()} == {steps}
+        assert {found.refine[start]["steps"] for start in ("pca", "mlp", "atlas")} == {steps}
     asked = RunConfig().replace(refine={"steps": 50})
     assert _choose([[noise]], asked, Transfer(), {}).refine == Transfer().refine
 
@@ -384,8 +387,19 @@ class Refined(Scored):
 def test_how_the_last_step_is_taken(monkeypatch, close, wide, expected):
     monkeypatch.setattr(transfer, "_Left", Refined)
     found = _choose([[Refined((0.5, 0.3), close, wide)]], RunConfig(), Transfer(), {})
-    assert found.refine == dict.fromkeys(("pca", "mlp", "atlas"), expected)
+    assert found.refine == Transfer().refine | dict.fromkeys(("pca", "mlp", "atlas"), expected)
     asked = RunConfig().replace(refine={"neighbors": 10})  # what is asked for is not tried
     found = _choose([[Refined((0.5, 0.3), close, wide)]], asked, Transfer(), {})
-    assert {last["neighbors"] for last in found.refine.values()} == {10}
+    assert {found.refine[start]["neighbors"] for start in ("pca", "mlp", "atlas")} == {10}
     assert "wide" not in found.scores
+
+
+@pytest.mark.parametrize(("after", "taken"), [(0.299, False), (0.3, False), (0.301, True)])
+def test_after_fields_the_last_step_must_gain(monkeypatch, after, taken):
+    """They find neighbours that the embedding does not."""
+    monkeypatch.setattr(transfer, "_Left", Refined)
+    found = _choose(
+        [[Refined((0.5, 0.3), (0.5, after), (0.5, 0.1))]], RunConfig(), Transfer(), {},
+        (*STARTS, FIELDS),
+    )  # fmt: skip
+    assert bool(found.refine["fields"]["steps"]) == taken

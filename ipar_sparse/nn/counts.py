@@ -12,10 +12,13 @@ OTHERS = 24
 
 FEWEST_GENES = 3
 
+LOG_RATE = -12.0, 10.0
+"""Log means of counts are kept between these."""
+
 _ITERATIONS = 8  # of Fisher scoring
+_FACTOR_RATE = -12.0, 8.0  # log rates while factors are sought
 _STEP = 3.0  # longest of them, in prior standard deviations
 _CLOSE = 1e-3  # a shorter one ends it
-_LOG_RATE = -12.0, 8.0
 _VALUES = 1 << 25  # of rates, and of information matrices, held at once
 
 
@@ -88,7 +91,7 @@ class CountComponents(nn.Module):
         z = counts.new_zeros(len(counts), self.channels)
         identity = torch.eye(self.channels, device=z.device)
         for _ in range(_ITERATIONS):
-            rate = torch.addmm(offset, z, self.loading).clamp(*_LOG_RATE).exp()
+            rate = torch.addmm(offset, z, self.loading).clamp(*_FACTOR_RATE).exp()
             share = self.size / (rate + self.size)
             slope = ((counts - rate) * share) @ self.loading.T - z
             information = z.new_empty(len(z), self.channels, self.channels)

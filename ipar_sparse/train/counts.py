@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,10 +11,11 @@ from scipy import sparse
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
+from ..atlas import CountAtlas, tissue_grid
 from ..baselines import align_slides
 from ..errors import UserError
 from ..expression import Expression, match_genes, median_total, take_genes
-from ..nn.counts import FEWEST_GENES, CountComponents, depth_and_mean
+from ..nn.counts import FEWEST_GENES, FIELDS, LOG_RATE, CountComponents, depth_and_mean
 from ..slide import Slide
 from .components import principal_axes, project, signed
 
@@ -25,24 +27,34 @@ _FRAME = 40  # principal components by which slides are turned into one frame
 _SIDE, _WIDTH = 10, 0.35  # knots along a side, and the width of a bump in RMS radii
 _STEPS, _BATCH, _RATE = 300, 1024, 0.02
 _PENALTY = 3.0  # of a field's squared weights, against the log likelihood of all cells
-_LOG_RATE = -12.0, 10.0
 _SIZES = 0.05, 100.0  # of the negative binomial
 _RESIDUAL = 10.0  # standard deviations, at most, of one count
 _SHRUNK = 0.7  # of the loadings that residuals suggest: they hold noise as well
 
 
-def require_counts(slides: Sequence[Slide], genes: Sequence[str]) -> None:
-    """Raise a UserError unless every slide has counts, of as many genes as components need."""
+def require_counts(
+    slides: Sequence[Slide],
+    genes: Sequence[str],
+    asked: str = "encoder.input=counts",
+    instead: str = "encoder.input=log",
+) -> None:
+    """Raise a UserError unless every slide has counts, of as many genes as components need.
+
+    Args:
+        slides, genes: of the run.
+        asked: the setting that reads counts.
+        instead: what to set in its place.
+    """
     for slide in slides:
         if slide.expression is None or slide.normalized:
             what = "expression" if slide.expression is None else "counts, only normalised values"
             raise UserError(
-                f"{slide.name}: has no {what}, and encoder.input is counts; "
-                "name a layer of counts (--layer), or train with --set encoder.input=log"
+                f"{slide.name}: has no {what}, which {asked} reads; "
+                f"name a layer of counts (--layer), or train with --set {instead}"
             )
     if len(genes) < FEWEST_GENES:
         raise UserError(
-            f"{len(genes)} genes are too few for encoder.input=counts, which needs {FEWEST_GENES}"
+            f"{len(genes)} genes are too few for {asked}, which needs {FEWEST_GENES}"
         )
 
 
@@ -70,25 +82,44 @@ def read_counts(slide: Slide, genes: Sequence[str], components: CountComponents)
     return Expression(sparse.csr_matrix(values), names, slide.empty)
 
 
-def fit_counts(components: CountComponents, slides: Sequence[Slide], genes: Sequence[str]) -> None:
-    r"""Learn loadings and dispersions from training slides.
+@dataclass
+class GeneFields:
+    """Log rates of genes over the tissue, as :func:`fit_fields` finds them.
 
-    First a field for every gene, in the common frame that
-    :func:`~ipar_sparse.baselines.align_slides` turns the slides into,
+    Args:
+        frames: positions (n_s, 2) of each slide in the common frame.
+        chosen: counts (m_s, G) of the cells that were fitted.
+        data: those cells together.
+        weight: of the basis of the place, for every gene (K, G).
+        size: of the negative binomial (G,).
+        spread, directions: singular values (R,), RMS over cells, and directions (R, G) of the
+            fields.
+    """
+
+    frames: list[np.ndarray]
+    chosen: list[sparse.csr_matrix]
+    data: _Cells
+    weight: Tensor
+    size: Tensor
+    spread: Tensor
+    directions: Tensor
+
+
+def fit_fields(slides: Sequence[Slide], genes: Sequence[str], device) -> GeneFields:
+    r"""A field for every gene, of low rank, in the common frame of the training slides.
 
     .. math::
         \log \mu_{ig} = \log d_i + b_{sg} + (\phi(x_i) U V)_g,
 
-    of low rank, by Adam on the negative binomial likelihood: its singular directions are the first
-    loadings. Then the leading directions of the Pearson residuals, by which cells differ wherever
-    they lie.
+    by Adam on the negative binomial likelihood, with x in the frame that
+    :func:`~ipar_sparse.baselines.align_slides` turns the slides into.
 
     Args:
-        components: to be filled.
         slides: with counts and positions.
-        genes: of the components.
+        genes: G names.
+        device: where to.
     """
-    device = components.loading.device
+    rank = min(FIELDS, len(genes) // 3)
     frames = _frames(slides, genes)
     share = max(1, _CELLS // len(slides))
     chosen, places = [], []
@@ -99,15 +130,37 @@ def fit_counts(components: CountComponents, slides: Sequence[Slide], genes: Sequ
         chosen.append(counts[rows])
         places.append(torch.from_numpy(place[rows]).float().to(device))
     data = _Cells(chosen, places, device)
-    weight = _fit_fields(data, components.fields)
+    weight = _fit_fields(data, rank)
     size = _sizes(data, weight)
 
     field = data.basis[_some(len(data.basis), _FIELD_CELLS).to(device)] @ weight
     _, spread, directions = torch.linalg.svd(field, full_matrices=False)
-    spread = spread / len(field) ** 0.5
-    directions = signed(directions[: components.fields].T.cpu().numpy()).T.to(device)
-    own = spread[: components.fields, None] * directions
-    other = _residual_axes(data, weight, size, components.others)
+    spread = spread[:rank] / len(field) ** 0.5
+    directions = signed(directions[:rank].T.cpu().numpy()).T.to(device)
+    return GeneFields(frames, chosen, data, weight, size, spread, directions)
+
+
+def fit_counts(
+    components: CountComponents,
+    slides: Sequence[Slide],
+    genes: Sequence[str],
+    fields: GeneFields | None = None,
+) -> None:
+    """Learn loadings and dispersions from training slides.
+
+    First the singular directions of the genes' fields, then the leading directions of the Pearson
+    residuals, by which cells differ wherever they lie.
+
+    Args:
+        components: to be filled.
+        slides: with counts and positions.
+        genes: of the components.
+        fields: of the same slides and genes; found here if left out.
+    """
+    found = fields or fit_fields(slides, genes, components.loading.device)
+    data, size, chosen = found.data, found.size, found.chosen
+    own = found.spread[:, None] * found.directions
+    other = _residual_axes(data, found.weight, size, components.others)
     components.loading.zero_()
     components.loading[: len(own)] = own
     components.loading[components.fields : components.fields + len(other)] = other
@@ -121,6 +174,29 @@ def fit_counts(components: CountComponents, slides: Sequence[Slide], genes: Sequ
     samples = [counts[_some(counts.shape[0], _SCALED).numpy()] for counts in chosen]
     variance = torch.stack([components(s).var(0, correction=0).mean() for s in samples]).mean()
     components.turn.div_(variance.sqrt().clamp(min=1e-8))
+
+
+def count_atlas(
+    slides: Sequence[Slide], genes: Sequence[str], device, fields: GeneFields | None = None
+) -> CountAtlas:
+    """An atlas of training slides that reads counts.
+
+    Args:
+        slides: with counts and positions.
+        genes: of the atlas.
+        device: where to.
+        fields: of the same slides and genes; found here if left out.
+    """
+    found = fields or fit_fields(slides, genes, device)
+    atlas = CountAtlas(len(genes)).to(device)
+    grid, log_density = tissue_grid([torch.from_numpy(x).double() for x in found.frames])
+    basis = found.data.at(grid.float().to(device))
+    atlas.grid.copy_(grid)
+    atlas.log_density.copy_(log_density)
+    atlas.height.copy_(basis @ found.weight @ found.directions.T)
+    atlas.loading.copy_(found.directions)
+    atlas.size.copy_(found.size)
+    return atlas
 
 
 class _Cells:
@@ -142,12 +218,22 @@ class _Cells:
         axes = [torch.linspace(float(low), float(high), _SIDE) for low, high in ends]
         knots = torch.cartesian_prod(*axes).to(device)
         sample = x[_some(len(x), 4000).to(device)]
-        knots = knots[torch.cdist(knots, sample).amin(1) < _WIDTH * radius]
-        bumps = torch.exp(-torch.cdist(x, knots).square() / (2 * (_WIDTH * radius) ** 2))
-        basis = torch.cat([x, bumps], 1)
-        basis = basis - basis.mean(0)
+        self.width = _WIDTH * radius
+        self.knots = knots[torch.cdist(knots, sample).amin(1) < self.width]
+        basis = self._bumps(x)
+        self.centre = basis.mean(0)
+        basis = basis - self.centre
         variance, turn = torch.linalg.eigh((basis.T @ basis / len(basis)).double())
-        self.basis = basis @ turn[:, variance > 1e-5 * variance.max()].float()
+        self.turn = turn[:, variance > 1e-5 * variance.max()].float()
+        self.basis = basis @ self.turn
+
+    def _bumps(self, x: Tensor) -> Tensor:
+        bumps = torch.exp(-torch.cdist(x, self.knots).square() / (2 * self.width**2))
+        return torch.cat([x, bumps], 1)
+
+    def at(self, x: Tensor) -> Tensor:
+        """The basis at places (m, 2) of the common frame."""
+        return (self._bumps(x) - self.centre) @ self.turn
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Counts of some cells, and their log rates where a field says nothing."""
@@ -189,7 +275,7 @@ def _fit_fields(data: _Cells, rank: int) -> Tensor:
         rows = rows.to(data.device)
         # not indexed: that gradient would be summed in another order every time
         log_rate = data.basis[rows] @ inner @ outer + data.member[rows] @ shift + known
-        log_rate = log_rate.clamp(*_LOG_RATE)
+        log_rate = log_rate.clamp(*LOG_RATE)
         # without what does not depend on the rate
         likelihood = counts * log_rate - (counts + size) * torch.log(log_rate.exp() + size)
         penalty = _PENALTY / n * (inner @ outer).square().sum()
@@ -214,7 +300,7 @@ def _sizes(data: _Cells, weight: Tensor | None = None, shift: Tensor | None = No
             log_rate = log_rate + data.basis[part] @ weight
         if shift is not None:
             log_rate = log_rate + shift[data.slide[part]]
-        rate = log_rate.clamp(*_LOG_RATE).exp()
+        rate = log_rate.clamp(*LOG_RATE).exp()
         square = square + rate.square().sum(0)
         excess = excess + ((counts - rate).square() - rate).sum(0)
     return (square / excess.clamp(min=1e-8)).clamp(*_SIZES)
@@ -227,7 +313,7 @@ def _residual_axes(data: _Cells, weight: Tensor, size: Tensor, count: int) -> Te
     for part in rows.split(_BATCH):
         counts, log_rate = data.batch(part)
         field = data.basis[part.to(data.device)] @ weight
-        rate = (log_rate + field).clamp(*_LOG_RATE).exp()
+        rate = (log_rate + field).clamp(*LOG_RATE).exp()
         rest = (counts - rate) / (rate + rate.square() / size).sqrt()
         blocks.append(rest.clamp(-_RESIDUAL, _RESIDUAL).cpu())
     rest = torch.cat(blocks).double().numpy()

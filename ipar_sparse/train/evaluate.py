@@ -276,12 +276,12 @@ def recycle_records(
 def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> dict:
     """The model without its gate, without the last step, before its first recycle, and on true
     neighbours in place of candidates (which the last step would not know of)."""
-    start = predictor.first_layout(h, gated=False)
+    first = None if prediction.first is None else torch.from_numpy(prediction.first).to(h)
+    start = predictor.first_layout(h, first, gated=False)
     layouts = {ORACLE: predictor.model(h, target_graph(pos).to(h.device), start=start)}
     if prediction.gate_logits is not None:
         layout = predictor.model(h, prediction.graph, start=start)
         layouts["no gate"] = predictor.refined(layout, prediction.candidates)
-    first = predictor.start(h)
     if first is not None:
         layouts["first layout"] = first
     layouts = {name: layout.double().cpu().numpy() for name, layout in layouts.items()}

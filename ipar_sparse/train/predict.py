@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..atlas import Atlas
+from ..atlas import Atlas, CountAtlas
 from ..config import RunConfig
 from ..errors import UserError
 from ..expression import match_genes
@@ -21,6 +21,7 @@ from ..nn import EdgeGateSoft, IPALiteModel
 from ..refine import refine_layout
 from ..slide import Slide
 from .checkpoint import find_checkpoint, load_checkpoint, read_meta
+from .counts import slide_counts
 from .stage_a import EmbeddingScale
 from .trainer import build_encoder, build_gate_and_model, embed_raw, settle
 from .transfer import REFINE
@@ -40,6 +41,7 @@ class Prediction:
         gate_logits: raw gate logits (E,) or (E, heads), None without a gate.
         trajectory: layouts before the first recycle and after each, each (n, 2); the last is
             what ``pos`` was refined from.
+        first: layout that the first pass began from (n, 2); None where the model's own.
         uncertainty: how far a cell may lie from its place (n,), in tissue radii: what the atlas of
             the run leaves open and how far noise seeds move the cell, one or both; None for one
             seed without an atlas.
@@ -51,6 +53,7 @@ class Prediction:
     graph: NeighborTable
     gate_logits: Tensor | None = None
     trajectory: list[np.ndarray] = field(default_factory=list)
+    first: np.ndarray | None = None
     uncertainty: np.ndarray | None = None
 
 
@@ -77,7 +80,7 @@ class Predictor:
     gate: EdgeGateSoft
     model: IPALiteModel
     device: torch.device
-    atlas: Atlas | None = None
+    atlas: Atlas | CountAtlas | None = None
     spared: bool = False
 
     @classmethod
@@ -99,6 +102,8 @@ class Predictor:
         if config.model.start == "atlas":
             cells = meta["facts"].get("atlas_cells", 0)
             modules["atlas"] = Atlas(meta["dim"], cells=cells)
+        elif config.model.start == "fields":
+            modules["atlas"] = CountAtlas(len(meta["genes"]))
         load_checkpoint(path, modules)
         for module in modules.values():
             module.to(device).eval().requires_grad_(False)
@@ -154,7 +159,8 @@ class Predictor:
         h = torch.from_numpy(self.embed(slide)).to(self.device)
         candidates, graph = self.graphs(h)
         bias, logits = self.edge_bias(h, graph)
-        start = self.first_layout(h)
+        first, variance = self.start(h, slide)
+        start = self.first_layout(h, first)
         pos, trajectory = self.model(h, graph, edge_bias=bias, return_trajectory=True, start=start)
         result = Prediction(
             pos=self.refined(pos, candidates).double().cpu().numpy(),
@@ -163,14 +169,13 @@ class Predictor:
             graph=graph,
             gate_logits=logits,
             trajectory=[step.double().cpu().numpy() for step in trajectory],
+            first=None if first is None else first.double().cpu().numpy(),
         )
-        variance = []
-        if self.atlas is not None:
-            variance.append(self.atlas.spread(h).double().cpu().numpy() ** 2)
+        variances = [] if variance is None else [variance.double().cpu().numpy()]
         if seeds > 1:
-            variance.append(self._moved(h, result.trajectory[-1], seeds))
-        if variance:
-            result.uncertainty = np.sqrt(sum(variance))
+            variances.append(self._moved(h, slide, first, result.trajectory[-1], seeds))
+        if variances:
+            result.uncertainty = np.sqrt(sum(variances))
         return result
 
     def graphs(self, h: Tensor) -> tuple[NeighborTable, NeighborTable]:
@@ -201,16 +206,30 @@ class Predictor:
 
     def unfolds(self, n: int) -> bool:
         """Whether n cells take a pass over far candidates before that over near ones."""
-        return self.config.train.unit == "miniset" and 2 <= self.config.graph.pool < n
+        settings = self.config
+        if settings.model.start == "fields":  # what is to be unfolded is there
+            return False
+        return settings.train.unit == "miniset" and 2 <= settings.graph.pool < n
 
-    def start(self, h: Tensor) -> Tensor | None:
+    def start(self, h: Tensor, slide: Slide) -> tuple[Tensor | None, Tensor | None]:
         """Where the first pass begins (n, 2): an atlas's layout, a plane, or None, which leaves
-        it to the model's own MLP of ``h`` (n, d)."""
-        if self.atlas is not None:
-            return gauge_fix(self.atlas(h))
-        return gauge_fix(principal_plane(h)) if self.config.model.start == "pca" else None
+        it to the model's own MLP of the embedding; and the variance (n,) that an atlas leaves.
 
-    def first_layout(self, h: Tensor, gated: bool = True) -> Tensor | None:
+        Args:
+            h: embeddings (n, d).
+            slide: the same cells.
+        """
+        if isinstance(self.atlas, CountAtlas):
+            place, variance = self.atlas.posterior(slide_counts(slide, self.meta["genes"]))
+            return gauge_fix(place), variance
+        if self.atlas is not None:
+            return gauge_fix(self.atlas(h)), self.atlas.spread(h).square()
+        plane = self.config.model.start == "pca"
+        return (gauge_fix(principal_plane(h)) if plane else None), None
+
+    def first_layout(
+        self, h: Tensor, start: Tensor | None, gated: bool = True
+    ) -> Tensor | None:
         """Where the last pass begins on the cells of a slide (n, 2); None leaves that to itself.
 
         A model that was trained on minisets knows candidates that reach over a good part of the
@@ -219,9 +238,10 @@ class Predictor:
 
         Args:
             h: embeddings (n, d).
+            start: where that pass begins (n, 2), as :meth:`start` says.
             gated: whether the gate takes part in that pass.
         """
-        start, settings = self.start(h), self.config.graph
+        settings = self.config.graph
         if not self.unfolds(len(h)):
             return start
         far = pooled_candidates(
@@ -238,7 +258,9 @@ class Predictor:
         logits = self.gate(h, graph)
         return self.config.model.gate_weight * logits, logits
 
-    def _moved(self, h: Tensor, pos: np.ndarray, seeds: int) -> np.ndarray:
+    def _moved(
+        self, h: Tensor, slide: Slide, first: Tensor | None, pos: np.ndarray, seeds: int
+    ) -> np.ndarray:
         """Mean squared distance by which training noise moves a cell (n,), layouts aligned.
 
         Before the last step: into which clump of neighbours that draws a cell differs from draw
@@ -251,9 +273,11 @@ class Predictor:
             generator = torch.Generator(self.device).manual_seed(seed)
             noisy = h + noise_h * torch.empty_like(h).normal_(generator=generator)
             _, graph = self.graphs(noisy)
+            if not isinstance(self.atlas, CountAtlas):  # which knows nothing of embeddings
+                first = self.start(noisy, slide)[0]
             layout = self.model(
                 noisy, graph, edge_bias=self.edge_bias(noisy, graph)[0],
-                start=self.first_layout(noisy),
+                start=self.first_layout(noisy, first),
             )  # fmt: skip
             aligned, _ = align(layout, pos)
             square += np.square(aligned - pos).sum(-1)

@@ -21,7 +21,7 @@ from ..nn import SharedEncoder
 from ..nn.encoder import SMOOTH_CHANNELS
 from ..slide import Slide
 from .components import principal_axes, project, spatial_axes
-from .counts import fit_counts, read_counts
+from .counts import GeneFields, fit_counts, read_counts
 
 _ROWS = 8192  # cells of dense expression at once
 _TABLE = 1 << 26  # expression values of a training slide that are kept dense: 256 MiB
@@ -142,7 +142,13 @@ def encoder_loss(
 
 
 @torch.no_grad()
-def begin(encoder: SharedEncoder, slides: Sequence[Slide], genes, config: RunConfig) -> list:
+def begin(
+    encoder: SharedEncoder,
+    slides: Sequence[Slide],
+    genes,
+    config: RunConfig,
+    fields: GeneFields | None = None,
+) -> list:
     """All of an encoder that needs no steps: how counts become its input, and where it starts.
 
     Args:
@@ -150,13 +156,14 @@ def begin(encoder: SharedEncoder, slides: Sequence[Slide], genes, config: RunCon
         slides: training slides.
         genes: of the encoder.
         config: of the run, with the weights of genes settled.
+        fields: of these slides and genes, for an encoder of counts; found here if left out.
 
     Returns:
         An :class:`~ipar_sparse.expression.Expression` for each slide, as the encoder takes it.
     """
     settings, total = config.encoder, config.data.target_sum
     if encoder.counts is not None:
-        fit_counts(encoder.counts, slides, genes)
+        fit_counts(encoder.counts, slides, genes, fields)
     if encoder.gene_weight is not None:
         encoder.target_sum.fill_(median_total(slides) if total is None else total)
         weight = _weights(slides, genes, float(encoder.target_sum), settings)

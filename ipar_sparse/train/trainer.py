@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import __version__
-from ..atlas import Atlas
+from ..atlas import Atlas, CountAtlas
 from ..config import RunConfig, resolve_device
 from ..diagnostics import candidate_recall, collapse_diagnostics, health_warnings
 from ..errors import UserError
@@ -39,7 +39,14 @@ from ..slide import Slide
 from ..targets import target_graph
 from .cache import cached_record
 from .checkpoint import BEST, LAST, load_checkpoint, read_meta, save_checkpoint
-from .counts import have_counts, require_counts
+from .counts import (
+    GeneFields,
+    count_atlas,
+    fit_fields,
+    have_counts,
+    require_counts,
+    slide_counts,
+)
 from .logs import HISTORY, History, Progress, TensorBoard
 from .stage_a import (
     ContrastSlide,
@@ -50,7 +57,7 @@ from .stage_a import (
     finish,
     read_expression,
 )
-from .transfer import trial_steps, try_transfer, weigh
+from .transfer import Transfer, trial_steps, try_transfer, weigh
 from .units import MinisetPool, TrainingSlide, Unit, build_unit, draw_candidates, merge
 
 logger = logging.getLogger(__name__)
@@ -212,6 +219,9 @@ class _Run:
                 logger.info("%d genes are not on every training slide: left out", len(missing))
             if config.encoder.input == "counts":
                 require_counts((*train_slides, *val_slides), genes)
+            if config.model.start == "fields":
+                asked = "model.start=fields", "model.start=atlas"
+                require_counts((*train_slides, *val_slides), genes, *asked)
             self.genes: list[str] | None = list(genes)
             self.encoder: nn.Module | None = build_encoder(config, len(genes)).to(device)
             dim = config.encoder.out
@@ -223,7 +233,8 @@ class _Run:
         self.scale = EmbeddingScale(dim).to(device)
         self.gate, self.model = build_gate_and_model(config, dim)
         self.gate.to(device), self.model.to(device)
-        self.atlas: Atlas | None = None
+        self.atlas: Atlas | CountAtlas | None = None
+        self.fields: GeneFields | None = None
         self.state.facts = {
             "genes": len(self.genes) if self.genes else 0,
             "train_cells": sum(s.num_cells for s in train_slides),
@@ -279,7 +290,9 @@ class _Run:
             return
         settings = self.config.encoder
         if self.state.step == 0:
-            read = begin(self.encoder, self.train_slides, self.genes, self.config)
+            if self.encoder.counts is not None:
+                self.fields = fit_fields(self.train_slides, self.genes, self.device)
+            read = begin(self.encoder, self.train_slides, self.genes, self.config, self.fields)
         else:
             read = [read_expression(s, self.genes, self.encoder) for s in self.train_slides]
         slides = [
@@ -337,6 +350,8 @@ class _Run:
         )
         if self.config.model.start == "atlas":
             self._fit_atlas()
+        elif self.config.model.start == "fields":
+            self._fit_count_atlas()
         if "candidate_recall" not in self.state.facts:
             self.state.facts["candidate_recall"] = self._candidate_recall()
         self._save_reference()
@@ -365,6 +380,21 @@ class _Run:
                 noise = torch.randn(slide.h.shape, generator=generator) * seen
                 h = slide.h + level * noise
                 slide.start = gauge_fix(self.atlas(h.to(self.device), nearest=not seen).cpu())
+
+    def _fit_count_atlas(self) -> None:
+        """An atlas of the training slides that reads counts, and where it places all cells.
+
+        Its own slides are placed as a new one is. That is a little better than a new one will be
+        placed, and does no harm: where counts tell the place there is little to add to it.
+        """
+        with self.progress.task("Atlas"):
+            slides, genes = self.train_slides, self.genes
+            self.atlas = count_atlas(slides, genes, self.device, self.fields)
+            self.fields = None
+            for slide, data in zip(
+                (*slides, *self.val_slides), (*self.train_data, *self.val_data), strict=True
+            ):
+                data.start = gauge_fix(self.atlas(slide_counts(slide, genes)).cpu())
 
     def train_gate(self) -> None:
         if self.state.stage != "gate":
@@ -797,7 +827,7 @@ def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
         start = found["start"]
         sections["model"] = {"start": start}
     if config.refine.steps is None:
-        last = found["refine"][start]
+        last = found["refine"].get(start, Transfer().refine[start])
         if not isinstance(last, Mapping):
             last = {"steps": last}  # a run from when that alone was tried
         own = config.refine.model_dump(exclude_none=True)

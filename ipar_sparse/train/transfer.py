@@ -16,7 +16,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from ..nn import SharedEncoder
 from ..refine import refine_layout
 from ..slide import Slide
 from .components import project, spatial_axes
-from .counts import have_counts
+from .counts import GeneFields, count_atlas, fit_fields, have_counts, slide_counts
 from .stage_a import (
     ContrastSlide,
     begin,
@@ -62,8 +62,9 @@ _TIE = 0.01  # of neighbours that the last step may cost: it gains where cells a
 _LEVEL = 0.01  # of a score, by which few neighbours are not told apart: the wide last step, which
 # leaves more of the layout as it was, may be so much behind
 
-PLANE, MAP, ATLAS = "plane", "map", "atlas"
-_STARTS = {PLANE: "pca", MAP: "mlp", ATLAS: "atlas"}
+PLANE, MAP, ATLAS, FIELDS = "plane", "map", "atlas", "fields"
+_STARTS = {PLANE: "pca", MAP: "mlp", ATLAS: "atlas", FIELDS: "fields"}
+_OF_EMBEDDINGS = PLANE, MAP, ATLAS
 _NEIGHBORS = 15  # by which embeddings and layouts are compared
 _WEIGHTS = {"spatial genes": (0.5, 0.25), "all genes": (1.0, 0.0)}
 """Powers ``encoder.standardize`` and ``encoder.spatial_genes`` that are tried, the usual first."""
@@ -77,8 +78,9 @@ class Transfer:
     """What a run begins from, and why.
 
     Args:
-        start: ``"mlp"`` or ``"atlas"`` where a learned map or an atlas holds on other donors,
-            ``"pca"`` where neither does; ``"atlas"`` where nothing was tried.
+        start: ``"mlp"``, ``"atlas"`` or ``"fields"`` where a learned map, an atlas or the fields of
+            genes hold on other donors, ``"pca"`` where none does; ``"atlas"`` where nothing was
+            tried.
         standardize, spatial_genes: how genes are weighted, as in ``encoder``.
         input: what the encoder reads, ``encoder.input``.
         kept: what the embedding keeps beside what it has learned, ``encoder.kept``.
@@ -86,9 +88,10 @@ class Transfer:
             of ``refine``.
         donors: how many were left out in turn; with one donor nothing is tried.
         scores: means over donors left out. Distance Spearman: ``plane`` (principal plane of the
-            embedding), ``map`` (ridge regression from it) and ``atlas`` (of it). Neighbour hit
-            @15: ``plane hit`` and ``plane refined`` (before and after the last step), and so for
-            the other two. Of last steps after the best of the three, the geometric mean of
+            embedding), ``map`` (ridge regression from it), ``atlas`` (of it) and, where counts are
+            read, ``fields``. Neighbour hit @15: ``plane hit`` and ``plane refined`` (before and
+            after the last step), and so for the others. Of last steps after the best, the geometric
+            mean of
             distance Spearman and hit @15: ``close`` and ``wide``. Of embeddings, that of the best
             distance Spearman and the hit @15 of their nearest cells: ``spatial genes`` and ``all
             genes`` (spatial components under either weights), ``counts`` (spatial components of
@@ -100,7 +103,11 @@ class Transfer:
     spatial_genes: float = _WEIGHTS["spatial genes"][1]
     kept: str = _KEPT[0]
     refine: dict[str, dict[str, int | float]] = field(
-        default_factory=lambda: dict.fromkeys(_STARTS.values(), REFINE["close"])
+        default_factory=lambda: {
+            # fields find more neighbours than the embedding, which is all that a last step knows of
+            start: REFINE["close"] | ({"steps": 0} if name == FIELDS else {})
+            for name, start in _STARTS.items()
+        }
     )
     donors: int = 0
     scores: dict[str, float] | None = None
@@ -169,7 +176,12 @@ def try_transfer(
             embeddings.setdefault(kept, []).append(left)
     tried = {name: _score(found) for name, found in embeddings.items()}
     kept = max(tried, key=tried.__getitem__)
-    return _choose(embeddings[kept], config, replace(chosen, kept=kept), scores | tried)
+    starts = _OF_EMBEDDINGS
+    if config.encoder.input == _COUNTS or config.model.start == _STARTS[FIELDS]:
+        starts = tuple(_STARTS)
+        for fold, left in zip(folds, embeddings[kept], strict=True):
+            fold.place_by_fields(left)
+    return _choose(embeddings[kept], config, replace(chosen, kept=kept), scores | tried, starts)
 
 
 def trial_steps(
@@ -222,21 +234,26 @@ def weigh(
 
 
 def _choose(
-    donors: list[list[_Left]], config: RunConfig, chosen: Transfer, tried: dict[str, float]
+    donors: list[list[_Left]],
+    config: RunConfig,
+    chosen: Transfer,
+    tried: dict[str, float],
+    starts: Sequence[str] = _OF_EMBEDDINGS,
 ) -> Transfer:
     """Start and last step by what each donor left out showed in the embedding that was chosen."""
-    scores = {name: _mean(donors, partial(_Left.spearman, name=name)) for name in _STARTS}
-    best = max(_STARTS, key=scores.__getitem__)
+    scores = {name: _mean(donors, partial(_Left.spearman, name=name)) for name in starts}
+    best = max(starts, key=scores.__getitem__)
     start, refine = _STARTS[best], dict(chosen.refine)
     if config.refine.steps is None:
-        refine = _last_steps(donors, best, config, scores)
+        refine |= _last_steps(donors, best, config, scores)
     found = replace(
         chosen, start=start, refine=refine, donors=len(donors), scores=scores | tried
     )
     logger.info(
         "%d donors left out in turn: a learned map places their cells with distance Spearman "
-        "%.3f, an atlas with %.3f, the plane of the embedding with %.3f; model.start is %s",
-        found.donors, scores[MAP], scores[ATLAS], scores[PLANE], start,
+        "%.3f, an atlas with %.3f, the plane of the embedding with %.3f%s; model.start is %s",
+        found.donors, scores[MAP], scores[ATLAS], scores[PLANE],
+        f", fields of genes with {scores[FIELDS]:.3f}" if FIELDS in scores else "", start,
     )  # fmt: skip
     if config.refine.steps is None:
         last = refine[start]
@@ -274,11 +291,13 @@ def _last_steps(
     if "wide" in scores and scores["wide"] > (1 - _LEVEL) * scores["close"]:
         way = "wide"
     found = {}
-    for name, value in _STARTS.items():
+    for name in [name for name in _STARTS if name in scores]:
+        value = _STARTS[name]
         left = after[way] if name == best else _refined(donors, name, ways[way])
         hit = partial(_Left.layout_hit, name=name)
         scores[f"{name} hit"], scores[f"{name} refined"] = _mean(donors, hit), _mean(left, hit)
-        taken = scores[f"{name} refined"] > (1 - _TIE) * scores[f"{name} hit"]
+        least = scores[f"{name} hit"] * (1 if name == FIELDS else 1 - _TIE)
+        taken = scores[f"{name} refined"] > least
         found[value] = ways[way] if taken else ways[way] | {"steps": 0}
     return found
 
@@ -293,7 +312,7 @@ def _mean(donors: list[list[_Left]], score: Callable[[_Left], float]) -> float:
 
 def _score(donors: list[list[_Left]]) -> float:
     """Of an embedding: gains count alike in distances and in neighbours, relative to either."""
-    far = max(_mean(donors, partial(_Left.spearman, name=name)) for name in _STARTS)
+    far = max(_mean(donors, partial(_Left.spearman, name=name)) for name in _OF_EMBEDDINGS)
     return float(np.sqrt(max(far, 0.0) * _mean(donors, _Left.embedding_hit)))
 
 
@@ -347,6 +366,21 @@ class _Fold:
     genes: Sequence[str] | None
     device: torch.device
 
+    @cached_property
+    def fields(self) -> GeneFields:
+        """Of the genes, on the slides to learn from."""
+        return fit_fields(self.train, self.genes, self.device)
+
+    def place_by_fields(self, left: Sequence[_Left]) -> None:
+        """Add the layout of the fields to those of the slides left out."""
+        atlas = count_atlas(self.train, self.genes, self.device, self.fields)
+        for slide, found in zip(self.test, left, strict=True):
+            found.layouts[FIELDS] = atlas(slide_counts(slide, self.genes)).double().cpu().numpy()
+
+    def _begin(self, encoder: SharedEncoder, config: RunConfig) -> list:
+        fields = self.fields if encoder.counts is not None else None
+        return begin(encoder, self.train, self.genes, config, fields)
+
     def steps(self, config: RunConfig) -> int:
         """Of its stage A."""
         return round(_PART * config.encoder.steps_for(sum(s.num_cells for s in self.train)))
@@ -362,7 +396,7 @@ class _Fold:
         """The slides left out in nothing but spatial components: quick, and by which genes weigh
         what, better or worse as an embedding trained on them is."""
         encoder = build(config).to(self.device)
-        read = begin(encoder, self.train, self.genes, config)
+        read = self._begin(encoder, config)
         axes, _ = spatial_axes(read, [slide.pos for slide in self.train], config.encoder.out)
         read = read + [read_expression(slide, self.genes, encoder) for slide in self.test]
         return self._look([torch.from_numpy(project(x, axes)).float() for x in read])
@@ -374,7 +408,7 @@ class _Fold:
         settings = config.encoder
         torch.manual_seed(seed)
         encoder = build(config).to(self.device)
-        read = begin(encoder, self.train, self.genes, config)
+        read = self._begin(encoder, config)
         positions = [slide.pos for slide in self.train]
         steps = self.steps(config)
         if steps:
