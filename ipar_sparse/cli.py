@@ -1199,7 +1199,7 @@ def _last_step(settings: RefineConfig) -> str:
     """How a run takes the last step, if it does."""
     text = f"refine.steps {settings.steps}"
     if settings.steps:
-        for name in ("neighbors", "anchor"):
+        for name in ("neighbors", "anchor", "power"):
             if (value := getattr(settings, name)) is not None:
                 text += f", refine.{name} {value:g}"
     return text

@@ -403,10 +403,13 @@ class RefineConfig(Section):
     """steps of descent; 0 = the layout as the model leaves it; none = 400, or 0 if they cost
     neighbours on donors left out"""
     neighbors: Positive | None = None
-    """nearest candidates that attract a cell; none = 10, or 15 if all three are none and donors
-    left out are placed better so"""
+    """nearest candidates that attract a cell; none = 10, or 15 if all four are none
+    and donors left out are placed better so"""
     anchor: Weight | None = None
     """what it costs to leave the model's layout; none = 4, or 8 beside the 15"""
+    power: Weight | None = None
+    """of their standard deviation, by which components of the embedding count where a cell's
+    nearest are sought; none = 0, or 1 beside the 15 if donors left out are placed better so"""
     enough: Weight = 0.5
     """share of nearest candidates that are neighbours in the layout already from which on it is
     left as it is"""

@@ -54,3 +54,23 @@ def principal_plane(h: Tensor) -> Tensor:
     largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
     pos = (centred @ (axes * largest.sign())).to(h.dtype)
     return torch.nn.functional.pad(pos, (0, 2 - pos.size(1)))
+
+
+@torch.no_grad()
+def leading_components(h: Tensor, power: float = 1.0) -> Tensor:
+    """An embedding in which components count more the more they vary.
+
+    Principal components, each times this power of its standard deviation, relative to the largest;
+    0 leaves distances between cells as they are, large powers leave nothing but the first.
+
+    Args:
+        h: embeddings (n, d).
+        power: p.
+
+    Returns:
+        (n, d), float32.
+    """
+    x = h.double() - h.double().mean(0)
+    variance, axes = torch.linalg.eigh(x.T @ x)
+    spread = (variance.clamp(min=0) / variance.max().clamp(min=1e-12)).sqrt()
+    return (x @ (axes * spread**power)).float()

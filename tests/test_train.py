@@ -14,9 +14,11 @@ from torch import nn
 from ipar_sparse.config import load_config
 from ipar_sparse.errors import UserError
 from ipar_sparse.expression import Expression, match_genes
-from ipar_sparse.gauge import gauge_fix, principal_plane
+from ipar_sparse.gauge import gauge_fix, leading_components, principal_plane
+from ipar_sparse.graph import knn
 from ipar_sparse.metrics import align, evaluate_layout
 from ipar_sparse.nn import SharedEncoder
+from ipar_sparse.refine import refine_layout
 from ipar_sparse.simulate import simulate
 from ipar_sparse.slide import Slide
 from ipar_sparse.train import components
@@ -638,6 +640,35 @@ def test_a_slide_larger_than_minisets_is_unfolded_first(run, slides):
     assert not np.allclose(again.pos, near.pos)
     predictor.config = predictor.config.replace(train={"unit": "slide"})
     np.testing.assert_array_equal(predictor.predict(slides[3]).pos, near.pos)
+
+
+def test_leading_components_count_by_how_they_vary():
+    h = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 7)
+    centred = h - h.mean(0)
+    u, spread, _ = torch.linalg.svd(centred, full_matrices=False)
+    for power in (0.0, 0.5, 1.0):
+        expected = u * spread * (spread / spread[0]) ** power
+        found = leading_components(h + 3, power)
+        found, expected = found.double(), expected.double()
+        torch.testing.assert_close(found @ found.T, expected @ expected.T, rtol=0, atol=1e-3)
+    assert (leading_components(torch.ones(5, 3)) == 0).all()
+
+
+def test_the_last_step_may_go_by_leading_components(run, slides):
+    predictor = Predictor.load(run)
+    asked = {"steps": 20, "neighbors": 5, "anchor": 3.0, "enough": 2.0}
+    predictor.config = predictor.config.replace(refine=asked | {"power": 0.0})
+    plain = predictor.predict(slides[3])
+    assert plain.nearest is plain.candidates
+    predictor.config = predictor.config.replace(refine={"power": 1.0})
+    found = predictor.predict(slides[3])
+    expected = knn(leading_components(torch.from_numpy(found.embedding)), 15)
+    assert torch.equal(found.nearest.index, expected.index)
+    assert torch.equal(found.candidates.index, plain.candidates.index)
+    before = torch.from_numpy(found.trajectory[-1]).float()
+    own = refine_layout(before, expected, **asked, seed=predictor.config.train.seed)
+    np.testing.assert_allclose(found.pos, own.double(), atol=1e-4)
+    assert not np.allclose(found.pos, plain.pos, atol=1e-2)
 
 
 def test_attention_is_judged_on_all_candidates(run, slides):

@@ -106,7 +106,7 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
     assert found[0].input == "counts"  # so the fields of genes are tried as well
     starts = *STARTS, FIELDS
     names = {f"{name}{what}" for name in starts for what in ("", " hit", " refined")}
-    names |= {"close", "wide"}
+    names |= {"close", "wide", "leading"}
     tried = {"spatial genes", "all genes", "counts", "principal", "spatial"}
     assert set(found[0].scores) == names | tried
     assert len(steps) == 2 * 3 * 4  # half of the steps, for each slide left out
@@ -147,7 +147,7 @@ FOUND = Transfer(
 
 
 def last_step(config):
-    return config.refine.model_dump(include={"steps", "neighbors", "anchor"})
+    return config.refine.model_dump(include={"steps", "neighbors", "anchor", "power"})
 
 
 def test_what_is_left_open_is_settled_and_nothing_else():
@@ -165,11 +165,13 @@ def test_what_is_left_open_is_settled_and_nothing_else():
     assert (own.standardize, own.spatial_genes, own.kept) == (0.2, 0.0, "principal")
 
 
-@pytest.mark.parametrize("asked", [{"steps": 30}, {"neighbors": 7}, {"anchor": 0.5}])
+@pytest.mark.parametrize(
+    "asked", [{"steps": 30}, {"neighbors": 7}, {"anchor": 0.5}, {"power": 0.5}]
+)
 def test_the_last_step_that_is_asked_for_is_taken(asked):
     config = RunConfig().replace(model={"start": "pca"}, refine=asked)
     found = last_step(settle(config, {TRANSFER: FOUND}))
-    nothing = {"steps": None, "neighbors": None, "anchor": None}
+    nothing = dict.fromkeys(("steps", "neighbors", "anchor", "power"))
     assert found == (nothing if "steps" in asked else WIDE) | asked
 
 
@@ -357,12 +359,12 @@ def test_the_last_step_is_left_out_where_it_costs_neighbors():
 class Refined(Scored):
     """What each last step would make of a slide left out: distances, neighbours."""
 
-    def __init__(self, none, close, wide):
-        self.states = {0: none, 10: close, 15: wide}
+    def __init__(self, none, close, wide, leading=(0.0, 0.0)):
+        self.states = {(10, 0.0): close, (15, 0.0): wide, (15, 1.0): leading}
         self.spearman_, self.hit = none
 
     def refined(self, name, settings):
-        state = self.states[settings["neighbors"]]
+        state = self.states[settings["neighbors"], settings["power"]]
         return Refined(state, *2 * [state])
 
     def spearman(self, name):
@@ -392,6 +394,26 @@ def test_how_the_last_step_is_taken(monkeypatch, close, wide, expected):
     found = _choose([[Refined((0.5, 0.3), close, wide)]], asked, Transfer(), {})
     assert {found.refine[start]["neighbors"] for start in ("pca", "mlp", "atlas")} == {10}
     assert "wide" not in found.scores
+
+
+def test_leading_components_must_better_both_others(monkeypatch):
+    monkeypatch.setattr(transfer, "_Left", Refined)
+    for hit, expected in ((0.329, "wide"), (0.331, "leading")):
+        states = (0.5, 0.3), (0.5, 0.32), (0.5, 0.33), (0.5, hit)
+        found = _choose([[Refined(*states)]], RunConfig(), Transfer(), {})
+        assert found.refine["pca"] == transfer.REFINE[expected]
+
+
+def test_leading_components_serve_where_the_others_are_noise():
+    """One donor's cells lie by two strong components; in the other forty there is nothing."""
+    rng = np.random.default_rng(0)
+    pos = rng.uniform(-1, 1, (600, 2))
+    h = np.concatenate([pos + 0.1 * rng.standard_normal(pos.shape),
+                        0.15 * rng.standard_normal((600, 40))], 1)  # fmt: skip
+    blurred = pos + 0.25 * rng.standard_normal(pos.shape)
+    left = _Left(torch.from_numpy(h).float(), pos, dict.fromkeys(STARTS, blurred))
+    found = _choose([[left]], RunConfig(), Transfer(), {})
+    assert found.refine["pca"] == transfer.REFINE["leading"]
 
 
 @pytest.mark.parametrize(("after", "taken"), [(0.299, False), (0.3, False), (0.301, True)])

@@ -140,8 +140,8 @@ def score_slide(
                 for name in ("PCA", "MLP", "atlas"):  # what the last step alone is worth
                     if name in layouts and (predictor.config.refine.steps or predictor.spared):
                         pos = torch.from_numpy(layouts[name])
-                        candidates = prediction.candidates.to("cpu")
-                        pos = predictor.refined(pos, candidates, always=True)
+                        nearest = prediction.nearest.to("cpu")
+                        pos = predictor.refined(pos, nearest, always=True)
                         layouts[f"{name}, refined"] = pos.numpy()
                 # with an embedding of the user's own, X may hold anything
                 if genes := predictor.meta["genes"]:
@@ -281,7 +281,7 @@ def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> d
     layouts = {ORACLE: predictor.model(h, target_graph(pos).to(h.device), start=start)}
     if prediction.gate_logits is not None:
         layout = predictor.model(h, prediction.graph, start=start)
-        layouts["no gate"] = predictor.refined(layout, prediction.candidates)
+        layouts["no gate"] = predictor.refined(layout, prediction.nearest)
     if first is not None:
         layouts["first layout"] = first
     layouts = {name: layout.double().cpu().numpy() for name, layout in layouts.items()}

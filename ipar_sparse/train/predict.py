@@ -14,8 +14,8 @@ from ..atlas import Atlas, CountAtlas
 from ..config import RunConfig
 from ..errors import UserError
 from ..expression import match_genes
-from ..gauge import gauge_fix, principal_plane
-from ..graph import NeighborTable, knn_candidates, pooled_candidates
+from ..gauge import gauge_fix, leading_components, principal_plane
+from ..graph import NeighborTable, knn, knn_candidates, pooled_candidates
 from ..metrics import align
 from ..nn import EdgeGateSoft, IPALiteModel
 from ..refine import refine_layout
@@ -28,6 +28,8 @@ from .transfer import REFINE
 
 logger = logging.getLogger(__name__)
 
+_AROUND = 15  # cells by which the last step tells whether a layout is blurred
+
 
 @dataclass
 class Prediction:
@@ -37,7 +39,9 @@ class Prediction:
         pos: positions (n, 2), unit-RMS gauge.
         embedding: (n, d), what the model was given.
         candidates: nearest neighbours in the embedding.
-        graph: those of them that the last pass of the model attends to, all or the nearest.
+        nearest: candidates that the last step draws a cell to.
+        graph: those of the candidates that the last pass of the model attends to, all or the
+            nearest.
         gate_logits: raw gate logits (E,) or (E, heads), None without a gate.
         trajectory: layouts before the first recycle and after each, each (n, 2); the last is
             what ``pos`` was refined from.
@@ -50,6 +54,7 @@ class Prediction:
     pos: np.ndarray
     embedding: np.ndarray
     candidates: NeighborTable
+    nearest: NeighborTable
     graph: NeighborTable
     gate_logits: Tensor | None = None
     trajectory: list[np.ndarray] = field(default_factory=list)
@@ -162,10 +167,12 @@ class Predictor:
         first, variance = self.start(h, slide)
         start = self.first_layout(h, first)
         pos, trajectory = self.model(h, graph, edge_bias=bias, return_trajectory=True, start=start)
+        nearest = self.nearest(h, candidates)
         result = Prediction(
-            pos=self.refined(pos, candidates).double().cpu().numpy(),
+            pos=self.refined(pos, nearest).double().cpu().numpy(),
             embedding=h.cpu().numpy(),
             candidates=candidates,
+            nearest=nearest,
             graph=graph,
             gate_logits=logits,
             trajectory=[step.double().cpu().numpy() for step in trajectory],
@@ -191,18 +198,33 @@ class Predictor:
         nearest = graph.index[:, : settings.fine].contiguous()
         return graph, NeighborTable(nearest, metric=graph.metric, method=graph.method)
 
-    def refined(self, pos: Tensor, candidates: NeighborTable, always: bool = False) -> Tensor:
+    def nearest(self, h: Tensor, candidates: NeighborTable) -> NeighborTable:
+        """Candidates for the last step: those of the model, or others where leading components
+        count more.
+
+        Args:
+            h: embeddings (n, d).
+            candidates: of the model, nearest first.
+        """
+        settings = self.config.refine
+        if not settings.power:
+            return candidates
+        count = max(_AROUND, settings.neighbors or 0)
+        return knn(leading_components(h, settings.power), min(count, len(h) - 1))
+
+    def refined(self, pos: Tensor, nearest: NeighborTable, always: bool = False) -> Tensor:
         """A layout (n, 2) drawn to its nearest candidates, as the configuration says.
 
         Args:
             pos: layout.
-            candidates: nearest first.
+            nearest: candidates, nearest first, as :meth:`nearest` has them.
             always: also where the run was found to be better without.
         """
         settings = REFINE["close"] | self.config.refine.model_dump(exclude_none=True)
+        del settings["power"]  # nearest were found by it
         if always and self.spared:
             settings["steps"] = REFINE["close"]["steps"]
-        return refine_layout(pos, candidates, **settings, seed=self.config.train.seed)
+        return refine_layout(pos, nearest, **settings, seed=self.config.train.seed)
 
     def unfolds(self, n: int) -> bool:
         """Whether n cells take a pass over far candidates before that over near ones."""

@@ -27,7 +27,7 @@ from ..atlas import atlas_layout
 from ..baselines import ridge_layout
 from ..config import EncoderConfig, RunConfig
 from ..diagnostics import candidate_recall
-from ..gauge import principal_plane
+from ..gauge import leading_components, principal_plane
 from ..graph import NeighborTable, knn
 from ..metrics import distance_metrics
 from ..nn import SharedEncoder
@@ -45,11 +45,13 @@ from .stage_a import (
 )
 
 REFINE: dict[str, dict[str, int | float]] = {
-    "close": {"steps": 400, "neighbors": 10, "anchor": 4.0},
-    "wide": {"steps": 400, "neighbors": 15, "anchor": 8.0},
+    "close": {"steps": 400, "neighbors": 10, "anchor": 4.0, "power": 0.0},
+    "wide": {"steps": 400, "neighbors": 15, "anchor": 8.0, "power": 0.0},
+    "leading": {"steps": 400, "neighbors": 15, "anchor": 8.0, "power": 1.0},
 }
-"""The last step where it is taken, ``refine``, the usual first: to a few candidates, or to more and
-less far, which is the better where a cell's candidates are seldom its neighbours."""
+"""The last step where it is taken, ``refine``, the usual first: to a few candidates; to more and
+less far, which is the better where a cell's candidates are seldom its neighbours; and so to those
+by the leading components of the embedding, where the others are mostly noise."""
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +86,15 @@ class Transfer:
         standardize, spatial_genes: how genes are weighted, as in ``encoder``.
         input: what the encoder reads, ``encoder.input``.
         kept: what the embedding keeps beside what it has learned, ``encoder.kept``.
-        refine: the last step after each of the starts: ``steps``, ``neighbors`` and ``anchor``
-            of ``refine``.
+        refine: the last step after each of the starts: ``steps``, ``neighbors``, ``anchor`` and
+            ``power`` of ``refine``.
         donors: how many were left out in turn; with one donor nothing is tried.
         scores: means over donors left out. Distance Spearman: ``plane`` (principal plane of the
             embedding), ``map`` (ridge regression from it), ``atlas`` (of it) and, where counts are
             read, ``fields``. Neighbour hit @15: ``plane hit`` and ``plane refined`` (before and
             after the last step), and so for the others. Of last steps after the best, the geometric
-            mean of
-            distance Spearman and hit @15: ``close`` and ``wide``. Of embeddings, that of the best
+            mean of distance Spearman and hit @15: ``close``, ``wide`` and ``leading``. Of
+            embeddings, that of the best
             distance Spearman and the hit @15 of their nearest cells: ``spatial genes`` and ``all
             genes`` (spatial components under either weights), ``counts`` (spatial components of
             those of counts) and, trained, by what they keep, ``principal`` and ``spatial``.
@@ -258,8 +260,8 @@ def _choose(
     if config.refine.steps is None:
         last = refine[start]
         logger.info(
-            "refine.steps is %d, refine.neighbors %d, refine.anchor %g",
-            last["steps"], last["neighbors"], last["anchor"],
+            "refine.steps is %d, refine.neighbors %d, refine.anchor %g, refine.power %g",
+            last["steps"], last["neighbors"], last["anchor"], last["power"],
         )  # fmt: skip
     if tried:
         logger.info(
@@ -278,10 +280,10 @@ def _last_steps(
 
     What is found stands in ``scores`` afterwards.
     """
-    own = config.refine.model_dump(include={"neighbors", "anchor"}, exclude_none=True)
+    own = config.refine.model_dump(include={"neighbors", "anchor", "power"}, exclude_none=True)
     ways = {way: settings | own for way, settings in REFINE.items()}
     if own:
-        del ways["wide"]  # what is asked for is not tried
+        ways = {"close": ways["close"]}  # what is asked for is not tried
     after = {way: _refined(donors, best, settings) for way, settings in ways.items()}
     for way, left in after.items():
         hit = _mean(left, partial(_Left.layout_hit, name=best))
@@ -290,6 +292,8 @@ def _last_steps(
     way = "close"
     if "wide" in scores and scores["wide"] > (1 - _LEVEL) * scores["close"]:
         way = "wide"
+    if scores.get("leading", 0.0) > scores[way]:
+        way = "leading"
     found = {}
     for name in [name for name in _STARTS if name in scores]:
         value = _STARTS[name]
@@ -327,7 +331,12 @@ class _Left:
 
     def __init__(self, h: Tensor, pos, placed: Mapping[str, np.ndarray]):
         self.pos, self.layouts = np.asarray(pos), dict(placed)
-        self.graph = knn(h, _NEIGHBORS)
+        self.h, self.graph = h, knn(h, _NEIGHBORS)
+
+    @cached_property
+    def leading(self) -> NeighborTable:
+        """Nearest cells by the leading components."""
+        return knn(leading_components(self.h, REFINE["leading"]["power"]), _NEIGHBORS)
 
     def spearman(self, name: str) -> float:
         return distance_metrics(self.layouts[name], self.pos)["distance_spearman"]
@@ -343,7 +352,9 @@ class _Left:
         """The same slide after a last step from one of the starts."""
         layout = torch.from_numpy(np.asarray(self.layouts[name], dtype=np.float64)).float()
         after = copy.copy(self)
-        after.layouts = {name: refine_layout(layout, self.graph, **settings).double().numpy()}
+        settings = dict(settings)
+        graph = self.leading if settings.pop("power") else self.graph
+        after.layouts = {name: refine_layout(layout, graph, **settings).double().numpy()}
         return after
 
     def _hit(self, graph: NeighborTable) -> float:
