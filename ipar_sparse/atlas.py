@@ -213,11 +213,11 @@ class CountAtlas(nn.Module):
 
     on a grid of the common frame of the training slides, with fields f of low rank and sizes r that
     :func:`~ipar_sparse.train.counts.count_atlas` takes from them, the depth d of a cell, and the
-    density :math:`\rho` of the training slides. Means b of a slide and the
-    places of its cells are found in turn, which leaves batch effects out. No embedding comes
-    between: where genes are independent given the place, this is all that a cell's counts say of
-    it. Where they are not, every gene of a kind of cells is counted as a witness of its own, and
-    an :class:`Atlas` of an embedding is the better.
+    density :math:`\rho` of the training slides. Means b of a slide and the places of its cells are
+    found in turn, which leaves batch effects out. No embedding comes between: where genes are
+    independent given the place, this is all that a cell's counts say of it. Where they are not,
+    every gene of a kind of cells is counted as a witness of its own, and an :class:`Atlas` of an
+    embedding is the better.
 
     Args:
         genes: number of genes G.

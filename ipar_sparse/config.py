@@ -403,8 +403,8 @@ class RefineConfig(Section):
     """steps of descent; 0 = the layout as the model leaves it; none = 400, or 0 if they cost
     neighbours on donors left out"""
     neighbors: Positive | None = None
-    """nearest candidates that attract a cell; none = 10, or 15 if all four are none
-    and donors left out are placed better so"""
+    """nearest candidates that attract a cell; none = 10, or 15 if all four are none and donors left
+    out are placed better so"""
     anchor: Weight | None = None
     """what it costs to leave the model's layout; none = 4, or 8 beside the 15"""
     power: Weight | None = None

@@ -94,10 +94,10 @@ class Transfer:
             read, ``fields``. Neighbour hit @15: ``plane hit`` and ``plane refined`` (before and
             after the last step), and so for the others. Of last steps after the best, the geometric
             mean of distance Spearman and hit @15: ``close``, ``wide`` and ``leading``. Of
-            embeddings, that of the best
-            distance Spearman and the hit @15 of their nearest cells: ``spatial genes`` and ``all
-            genes`` (spatial components under either weights), ``counts`` (spatial components of
-            those of counts) and, trained, by what they keep, ``principal`` and ``spatial``.
+            embeddings, that of the best distance Spearman and the hit @15 of their nearest cells:
+            ``spatial genes`` and ``all genes`` (spatial components under either weights),
+            ``counts`` (spatial components of those of counts) and, trained, by what they keep,
+            ``principal`` and ``spatial``.
     """
 
     start: str = _STARTS[ATLAS]
@@ -333,11 +333,6 @@ class _Left:
         self.pos, self.layouts = np.asarray(pos), dict(placed)
         self.h, self.graph = h, knn(h, _NEIGHBORS)
 
-    @cached_property
-    def leading(self) -> NeighborTable:
-        """Nearest cells by the leading components."""
-        return knn(leading_components(self.h, REFINE["leading"]["power"]), _NEIGHBORS)
-
     def spearman(self, name: str) -> float:
         return distance_metrics(self.layouts[name], self.pos)["distance_spearman"]
 
@@ -352,8 +347,9 @@ class _Left:
         """The same slide after a last step from one of the starts."""
         layout = torch.from_numpy(np.asarray(self.layouts[name], dtype=np.float64)).float()
         after = copy.copy(self)
-        settings = dict(settings)
-        graph = self.leading if settings.pop("power") else self.graph
+        settings, graph = dict(settings), self.graph
+        if power := settings.pop("power"):
+            graph = knn(leading_components(self.h, power), _NEIGHBORS)
         after.layouts = {name: refine_layout(layout, graph, **settings).double().numpy()}
         return after
 
