@@ -237,6 +237,7 @@ def run_baselines(
     *,
     train: Sequence[tuple] | None = None,
     operator=None,
+    attended: NeighborTable | None = None,
     seed: int = 0,
     only: Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -252,8 +253,9 @@ def run_baselines(
         graph: kNN(H) of these cells.
         train: pairs (embedding (n_s, d), positions (n_s, 2)) of training slides, for the
             regressions; they are left out without it.
-        operator: weights (E,) or (E, H) on the graph's edges, for instance attention of the last
-            recycle; adds ``attention diffusion map``.
+        operator: weights (E,) or (E, H), for instance attention of the last recycle; adds
+            ``attention diffusion map``.
+        attended: graph on whose edges those are; ``graph`` if left out.
         seed: of everything random.
         only: names to run; all if left out.
         progress: called with each name before it runs.
@@ -277,6 +279,7 @@ def run_baselines(
     if unknown:
         raise ValueError(f"unknown baselines {sorted(unknown)}; choose from {list(BASELINES)}")
     material = {"h": h, "graph": graph, "train": train, "operator": operator, "seed": seed}
+    material["attended"] = graph if attended is None else attended
     layouts = {}
     for name, baseline in BASELINES.items():
         if only is not None and name not in only:
@@ -315,8 +318,8 @@ BASELINES: Mapping[str, Callable[..., np.ndarray | None]] = {
     "PCA": lambda h, **_: pca_layout(h),
     "spectral": lambda h, graph, **_: spectral_layout(h, graph),
     "UMAP": _umap,
-    "attention diffusion map": lambda h, graph, operator, **_: (
-        None if operator is None else diffusion_map(graph, operator, h)
+    "attention diffusion map": lambda h, attended, operator, **_: (
+        None if operator is None else diffusion_map(attended, operator, h)
     ),
     "ridge": lambda h, train, **_: ridge_layout(h, train) if train else None,
     "MLP": lambda h, train, seed, **_: mlp_layout(h, train, seed=seed) if train else None,

@@ -1196,8 +1196,8 @@ def _sizes(text: str) -> list[int]:
 
 
 def _last_step(settings: RefineConfig) -> str:
-    """How a run takes the last step, if it does."""
-    text = f"refine.steps {settings.steps}"
+    """How a run takes the last two steps, if it does."""
+    text = f"refine.expected {settings.expected}, refine.steps {settings.steps}"
     if settings.steps:
         for name in ("neighbors", "anchor", "power"):
             if (value := getattr(settings, name)) is not None:

@@ -163,10 +163,8 @@ class GraphConfig(Section):
     backend: Literal["auto", "exact", "triton", "torch_cluster", "faiss"] = "auto"
     """how nearest neighbours are found"""
     pool: Count = 256
-    """on more cells than this a model trained on minisets makes a first pass over candidates
-    among a random sample of this many, which reach as far as in training; 0 = no such pass"""
-    fine: Positive = 15
-    """nearest candidates that the pass after that one attends to"""
+    """on more cells than this a model trained on minisets attends to the nearest among a random
+    sample of this many, which reach as far as in training; 0 = to the nearest of all"""
     target_mode: Literal["auto", "exact", "sketch"] = "auto"
     """walk targets in full, or sampled at the same radius; auto = exact up to 384 cells"""
 
@@ -397,16 +395,21 @@ class TrainConfig(Section):
 
 
 class RefineConfig(Section):
-    """The last step of a prediction: candidates of a cell become its neighbours in the layout."""
+    """The last two steps of a prediction: distances in the layout become what they are expected to
+    be, and candidates of a cell its neighbours."""
+
+    expected: Count | None = None
+    """steps towards the distances that are to be expected, given how far a cell may lie from its
+    place; 0 = none; none = 200, or 0 if donors left out are placed no better so"""
 
     steps: Count | None = None
-    """steps of descent; 0 = the layout as the model leaves it; none = 400, or 0 if they cost
+    """steps of descent towards the nearest candidates; 0 = none; none = 400, or 0 if they cost
     neighbours on donors left out"""
     neighbors: Positive | None = None
-    """nearest candidates that attract a cell; none = 10, or 15 if all four are none and donors left
-    out are placed better so"""
+    """nearest candidates that attract a cell; none = 10, or 15 if steps, anchor and power are none
+    too and donors left out are placed better so"""
     anchor: Weight | None = None
-    """what it costs to leave the model's layout; none = 4, or 8 beside the 15"""
+    """what it costs to leave the layout so far; none = 4, or 8 beside the 15"""
     power: Weight | None = None
     """of their standard deviation, by which components of the embedding count where a cell's
     nearest are sought; none = 0, or 1 beside the 15 if donors left out are placed better so"""
@@ -500,6 +503,8 @@ class RunConfig(Section):
             raise UserError(f"{path} cannot be read ({error}); train the run again") from None
         for section, settings in _ABSENT.items():
             if isinstance(values, dict) and isinstance(values.get(section), dict):
+                for name in _RETIRED.get(section, ()):
+                    values[section].pop(name, None)
                 values[section] = settings | values[section]
                 if values[section].get("keep", 0.0) is None:  # once left to donors left out
                     values[section]["keep"] = 0.5
@@ -510,7 +515,7 @@ class RunConfig(Section):
         return _validate(_merge(self.model_dump(), sections), source="replace()")
 
 
-_ABSENT = {
+_ABSENT: dict[str, dict[str, Any]] = {
     "data": {"target_sum": 1e4},
     "encoder": {
         "standardize": 0.0,
@@ -518,8 +523,13 @@ _ABSENT = {
         "keep": 0.0,
         "kept": "principal",
     },
+    "graph": {},
+    "refine": {"expected": 0},
 }
 """What was done before there was a setting for it, for runs saved then."""
+
+_RETIRED = {"graph": ("fine",)}
+"""Settings that runs saved before may have, of what is not done any more."""
 
 _LEARNED_BETAS = {"shared": False, "recycles": 3, "betas": (2.0, 2.0, 2.0)}
 
@@ -553,7 +563,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "gate_steps": 500,
             "ramp_epochs": 6,
         },
-        "refine": {"steps": 0},
+        "refine": {"expected": 0, "steps": 0},
     },
     "v1-rbf": {"model": {"terms": ["rbf"]}},
     "v1-mono": {"model": {"terms": ["mono"]}},

@@ -23,6 +23,7 @@ from ipar_sparse.study_report import answers
 from ipar_sparse.train import study as study_module
 from ipar_sparse.train.checkpoint import BEST, LAST
 from ipar_sparse.train.study import (
+    Study,
     find_donors,
     load_variants,
     plan_folds,
@@ -480,3 +481,17 @@ def test_a_run_takes_no_more_threads_than_the_user_allows(monkeypatch, asked, sh
     if asked is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert study_module._threads(share) == threads
+
+
+def test_what_is_tried_is_left_out_as_what_is_held_out_is():
+    """Donors where new donors are held out; slides where a slide of a known donor is."""
+    donors = {"A1": "A", "A2": "A", "B1": "B", "B2": "B", "C1": "C"}
+
+    def tried(hold_out, name):
+        folds, _ = plan_folds(donors, hold_out)
+        study = Study((), {}, donors, {}, tuple(folds), (0,), "v1")
+        return study.left_out_together(study.fold(name))
+
+    assert tried("donor", "A") == {"B1": "B", "B2": "B", "C1": "C"}
+    assert tried("slide", "A1") == {name: name for name in ("A2", "B1", "B2", "C1")}
+    assert tried("slide", "C1") == {"A1": "A", "A2": "A", "B1": "B", "B2": "B"}

@@ -13,10 +13,11 @@ from torch import nn
 
 from ipar_sparse.config import load_config
 from ipar_sparse.errors import UserError
+from ipar_sparse.expected import expected_layout
 from ipar_sparse.expression import Expression, match_genes
 from ipar_sparse.gauge import gauge_fix, leading_components, principal_plane
-from ipar_sparse.graph import knn
-from ipar_sparse.metrics import align, evaluate_layout
+from ipar_sparse.graph import knn, pooled_candidates
+from ipar_sparse.metrics import align, distance_metrics, evaluate_layout
 from ipar_sparse.nn import SharedEncoder
 from ipar_sparse.refine import refine_layout
 from ipar_sparse.simulate import simulate
@@ -621,25 +622,57 @@ def test_a_foreign_checkpoint_is_refused(run, tmp_path):
         load_checkpoint(run / BEST, {"model": model})
 
 
-def test_a_slide_larger_than_minisets_is_unfolded_first(run, slides):
-    """The pass over far candidates comes before the one over near ones, unless told otherwise."""
+def test_on_a_slide_larger_than_a_miniset_candidates_reach_as_far_as_in_one(run, slides):
+    """Nearest in a random sample, unless there is none; those nearest of all are kept."""
     predictor = Predictor.load(run)
     near = predictor.predict(slides[3])
+    assert near.graph is near.candidates
     predictor.config = predictor.config.replace(graph={"pool": 50})
+    far = predictor.predict(slides[3])
     h = torch.from_numpy(near.embedding)
-    far = predictor.first_layout(h, predictor.start(h, slides[3])[0])
-    again = predictor.predict(slides[3])
-    np.testing.assert_allclose(again.trajectory[0], far.numpy(), atol=1e-5)
-    plane = gauge_fix(principal_plane(h))
-    np.testing.assert_allclose(near.trajectory[0], plane, atol=1e-5)
-    assert torch.equal(again.candidates.index, near.candidates.index)
-    assert near.graph is near.candidates  # 12 of them, fewer than the last pass would take
-    predictor.config = predictor.config.replace(graph={"fine": 5})
-    few = predictor.predict(slides[3])
-    assert torch.equal(few.graph.index, near.candidates.index[:, :5])
-    assert not np.allclose(again.pos, near.pos)
+    settings = predictor.config.graph
+    sampled = pooled_candidates(
+        h, settings.k, 50, metric=settings.metric,
+        generator=torch.Generator().manual_seed(predictor.config.train.seed),
+    )  # fmt: skip
+    assert torch.equal(far.graph.index, sampled.index)
+    assert torch.equal(far.candidates.index, near.candidates.index)
+    for found in (near, far):  # both begin from the plane
+        plane = gauge_fix(principal_plane(h))
+        np.testing.assert_allclose(found.trajectory[0], plane, atol=1e-5)
+
+    def reach(graph):
+        source, target = graph.edge_index
+        return float((h[source] - h[target]).norm(dim=1).mean())
+
+    assert reach(far.graph) > 1.1 * reach(near.graph)
+    assert not np.allclose(far.pos, near.pos)
     predictor.config = predictor.config.replace(train={"unit": "slide"})
     np.testing.assert_array_equal(predictor.predict(slides[3]).pos, near.pos)
+
+
+def test_distances_are_as_expected_before_neighbors_are_drawn_together(run, slides):
+    predictor = Predictor.load(run)
+    predictor.config = predictor.config.replace(refine={"expected": 0, "steps": 0})
+    plain = predictor.predict(slides[3])
+    np.testing.assert_allclose(plain.pos, plain.trajectory[-1], atol=1e-6)
+    predictor.config = predictor.config.replace(refine={"expected": 40})
+    found = predictor.predict(slides[3])
+    recycled = torch.from_numpy(found.trajectory[-1]).float()
+    h = torch.from_numpy(found.embedding)
+    seed = predictor.config.train.seed
+    expected = expected_layout(recycled, None, h, steps=40, seed=seed)
+    np.testing.assert_allclose(found.pos, expected.double(), atol=1e-4)
+    assert not np.allclose(found.pos, plain.pos, atol=1e-3)
+    drawn = {"steps": 20, "neighbors": 5, "anchor": 3.0, "enough": 2.0}
+    predictor.config = predictor.config.replace(refine=drawn | {"power": 0.0})
+    both = refine_layout(expected, found.candidates, **drawn, seed=seed)
+    np.testing.assert_allclose(predictor.predict(slides[3]).pos, both.double(), atol=1e-3)
+    scored = score_slide(predictor, slides[3], baselines=False)
+    assert {"not expected", "not refined"} <= scored.methods.keys()
+    only = refine_layout(recycled, found.candidates, **drawn, seed=seed)
+    want = distance_metrics(only, slides[3].pos)["distance_spearman"]
+    assert scored.methods["not expected"]["distance_spearman"] == pytest.approx(want, abs=0.02)
 
 
 def test_leading_components_count_by_how_they_vary():
@@ -657,7 +690,7 @@ def test_leading_components_count_by_how_they_vary():
 def test_the_last_step_may_go_by_leading_components(run, slides):
     predictor = Predictor.load(run)
     asked = {"steps": 20, "neighbors": 5, "anchor": 3.0, "enough": 2.0}
-    predictor.config = predictor.config.replace(refine=asked | {"power": 0.0})
+    predictor.config = predictor.config.replace(refine=asked | {"power": 0.0, "expected": 0})
     plain = predictor.predict(slides[3])
     assert plain.nearest is plain.candidates
     predictor.config = predictor.config.replace(refine={"power": 1.0})
@@ -671,13 +704,17 @@ def test_the_last_step_may_go_by_leading_components(run, slides):
     assert not np.allclose(found.pos, plain.pos, atol=1e-2)
 
 
-def test_attention_is_judged_on_all_candidates(run, slides):
-    """On the few that the last pass is given, all would be among the most attended."""
+def test_attention_is_judged_on_the_nearest_candidates(run, slides):
+    """Among those of a random sample there are few neighbours to find."""
     predictor = Predictor.load(run)
-    predictor.config = predictor.config.replace(graph={"pool": 50, "fine": 3})
+    near = score_slide(predictor, slides[3], baselines=False)
+    predictor.config = predictor.config.replace(graph={"pool": 50})
     found = score_slide(predictor, slides[3], baselines=False)
-    assert found.diagnostics["attention_entropy/r0/h0"] > np.log(3)
-    assert max(len(focus.neighbors) for focus in found.focus) == 3
+    name = next(name for name in near.diagnostics if name.startswith("attn_recall@30/r0"))
+    assert found.diagnostics[name] == pytest.approx(near.diagnostics[name], abs=1e-4)
+    graph = predictor.predict(slides[3]).graph  # but what is shown is what the model looked at
+    for focus in found.focus:
+        assert set(focus.neighbors) <= set(graph.index[focus.cell].tolist())
 
 
 def test_the_uncertainty_is_held_against_the_error(run, slides):

@@ -8,6 +8,7 @@ import torch
 
 from ipar_sparse.config import RunConfig, load_config
 from ipar_sparse.errors import UserError
+from ipar_sparse.expected import share_of_variance
 from ipar_sparse.simulate import simulate
 from ipar_sparse.slide import Slide
 from ipar_sparse.train import transfer
@@ -105,7 +106,8 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
     assert found[0] == found[1]
     assert found[0].input == "counts"  # so the fields of genes are tried as well
     starts = *STARTS, FIELDS
-    names = {f"{name}{what}" for name in starts for what in ("", " hit", " refined")}
+    whats = "", " expected", " hit", " refined"
+    names = {f"{name}{what}" for name in starts for what in whats}
     names |= {"close", "wide", "leading"}
     tried = {"spatial genes", "all genes", "counts", "principal", "spatial"}
     assert set(found[0].scores) == names | tried
@@ -341,6 +343,10 @@ def test_a_run_reads_counts_where_donors_left_out_favor_them(slides, monkeypatch
     assert Predictor.load(mixed).config.encoder.input == "log"
 
 
+AS_IT_IS = RunConfig().replace(refine={"expected": 0})
+"""Distances of layouts are left as they are."""
+
+
 def test_the_last_step_is_left_out_where_it_costs_neighbors():
     """An embedding of noise misleads a layout that is right; one of the place sharpens a blur."""
     rng = np.random.default_rng(0)
@@ -350,9 +356,9 @@ def test_the_last_step_is_left_out_where_it_costs_neighbors():
     noise = _Left(h, pos, dict.fromkeys(STARTS, pos))
     place = _Left(torch.from_numpy(pos).float(), pos, dict.fromkeys(STARTS, blurred))
     for left, steps in ((noise, 0), (place, 400)):
-        found = _choose([[left]], RunConfig(), Transfer(), {})
+        found = _choose([[left]], AS_IT_IS, Transfer(), {})
         assert {found.refine[start]["steps"] for start in ("pca", "mlp", "atlas")} == {steps}
-    asked = RunConfig().replace(refine={"steps": 50})
+    asked = RunConfig().replace(refine={"steps": 50, "expected": 200})
     assert _choose([[noise]], asked, Transfer(), {}).refine == Transfer().refine
 
 
@@ -388,9 +394,10 @@ class Refined(Scored):
 )
 def test_how_the_last_step_is_taken(monkeypatch, close, wide, expected):
     monkeypatch.setattr(transfer, "_Left", Refined)
-    found = _choose([[Refined((0.5, 0.3), close, wide)]], RunConfig(), Transfer(), {})
+    found = _choose([[Refined((0.5, 0.3), close, wide)]], AS_IT_IS, Transfer(), {})
+    expected = expected | {"expected": 0}
     assert found.refine == Transfer().refine | dict.fromkeys(("pca", "mlp", "atlas"), expected)
-    asked = RunConfig().replace(refine={"neighbors": 10})  # what is asked for is not tried
+    asked = AS_IT_IS.replace(refine={"neighbors": 10})  # what is asked for is not tried
     found = _choose([[Refined((0.5, 0.3), close, wide)]], asked, Transfer(), {})
     assert {found.refine[start]["neighbors"] for start in ("pca", "mlp", "atlas")} == {10}
     assert "wide" not in found.scores
@@ -400,8 +407,8 @@ def test_leading_components_must_better_both_others(monkeypatch):
     monkeypatch.setattr(transfer, "_Left", Refined)
     for hit, expected in ((0.329, "wide"), (0.331, "leading")):
         states = (0.5, 0.3), (0.5, 0.32), (0.5, 0.33), (0.5, hit)
-        found = _choose([[Refined(*states)]], RunConfig(), Transfer(), {})
-        assert found.refine["pca"] == transfer.REFINE[expected]
+        found = _choose([[Refined(*states)]], AS_IT_IS, Transfer(), {})
+        assert found.refine["pca"] == transfer.REFINE[expected] | {"expected": 0}
 
 
 def test_leading_components_serve_where_the_others_are_noise():
@@ -412,8 +419,8 @@ def test_leading_components_serve_where_the_others_are_noise():
                         0.15 * rng.standard_normal((600, 40))], 1)  # fmt: skip
     blurred = pos + 0.25 * rng.standard_normal(pos.shape)
     left = _Left(torch.from_numpy(h).float(), pos, dict.fromkeys(STARTS, blurred))
-    found = _choose([[left]], RunConfig(), Transfer(), {})
-    assert found.refine["pca"] == transfer.REFINE["leading"]
+    found = _choose([[left]], AS_IT_IS, Transfer(), {})
+    assert found.refine["pca"] == transfer.REFINE["leading"] | {"expected": 0}
 
 
 @pytest.mark.parametrize(("after", "taken"), [(0.299, False), (0.3, False), (0.301, True)])
@@ -421,7 +428,66 @@ def test_after_fields_the_last_step_must_gain(monkeypatch, after, taken):
     """They find neighbours that the embedding does not."""
     monkeypatch.setattr(transfer, "_Left", Refined)
     found = _choose(
-        [[Refined((0.5, 0.3), (0.5, after), (0.5, 0.1))]], RunConfig(), Transfer(), {},
+        [[Refined((0.5, 0.3), (0.5, after), (0.5, 0.1))]], AS_IT_IS, Transfer(), {},
         (*STARTS, FIELDS),
     )  # fmt: skip
     assert bool(found.refine["fields"]["steps"]) == taken
+
+
+def halves(known=1 / 3, n=700, seed=0):
+    """A slide left out of two like halves; of some cells an atlas can tell the side."""
+    rng = np.random.default_rng(seed)
+    pos = rng.uniform([-1.5, -1.0], [1.5, 1.0], (n, 2))
+    told = rng.random(n) < known
+    mean = np.where(told[:, None], pos, pos * [0.0, 1.0])
+    variance = torch.from_numpy(np.where(told, 0.0, pos[:, 0] ** 2)).float()
+    h = torch.from_numpy(np.abs(pos)).float()
+    atlas = share_of_variance(torch.from_numpy(mean).float(), variance)
+    worse = mean + 0.3 * rng.standard_normal(pos.shape)
+    placed = {"plane": worse, "map": worse, "atlas": mean}
+    return _Left(h, pos, placed, {"atlas": atlas})
+
+
+def test_distances_become_what_is_expected_where_donors_left_out_gain_by_it():
+    found = _choose([[halves()]], RunConfig(), Transfer(), {})
+    assert found.start == "atlas" and found.refine["atlas"]["expected"] == transfer.EXPECTED
+    assert found.scores["atlas expected"] > found.scores["atlas"] + 0.03
+    none = _choose([[halves()]], AS_IT_IS, Transfer(), {})
+    assert none.refine["atlas"]["expected"] == 0 and "atlas expected" not in none.scores
+    asked = _choose(
+        [[halves()]], RunConfig().replace(refine={"expected": 7}), Transfer(), {}
+    ).refine  # is not tried
+    assert {asked[start]["expected"] for start in ("pca", "mlp", "atlas")} == {7}
+
+
+def test_distances_stay_where_expectations_mislead():
+    """Cells whose places are known, said to be uncertain the more so the nearer to the middle."""
+    left = halves(known=1.0)
+    middle = torch.from_numpy(np.exp(-3 * np.square(left.pos).sum(1))).float()
+    left.h, left.doubt = torch.zeros_like(left.h), {"atlas": middle}
+    found = _choose([[left]], RunConfig(), Transfer(), {})
+    assert found.refine["atlas"]["expected"] == 0
+    assert found.scores["atlas expected"] < found.scores["atlas"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {"expected": 200, "steps": 400, "neighbors": 10}),
+        ({"steps": 30}, {"expected": 200, "steps": 30, "neighbors": None}),
+        ({"expected": 0}, {"expected": 0, "steps": 400, "neighbors": 10}),
+        ({"expected": 5, "steps": 0}, {"expected": 5, "steps": 0, "neighbors": None}),
+    ],
+)
+def test_what_is_asked_of_the_last_steps_is_kept(asked, expected):
+    config = RunConfig().replace(refine=asked)
+    found = settle(config, {"transfer": Transfer().as_dict()}).refine
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+def test_donors_that_are_tried_are_spread_over_the_order(slides):
+    names = [f"s{i}" for i in range(7)]
+    many = [replace(slides[0], name=name) for name in names]
+    folds = transfer._folds(many, None, None, torch.device("cpu"))
+    assert [[s.name for s in fold.test] for fold in folds] == [["s0"], ["s3"], ["s6"]]
+    assert all(len(fold.train) == 6 for fold in folds)

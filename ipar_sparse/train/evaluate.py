@@ -15,11 +15,13 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from .. import __version__, ops
+from ..atlas import Atlas
 from ..baselines import run_baselines
 from ..diagnostics import RecycleRecord, candidate_recall, diagnose
 from ..errors import UserError
+from ..expected import share_of_variance
 from ..expression import Expression, morans_i, normalized_expression
-from ..graph import NeighborTable, knn
+from ..graph import NeighborTable, knn, pooled_candidates
 from ..losses import e_geo
 from ..metrics import align, evaluate_layout
 from ..nn import IPALiteModel
@@ -37,16 +39,17 @@ logger = logging.getLogger(__name__)
 ORACLE = "true neighbours"
 """The model on the true spatial neighbours, which no user has: how good its attention could be."""
 
-FORMS = ("no gate", "not refined", "first layout", ORACLE)
+FORMS = ("no gate", "not expected", "not refined", "first layout", ORACLE)
 """Forms of the model that are scored beside it; no baselines."""
 
 ENERGY_OF = {
-    "model": "hgate", "no gate": "nogate", "not refined": "unrefined", "first layout": "first",
-    ORACLE: "tedge",
+    "model": "hgate", "no gate": "nogate", "not expected": "unexpected",
+    "not refined": "unrefined", "first layout": "first", ORACLE: "tedge",
     "true coordinates": "floor",
 }  # fmt: skip
 """Forms of the model, and how the flat metrics call their E_geo."""
 
+_NEIGHBORS = 15  # of a cell, in the graph of the spectral layout
 _ATTENTION_EDGES = 3_000_000  # diagnostics hold attention (E, heads) of one recycle
 
 
@@ -131,18 +134,14 @@ def score_slide(
             with progress.task("Baselines") as task:
                 layouts |= run_baselines(
                     prediction.embedding,
-                    prediction.graph.to("cpu"),
+                    _nearest(prediction.candidates).to("cpu"),
                     train=_reference(predictor.run),
                     operator=operator,
+                    attended=prediction.graph.to("cpu"),
                     seed=predictor.config.train.seed,
                     progress=lambda name: task.advance(now=name),
                 )
-                for name in ("PCA", "MLP", "atlas"):  # what the last step alone is worth
-                    if name in layouts and (predictor.config.refine.steps or predictor.spared):
-                        pos = torch.from_numpy(layouts[name])
-                        nearest = prediction.nearest.to("cpu")
-                        pos = predictor.refined(pos, nearest, always=True)
-                        layouts[f"{name}, refined"] = pos.numpy()
+                layouts |= _finished(predictor, layouts, h, prediction)
                 # with an embedding of the user's own, X may hold anything
                 if genes := predictor.meta["genes"]:
                     layouts["PCA of expression"] = expression_plane(slide, genes)
@@ -274,28 +273,61 @@ def recycle_records(
 
 @torch.no_grad()
 def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> dict:
-    """The model without its gate, without the last step, before its first recycle, and on true
-    neighbours in place of candidates (which the last step would not know of)."""
-    first = None if prediction.first is None else torch.from_numpy(prediction.first).to(h)
-    start = predictor.first_layout(h, first, gated=False)
-    layouts = {ORACLE: predictor.model(h, target_graph(pos).to(h.device), start=start)}
+    """The model without its gate, without either of its last two steps, before its first recycle,
+    and on true neighbours in place of candidates (which the last step would not know of)."""
+    start = torch.from_numpy(prediction.trajectory[0]).to(h)
+    known = target_graph(pos)
+    if predictor.samples(len(h)):  # of the reach of candidates then
+        settings = predictor.config.graph
+        generator = torch.Generator().manual_seed(predictor.config.train.seed)
+        known = pooled_candidates(
+            torch.from_numpy(pos), settings.k, settings.pool, generator=generator
+        )
+    layouts = {ORACLE: predictor.model(h, known.to(h.device), start=start)}
     if prediction.gate_logits is not None:
         layout = predictor.model(h, prediction.graph, start=start)
-        layouts["no gate"] = predictor.refined(layout, prediction.nearest)
-    if first is not None:
-        layouts["first layout"] = first
+        layouts["no gate"] = predictor.finished(layout, h, prediction.doubt, prediction.nearest)
+    recycled = torch.from_numpy(prediction.trajectory[-1]).to(h)
+    if predictor.config.refine.expected or "expected" in predictor.spared:
+        layouts["not expected"] = predictor.refined(recycled, prediction.nearest)
+    if predictor.config.refine.steps or "steps" in predictor.spared:
+        layouts["not refined"] = predictor.expected(recycled, h, prediction.doubt)
     layouts = {name: layout.double().cpu().numpy() for name, layout in layouts.items()}
-    if predictor.config.refine.steps or predictor.spared:
-        layouts["not refined"] = prediction.trajectory[-1]
+    layouts["first layout"] = prediction.trajectory[0]
     return layouts
 
 
-def _attention(predictor, h, prediction, pos):
-    """Diagnostics of every recycle, where four cells attend, and the last attention (E, heads)
-    of the last pass.
+def _finished(predictor: Predictor, layouts: dict, h: Tensor, prediction: Prediction) -> dict:
+    """What the last two steps alone are worth: baselines that are given them as the model is."""
+    if not (predictor.config.refine.steps or "steps" in predictor.spared):
+        return {}
+    found, nearest = {}, prediction.nearest.to("cpu")
+    h = h.cpu()
+    for name in ("PCA", "MLP", "atlas"):
+        if name not in layouts:
+            continue
+        doubt = None
+        if name == "atlas":
+            atlas = Atlas(h.size(1)).fit(_reference(predictor.run))
+            doubt = share_of_variance(atlas(h), atlas.spread(h).square())
+        pos = predictor.expected(torch.from_numpy(layouts[name]), h, doubt, always=True)
+        found[f"{name}, refined"] = predictor.refined(pos, nearest, always=True).numpy()
+    return found
 
-    What attention and gate find is asked of a pass over all candidates: the last one may be given
-    so few that none is left to choose.
+
+def _nearest(candidates: NeighborTable) -> NeighborTable:
+    """Of the candidates those that a graph for a layout is usually made of."""
+    index = candidates.index[:, :_NEIGHBORS].contiguous()
+    return NeighborTable(
+        index, padded=candidates.padded, metric=candidates.metric, method=candidates.method
+    )
+
+
+def _attention(predictor, h, prediction, pos):
+    """Diagnostics of every recycle, where four cells attend, and the last attention (E, heads).
+
+    What attention and gate find is asked of a pass over the nearest candidates: among those of a
+    random sample there are few neighbours to find.
     """
     graph, wide = prediction.graph, prediction.candidates
     _, logits = predictor.edge_bias(h, wide)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..atlas import Atlas, CountAtlas
 from ..config import RunConfig
 from ..errors import UserError
+from ..expected import expected_layout, share_of_variance
 from ..expression import match_genes
 from ..gauge import gauge_fix, leading_components, principal_plane
 from ..graph import NeighborTable, knn, knn_candidates, pooled_candidates
@@ -24,7 +25,7 @@ from .checkpoint import find_checkpoint, load_checkpoint, read_meta
 from .counts import slide_counts
 from .stage_a import EmbeddingScale
 from .trainer import build_encoder, build_gate_and_model, embed_raw, settle
-from .transfer import REFINE
+from .transfer import EXPECTED, REFINE
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,13 @@ class Prediction:
         embedding: (n, d), what the model was given.
         candidates: nearest neighbours in the embedding.
         nearest: candidates that the last step draws a cell to.
-        graph: those of the candidates that the last pass of the model attends to, all or the
-            nearest.
-        gate_logits: raw gate logits (E,) or (E, heads), None without a gate.
-        trajectory: layouts before the first recycle and after each, each (n, 2); the last is
-            what ``pos`` was refined from.
-        first: layout that the first pass began from (n, 2); None where the model's own.
+        graph: what the model attends to: the candidates, or on a slide larger than a miniset the
+            nearest in a random sample.
+        gate_logits: raw gate logits (E,) or (E, heads) on that, None without a gate.
+        doubt: mean square distance of a cell from where the atlas of the run places it (n,), as a
+            share of that of all cells from the middle of the tissue; None without an atlas.
+        trajectory: layouts before the first recycle and after each, each (n, 2); of the last,
+            :meth:`Predictor.finished` makes ``pos``.
         uncertainty: how far a cell may lie from its place (n,), in tissue radii: what the atlas of
             the run leaves open and how far noise seeds move the cell, one or both; None for one
             seed without an atlas.
@@ -57,8 +59,8 @@ class Prediction:
     nearest: NeighborTable
     graph: NeighborTable
     gate_logits: Tensor | None = None
+    doubt: Tensor | None = None
     trajectory: list[np.ndarray] = field(default_factory=list)
-    first: np.ndarray | None = None
     uncertainty: np.ndarray | None = None
 
 
@@ -74,7 +76,8 @@ class Predictor:
         scale, gate, model: the trained modules, in evaluation mode.
         device: where they lie.
         atlas: of the training slides, None where the run does not begin from one.
-        spared: whether the last step was tried on donors left out, and found to cost neighbours.
+        spared: settings of ``refine`` whose steps were tried on donors left out and found to gain
+            nothing.
     """
 
     run: Path
@@ -86,7 +89,7 @@ class Predictor:
     model: IPALiteModel
     device: torch.device
     atlas: Atlas | CountAtlas | None = None
-    spared: bool = False
+    spared: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, run: Path, device: torch.device | str = "cpu") -> Predictor:
@@ -122,7 +125,11 @@ class Predictor:
             model=modules["model"],
             device=device,
             atlas=modules.get("atlas"),
-            spared=asked.refine.steps is None and config.refine.steps == 0,
+            spared=tuple(
+                name
+                for name in ("expected", "steps")
+                if getattr(asked.refine, name) is None and getattr(config.refine, name) == 0
+            ),
         )
 
     def embed(self, slide: Slide) -> np.ndarray:
@@ -162,41 +169,65 @@ class Predictor:
                 training and aligned, and their spread adds to each cell's uncertainty.
         """
         h = torch.from_numpy(self.embed(slide)).to(self.device)
-        candidates, graph = self.graphs(h)
+        candidates = self.candidates(h)
+        graph = self.graph(h, candidates)
         bias, logits = self.edge_bias(h, graph)
-        first, variance = self.start(h, slide)
-        start = self.first_layout(h, first)
+        start, variance, doubt = self.start(h, slide)
         pos, trajectory = self.model(h, graph, edge_bias=bias, return_trajectory=True, start=start)
         nearest = self.nearest(h, candidates)
         result = Prediction(
-            pos=self.refined(pos, nearest).double().cpu().numpy(),
+            pos=self.finished(pos, h, doubt, nearest).double().cpu().numpy(),
             embedding=h.cpu().numpy(),
             candidates=candidates,
             nearest=nearest,
             graph=graph,
             gate_logits=logits,
+            doubt=doubt,
             trajectory=[step.double().cpu().numpy() for step in trajectory],
-            first=None if first is None else first.double().cpu().numpy(),
         )
         variances = [] if variance is None else [variance.double().cpu().numpy()]
         if seeds > 1:
-            variances.append(self._moved(h, slide, first, result.trajectory[-1], seeds))
+            variances.append(self._moved(h, slide, start, result.trajectory[-1], seeds))
         if variances:
             result.uncertainty = np.sqrt(sum(variances))
         return result
 
-    def graphs(self, h: Tensor) -> tuple[NeighborTable, NeighborTable]:
-        """All candidates of the cells of a slide, and those that the last pass attends to.
+    def candidates(self, h: Tensor) -> NeighborTable:
+        """Nearest neighbours in the embedding, nearest first.
 
         Args:
             h: embeddings (n, d).
         """
         settings = self.config.graph
-        graph = knn_candidates(h, settings.k, metric=settings.metric, backend=settings.backend)
-        if not self.unfolds(len(h)) or graph.k <= settings.fine:
-            return graph, graph
-        nearest = graph.index[:, : settings.fine].contiguous()
-        return graph, NeighborTable(nearest, metric=graph.metric, method=graph.method)
+        return knn_candidates(h, settings.k, metric=settings.metric, backend=settings.backend)
+
+    def graph(self, h: Tensor, candidates: NeighborTable) -> NeighborTable:
+        """What the model attends to on the cells of a slide.
+
+        A model that was trained on minisets knows candidates that reach over a good part of the
+        tissue. On a whole slide the nearest ones are much nearer, and would refine a layout that
+        nothing has unfolded: there they are the nearest in a random sample, which reach as far.
+        Those that are nearest of all are left to the last step. A second pass over them, from the
+        layout of the first, costs distances and gains no neighbours that the last step does not.
+
+        Args:
+            h: embeddings (n, d).
+            candidates: their nearest.
+        """
+        settings = self.config.graph
+        if not self.samples(len(h)):
+            return candidates
+        return pooled_candidates(
+            h, settings.k, settings.pool, metric=settings.metric,
+            generator=torch.Generator().manual_seed(self.config.train.seed),
+        )  # fmt: skip
+
+    def samples(self, n: int) -> bool:
+        """Whether the candidates that the model attends to are sampled on a slide of n cells."""
+        settings = self.config
+        if settings.model.start == "fields":  # they find neighbours that a far look would blur
+            return False
+        return settings.train.unit == "miniset" and 2 <= settings.graph.pool < n
 
     def nearest(self, h: Tensor, candidates: NeighborTable) -> NeighborTable:
         """Candidates for the last step: those of the model, or others where leading components
@@ -212,6 +243,35 @@ class Predictor:
         count = max(_AROUND, settings.neighbors or 0)
         return knn(leading_components(h, settings.power), min(count, len(h) - 1))
 
+    def finished(
+        self, pos: Tensor, h: Tensor, doubt: Tensor | None, nearest: NeighborTable
+    ) -> Tensor:
+        """What becomes of a layout (n, 2) after the recycles: both last steps.
+
+        Args:
+            pos: layout.
+            h: embeddings (n, d).
+            doubt: of the cells' places (n,), as :attr:`Prediction.doubt` has it, or None.
+            nearest: candidates, nearest first, as :meth:`nearest` has them.
+        """
+        return self.refined(self.expected(pos, h, doubt), nearest)
+
+    def expected(
+        self, pos: Tensor, h: Tensor, doubt: Tensor | None, always: bool = False
+    ) -> Tensor:
+        """A layout (n, 2) with distances as they are to be expected, as the configuration says.
+
+        Args:
+            pos: layout.
+            h: embeddings (n, d).
+            doubt: of the cells' places (n,), or None.
+            always: also where the run was found to be better without.
+        """
+        steps = self.config.refine.expected
+        if steps is None or (always and "expected" in self.spared):
+            steps = EXPECTED
+        return expected_layout(pos, doubt, h, steps=steps, seed=self.config.train.seed)
+
     def refined(self, pos: Tensor, nearest: NeighborTable, always: bool = False) -> Tensor:
         """A layout (n, 2) drawn to its nearest candidates, as the configuration says.
 
@@ -220,58 +280,33 @@ class Predictor:
             nearest: candidates, nearest first, as :meth:`nearest` has them.
             always: also where the run was found to be better without.
         """
-        settings = REFINE["close"] | self.config.refine.model_dump(exclude_none=True)
+        settings = REFINE["close"] | self.config.refine.model_dump(
+            exclude={"expected"}, exclude_none=True
+        )
         del settings["power"]  # nearest were found by it
-        if always and self.spared:
+        if always and "steps" in self.spared:
             settings["steps"] = REFINE["close"]["steps"]
         return refine_layout(pos, nearest, **settings, seed=self.config.train.seed)
 
-    def unfolds(self, n: int) -> bool:
-        """Whether n cells take a pass over far candidates before that over near ones."""
-        settings = self.config
-        if settings.model.start == "fields":  # what is to be unfolded is there
-            return False
-        return settings.train.unit == "miniset" and 2 <= settings.graph.pool < n
-
-    def start(self, h: Tensor, slide: Slide) -> tuple[Tensor | None, Tensor | None]:
-        """Where the first pass begins (n, 2): an atlas's layout, a plane, or None, which leaves
-        it to the model's own MLP of the embedding; and the variance (n,) that an atlas leaves.
+    def start(
+        self, h: Tensor, slide: Slide
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Where the recycles begin (n, 2): an atlas's layout, a plane, or None, which leaves it
+        to the model's own MLP of the embedding; and the variance (n,) that an atlas leaves, in its
+        own units and as :attr:`Prediction.doubt`.
 
         Args:
             h: embeddings (n, d).
             slide: the same cells.
         """
+        if self.atlas is None:
+            plane = self.config.model.start == "pca"
+            return (gauge_fix(principal_plane(h)) if plane else None), None, None
         if isinstance(self.atlas, CountAtlas):
             place, variance = self.atlas.posterior(slide_counts(slide, self.meta["genes"]))
-            return gauge_fix(place), variance
-        if self.atlas is not None:
-            return gauge_fix(self.atlas(h)), self.atlas.spread(h).square()
-        plane = self.config.model.start == "pca"
-        return (gauge_fix(principal_plane(h)) if plane else None), None
-
-    def first_layout(
-        self, h: Tensor, start: Tensor | None, gated: bool = True
-    ) -> Tensor | None:
-        """Where the last pass begins on the cells of a slide (n, 2); None leaves that to itself.
-
-        A model that was trained on minisets knows candidates that reach over a good part of the
-        tissue. On a whole slide the nearest ones are much nearer, and would refine a layout that
-        nothing has unfolded: it is unfolded first, by a pass over candidates of the old reach.
-
-        Args:
-            h: embeddings (n, d).
-            start: where that pass begins (n, 2), as :meth:`start` says.
-            gated: whether the gate takes part in that pass.
-        """
-        settings = self.config.graph
-        if not self.unfolds(len(h)):
-            return start
-        far = pooled_candidates(
-            h, settings.k, settings.pool, metric=settings.metric,
-            generator=torch.Generator().manual_seed(self.config.train.seed),
-        )  # fmt: skip
-        bias = self.edge_bias(h, far)[0] if gated else None
-        return self.model(h, far, edge_bias=bias, start=start)
+        else:
+            place, variance = self.atlas(h), self.atlas.spread(h).square()
+        return gauge_fix(place), variance, share_of_variance(place, variance)
 
     def edge_bias(self, h: Tensor, graph: NeighborTable) -> tuple[Tensor | None, Tensor | None]:
         """The gate's share of the attention logits, and its raw logits; None without a gate."""
@@ -281,7 +316,7 @@ class Predictor:
         return self.config.model.gate_weight * logits, logits
 
     def _moved(
-        self, h: Tensor, slide: Slide, first: Tensor | None, pos: np.ndarray, seeds: int
+        self, h: Tensor, slide: Slide, start: Tensor | None, pos: np.ndarray, seeds: int
     ) -> np.ndarray:
         """Mean squared distance by which training noise moves a cell (n,), layouts aligned.
 
@@ -294,13 +329,10 @@ class Predictor:
         for seed in range(seeds):
             generator = torch.Generator(self.device).manual_seed(seed)
             noisy = h + noise_h * torch.empty_like(h).normal_(generator=generator)
-            _, graph = self.graphs(noisy)
+            graph = self.graph(noisy, self.candidates(noisy))
             if not isinstance(self.atlas, CountAtlas):  # which knows nothing of embeddings
-                first = self.start(noisy, slide)[0]
-            layout = self.model(
-                noisy, graph, edge_bias=self.edge_bias(noisy, graph)[0],
-                start=self.first_layout(noisy, first),
-            )  # fmt: skip
-            aligned, _ = align(layout, pos)
+                start = self.start(noisy, slide)[0]
+            bias, _ = self.edge_bias(noisy, graph)
+            aligned, _ = align(self.model(noisy, graph, edge_bias=bias, start=start), pos)
             square += np.square(aligned - pos).sum(-1)
         return square / seeds

@@ -129,6 +129,14 @@ class Study:
         """The fold of a name."""
         return next(fold for fold in self.folds if fold.name == name)
 
+    def left_out_together(self, fold: Fold) -> dict[str, str]:
+        """Slide to its donor, or to itself where the donor of what is held out is trained on: what
+        is tried before training is to hold on slides like those held out."""
+        trained = {self.donors[name] for name in fold.train}
+        if all(self.donors[name] in trained for name in fold.test):
+            return {name: name for name in fold.seen}
+        return {name: self.donors[name] for name in fold.seen}
+
     @cached_property
     def encoder_groups(self) -> dict[str, str]:
         """Variant to the digest of all settings that stage A depends on."""
@@ -617,7 +625,8 @@ class _Work:
 def _train_encoder(study: Study, out: Path, task: Task) -> None:
     slides, fold = _by_name(study, task), study.fold(task.fold)
     train = [slides[name] for name in fold.train]
-    fit_encoder(train, study.config(task.variant, task.seed), out / task.folder, study.donors)
+    config = study.config(task.variant, task.seed)
+    fit_encoder(train, config, out / task.folder, study.left_out_together(fold))
 
 
 def _run(study: Study, out: Path, task: Task) -> None:
@@ -630,7 +639,7 @@ def _run(study: Study, out: Path, task: Task) -> None:
     result = fit(
         [slides[name] for name in fold.train], val, config, folder,
         resume=(folder / LAST).is_file(), encoder=shared and out / shared.folder,
-        donors=study.donors,
+        donors=study.left_out_together(fold),
     )  # fmt: skip
     trained = time.monotonic()
     predictor = Predictor.load(folder, resolve_device(config.train.device))

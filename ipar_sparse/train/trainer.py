@@ -826,11 +826,13 @@ def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
     if (start := config.model.start) == "auto":
         start = found["start"]
         sections["model"] = {"start": start}
-    if config.refine.steps is None:
+    if None in (config.refine.steps, config.refine.expected):
         last = found["refine"].get(start, Transfer().refine[start])
         if not isinstance(last, Mapping):
             last = {"steps": last}  # a run from when that alone was tried
         own = config.refine.model_dump(exclude_none=True)
+        if "steps" in own:  # what is asked for is not added to
+            last = {"expected": last.get("expected", 0)}
         sections["refine"] = {name: value for name, value in last.items() if name not in own}
     if "keep" in found:  # a run from when that was tried instead
         sections["encoder"] = {"keep": found["keep"]}
@@ -844,7 +846,7 @@ def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
 
 def _is_open(config: RunConfig) -> bool:
     """Whether anything that the run will use is left to donors left out."""
-    if config.model.start == "auto" or config.refine.steps is None:
+    if config.model.start == "auto" or None in (config.refine.steps, config.refine.expected):
         return True
     encoder = config.encoder
     kept = encoder.skip and encoder.keep and encoder.kept is None

@@ -5,7 +5,7 @@ position that was learned on other animals holds there, and is the best start. O
 where every tumour is its own, a map from other patients misleads, and the cells are better placed
 by how they differ from one another. In some, faint genes tell neighbours apart, in others they are
 noise; in some, the noise of counts drowns what they say unless it is modelled, in others the model
-is wrong; in some, the last step gathers cells that were well apart. Each donor of the training
+is wrong; in some, a last step gathers cells that were well apart. Each donor of the training
 slides is therefore left out in turn, embeddings are made from the rest, and what serves the donor
 left out better is what the run does. Slides that are held out of the run take no part.
 """
@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..atlas import atlas_layout
+from ..atlas import Atlas
 from ..baselines import ridge_layout
 from ..config import EncoderConfig, RunConfig
 from ..diagnostics import candidate_recall
+from ..expected import expected_layout, share_of_variance
 from ..gauge import leading_components, principal_plane
 from ..graph import NeighborTable, knn
 from ..metrics import distance_metrics
@@ -43,6 +44,9 @@ from .stage_a import (
     finish,
     read_expression,
 )
+
+EXPECTED = 200
+"""Steps towards expected distances where they are taken, ``refine.expected``."""
 
 REFINE: dict[str, dict[str, int | float]] = {
     "close": {"steps": 400, "neighbors": 10, "anchor": 4.0, "power": 0.0},
@@ -62,7 +66,8 @@ _PART = 0.5  # of the steps of stage A
 _TIE = 0.01  # of neighbours that the last step may cost: it gains where cells are dense, which
 # those of a slide of more than _CELLS are not here
 _LEVEL = 0.01  # of a score, by which few neighbours are not told apart: the wide last step, which
-# leaves more of the layout as it was, may be so much behind
+# leaves more of the layout as it was, may be so much behind, and expected distances must gain as
+# much, since on a slide of more than _CELLS they can cost neighbours that are not seen here
 
 PLANE, MAP, ATLAS, FIELDS = "plane", "map", "atlas", "fields"
 _STARTS = {PLANE: "pca", MAP: "mlp", ATLAS: "atlas", FIELDS: "fields"}
@@ -86,13 +91,14 @@ class Transfer:
         standardize, spatial_genes: how genes are weighted, as in ``encoder``.
         input: what the encoder reads, ``encoder.input``.
         kept: what the embedding keeps beside what it has learned, ``encoder.kept``.
-        refine: the last step after each of the starts: ``steps``, ``neighbors``, ``anchor`` and
-            ``power`` of ``refine``.
+        refine: the last two steps after each of the starts: ``expected``, and ``steps``,
+            ``neighbors``, ``anchor`` and ``power`` of ``refine``.
         donors: how many were left out in turn; with one donor nothing is tried.
         scores: means over donors left out. Distance Spearman: ``plane`` (principal plane of the
             embedding), ``map`` (ridge regression from it), ``atlas`` (of it) and, where counts are
-            read, ``fields``. Neighbour hit @15: ``plane hit`` and ``plane refined`` (before and
-            after the last step), and so for the others. Of last steps after the best, the geometric
+            read, ``fields``; ``plane expected`` and so on with distances as they are to be
+            expected. Neighbour hit @15: ``plane hit`` and ``plane refined`` (before and after the
+            last step), and so for the others. Of last steps after the best, the geometric
             mean of distance Spearman and hit @15: ``close``, ``wide`` and ``leading``. Of
             embeddings, that of the best distance Spearman and the hit @15 of their nearest cells:
             ``spatial genes`` and ``all genes`` (spatial components under either weights),
@@ -107,7 +113,9 @@ class Transfer:
     refine: dict[str, dict[str, int | float]] = field(
         default_factory=lambda: {
             # fields find more neighbours than the embedding, which is all that a last step knows of
-            start: REFINE["close"] | ({"steps": 0} if name == FIELDS else {})
+            start: REFINE["close"]
+            | {"expected": EXPECTED}
+            | ({"steps": 0} if name == FIELDS else {})
             for name, start in _STARTS.items()
         }
     )
@@ -207,10 +215,11 @@ def _folds(slides, donors, genes, device) -> list[_Fold]:
     if len(groups) < 2:
         return []
     small = {
-        name: [_sample(slide) for slide in _spread_out(group)] for name, group in groups.items()
+        name: [_sample(slide) for slide in _spread_out(group, _SLIDES)]
+        for name, group in groups.items()
     }
     folds = []
-    for left_out in list(small)[:_DONORS]:
+    for left_out in _spread_out(list(small), _DONORS):
         rest = [slide for name, group in small.items() if name != left_out for slide in group]
         folds.append(_Fold(rest, small[left_out], genes, device))
     return folds
@@ -244,10 +253,14 @@ def _choose(
 ) -> Transfer:
     """Start and last step by what each donor left out showed in the embedding that was chosen."""
     scores = {name: _mean(donors, partial(_Left.spearman, name=name)) for name in starts}
-    best = max(starts, key=scores.__getitem__)
+    steps, after = _expectations(donors, starts, config, scores)
+    best = max(starts, key=lambda name: scores[f"{name} expected" if steps[name] else name])
     start, refine = _STARTS[best], dict(chosen.refine)
     if config.refine.steps is None:
-        refine |= _last_steps(donors, best, config, scores)
+        refine |= _last_steps(after, best, config, scores)
+    for name in starts:
+        value = _STARTS[name]
+        refine[value] = refine[value] | {"expected": steps[name]}
     found = replace(
         chosen, start=start, refine=refine, donors=len(donors), scores=scores | tried
     )
@@ -257,6 +270,11 @@ def _choose(
         found.donors, scores[MAP], scores[ATLAS], scores[PLANE],
         f", fields of genes with {scores[FIELDS]:.3f}" if FIELDS in scores else "", start,
     )  # fmt: skip
+    if config.refine.expected is None:
+        logger.info(
+            "with distances as they are to be expected it is %.3f; refine.expected is %d",
+            scores[f"{best} expected"], steps[best],
+        )  # fmt: skip
     if config.refine.steps is None:
         last = refine[start]
         logger.info(
@@ -270,6 +288,31 @@ def _choose(
             found.input, found.standardize, found.spatial_genes, found.kept,
         )  # fmt: skip
     return found
+
+
+def _expectations(
+    donors: list[list[_Left]], starts: Sequence[str], config: RunConfig, scores: dict[str, float]
+) -> tuple[dict[str, int], list[list[_Left]]]:
+    """Steps towards expected distances after each start, and the slides left out with what becomes
+    of their layouts.
+
+    What is tried stands in ``scores`` afterwards.
+    """
+    asked = config.refine.expected
+    tried = EXPECTED if asked is None else asked
+    if not tried:
+        return dict.fromkeys(starts, 0), donors
+    after = [[left.expected(starts, tried) for left in slides] for slides in donors]
+    steps = {}
+    for name in starts:
+        scores[f"{name} expected"] = _mean(after, partial(_Left.spearman, name=name))
+        gains = _balance(after, name) > (1 + _LEVEL) * _balance(donors, name)
+        steps[name] = tried if gains or asked is not None else 0
+    kept = [name for name in starts if not steps[name]]
+    for slides, before in zip(after, donors, strict=True):
+        for left, own in zip(slides, before, strict=True):
+            left.layouts |= {name: own.layouts[name] for name in kept}
+    return steps, after
 
 
 def _last_steps(
@@ -286,9 +329,7 @@ def _last_steps(
         ways = {"close": ways["close"]}  # what is asked for is not tried
     after = {way: _refined(donors, best, settings) for way, settings in ways.items()}
     for way, left in after.items():
-        hit = _mean(left, partial(_Left.layout_hit, name=best))
-        far = _mean(left, partial(_Left.spearman, name=best))
-        scores[way] = float(np.sqrt(max(far, 0.0) * hit))
+        scores[way] = _balance(left, best)
     way = "close"
     if "wide" in scores and scores["wide"] > (1 - _LEVEL) * scores["close"]:
         way = "wide"
@@ -314,8 +355,14 @@ def _mean(donors: list[list[_Left]], score: Callable[[_Left], float]) -> float:
     return float(np.mean([np.mean([score(left) for left in slides]) for slides in donors]))
 
 
+def _balance(donors: list[list[_Left]], name: str) -> float:
+    """Of a layout: distances and neighbours, gains of which count alike, relative to either."""
+    far = _mean(donors, partial(_Left.spearman, name=name))
+    return float(np.sqrt(max(far, 0.0) * _mean(donors, partial(_Left.layout_hit, name=name))))
+
+
 def _score(donors: list[list[_Left]]) -> float:
-    """Of an embedding: gains count alike in distances and in neighbours, relative to either."""
+    """The same of an embedding, by the best start that can be made of it."""
     far = max(_mean(donors, partial(_Left.spearman, name=name)) for name in _OF_EMBEDDINGS)
     return float(np.sqrt(max(far, 0.0) * _mean(donors, _Left.embedding_hit)))
 
@@ -327,10 +374,18 @@ class _Left:
         h: embedding (n, d).
         pos: true positions (n, 2).
         placed: start to layout (n, 2).
+        doubt: start to how uncertain its places are (n,), as :func:`expected_layout` takes it; of
+            starts that can tell.
     """
 
-    def __init__(self, h: Tensor, pos, placed: Mapping[str, np.ndarray]):
-        self.pos, self.layouts = np.asarray(pos), dict(placed)
+    def __init__(
+        self,
+        h: Tensor,
+        pos,
+        placed: Mapping[str, np.ndarray],
+        doubt: Mapping[str, Tensor] | None = None,
+    ):
+        self.pos, self.layouts, self.doubt = np.asarray(pos), dict(placed), dict(doubt or {})
         self.h, self.graph = h, knn(h, _NEIGHBORS)
 
     def spearman(self, name: str) -> float:
@@ -343,9 +398,23 @@ class _Left:
         layout = torch.from_numpy(np.asarray(self.layouts[name], dtype=np.float64))
         return self._hit(knn(layout, _NEIGHBORS))
 
+    def expected(self, names: Sequence[str], steps: int) -> _Left:
+        """The same slide with layouts whose distances are as they are to be expected."""
+        after = copy.copy(self)
+        after.layouts = {
+            name: expected_layout(
+                self._layout(name), self.doubt.get(name), self.h, steps=steps
+            ).double().numpy()
+            for name in names
+        }  # fmt: skip
+        return after
+
+    def _layout(self, name: str) -> Tensor:
+        return torch.from_numpy(np.asarray(self.layouts[name], dtype=np.float64)).float()
+
     def refined(self, name: str, settings: Mapping[str, int | float]) -> _Left:
         """The same slide after a last step from one of the starts."""
-        layout = torch.from_numpy(np.asarray(self.layouts[name], dtype=np.float64)).float()
+        layout = self._layout(name)
         after = copy.copy(self)
         settings, graph = dict(settings), self.graph
         if power := settings.pop("power"):
@@ -382,7 +451,9 @@ class _Fold:
         """Add the layout of the fields to those of the slides left out."""
         atlas = count_atlas(self.train, self.genes, self.device, self.fields)
         for slide, found in zip(self.test, left, strict=True):
-            found.layouts[FIELDS] = atlas(slide_counts(slide, self.genes)).double().cpu().numpy()
+            place, variance = atlas.posterior(slide_counts(slide, self.genes))
+            found.layouts[FIELDS] = place.double().cpu().numpy()
+            found.doubt[FIELDS] = share_of_variance(place, variance).cpu()
 
     def _begin(self, encoder: SharedEncoder, config: RunConfig) -> list:
         fields = self.fields if encoder.counts is not None else None
@@ -442,16 +513,22 @@ class _Fold:
         known = [(own.numpy(), s.pos) for own, s in zip(h, self.train, strict=False)]
         h = h[len(self.train) :]
         together = torch.cat(h)  # what is learned of the others is learned once
+        atlas = Atlas(together.size(1)).fit(known)
+        variance = atlas.spread(together).square()
         learned = {
             MAP: ridge_layout(together.numpy(), known),
-            ATLAS: atlas_layout(together, known),
+            ATLAS: atlas(together).double().numpy(),
         }
         ends = np.cumsum([len(own) for own in h])[:-1]
         parts = {name: np.split(layout, ends) for name, layout in learned.items()}
+        variances = variance.tensor_split(torch.from_numpy(ends))
         left = []
         for number, (own, slide) in enumerate(zip(h, self.test, strict=True)):
             placed = {name: layouts[number] for name, layouts in parts.items()}
-            left.append(_Left(own, slide.pos, placed | {PLANE: principal_plane(own).numpy()}))
+            placed[PLANE] = principal_plane(own).numpy()
+            at = torch.from_numpy(placed[ATLAS]).float()
+            doubt = {ATLAS: share_of_variance(at, variances[number])}
+            left.append(_Left(own, slide.pos, placed, doubt))
         return left
 
 
@@ -480,10 +557,10 @@ def _train(
     encoder.eval()
 
 
-def _spread_out(slides: list[Slide]) -> list[Slide]:
-    """At most so many slides of a donor, as far apart in their order as can be."""
-    count = min(len(slides), _SLIDES)
-    return [slides[round(i)] for i in np.linspace(0, len(slides) - 1, count)]
+def _spread_out(items: list, count: int) -> list:
+    """At most so many of them, as far apart in their order as can be."""
+    count = min(len(items), count)
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
 
 
 def _sample(slide: Slide) -> Slide:

@@ -1,0 +1,137 @@
+"""Distances as they are to be expected: the closed form, the gradient, and what it is good for."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+from ipar_sparse.expected import _expected_rank, expected_layout, share_of_variance
+from ipar_sparse.gauge import gauge_fix
+from ipar_sparse.metrics import align, distance_metrics
+
+
+def test_the_expected_rank_is_the_mean_over_places_that_cells_may_have():
+    generator = torch.Generator().manual_seed(0)
+    place = torch.randn(5, 2, generator=generator).double()
+    left = torch.rand(5, generator=generator).double()
+    drawn = place + torch.randn(400_000, 5, 2, generator=generator) * (left / 2).sqrt()[:, None]
+    for shift in (1, 3):
+        gap = (drawn - drawn.roll(shift, 1)).square().sum(-1)
+        mean = (1 - torch.exp(-gap / 2)).mean(0)
+        torch.testing.assert_close(_expected_rank(place, left, shift), mean, rtol=0, atol=3e-3)
+
+
+def test_ranks_of_distances_in_a_gaussian_cloud_are_what_they_are_taken_for():
+    cloud = gauge_fix(torch.randn(2000, 2, generator=torch.Generator().manual_seed(0)))
+    distance = torch.pdist(cloud)
+    rank = distance.argsort().argsort().double() / len(distance)
+    torch.testing.assert_close(
+        rank, 1 - torch.exp(-distance.double().square() / 2), rtol=0, atol=0.02
+    )
+
+
+def mirrored(n=600, seed=0):
+    """A tissue of two like halves: (positions, their means, variances) where sides look the same.
+
+    Of a third of the cells the side is known; the others have their mean on the mirror's line.
+    """
+    rng = np.random.default_rng(seed)
+    pos = rng.uniform([-1.5, -1.0], [1.5, 1.0], (n, 2))
+    known = rng.random(n) < 1 / 3
+    mean = np.where(known[:, None], pos, pos * [0.0, 1.0])
+    variance = np.where(known, 0.0, pos[:, 0] ** 2)
+    return pos, torch.from_numpy(mean).float(), torch.from_numpy(variance).float()
+
+
+def test_a_tissue_of_two_like_halves_is_better_laid_out_by_expected_distances():
+    pos, mean, variance = mirrored()
+    doubt = share_of_variance(mean, variance)
+    found = expected_layout(mean, doubt)
+    before, after = (distance_metrics(x, pos)["distance_spearman"] for x in (mean, found))
+    assert after > before + 0.04
+    # what it is made to do: the correlation with the ranks that are to be expected has risen
+    index = torch.triu_indices(len(mean), len(mean), 1)
+    scale = (1 - doubt.mean()).sqrt()
+    gap = (gauge_fix(mean) * scale)[index[0]] - (gauge_fix(mean) * scale)[index[1]]
+    w = 1 + (doubt[index[0]] + doubt[index[1]]) / 2
+    wanted = 1 - torch.exp(-gap.square().sum(1) / (2 * w)) / w
+    rise = [spearmanr(torch.pdist(x), wanted).statistic for x in (mean, found)]
+    assert rise[1] > rise[0] + 0.05
+
+
+def test_places_that_are_certain_stay():
+    pos = torch.rand(500, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([2.0, 1.0])
+    found = expected_layout(pos)
+    aligned, _ = align(found, pos)
+    scale = np.sqrt(np.square(pos.numpy() - pos.numpy().mean(0)).sum(1).mean())
+    assert np.linalg.norm(aligned - pos.numpy(), axis=1).max() < 0.03 * scale
+
+
+def test_the_embedding_has_its_say():
+    """Cells of one place on two sides of a third dimension are drawn apart."""
+    generator = torch.Generator().manual_seed(0)
+    pos = torch.randn(400, 2, generator=generator) * torch.tensor([1.0, 0.05])
+    side = (torch.rand(400, generator=generator) > 0.5).float()
+    h = torch.cat([pos, 2 * side[:, None]], 1)
+
+    def apart(layout):
+        layout = gauge_fix(layout)
+        return abs(float(layout[side == 1, 1].mean() - layout[side == 0, 1].mean()))
+
+    assert apart(expected_layout(pos, h=h, similarity=0.5)) > 5 * apart(expected_layout(pos))
+    torch.testing.assert_close(
+        expected_layout(pos, h=h, similarity=0.0), expected_layout(pos), rtol=0, atol=0
+    )
+
+
+def test_neither_the_frame_nor_the_order_of_cells_matters():
+    """A cell of either side may go to either, so layouts differ: what they are worth does not."""
+    pos, mean, variance = mirrored(300)
+    doubt = share_of_variance(mean, variance)
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
+    found = [
+        (expected_layout(mean, doubt), pos),
+        (expected_layout(3 * mean @ turn + 1, doubt), pos),
+        (expected_layout(mean[order], doubt[order]), pos[order]),
+    ]
+    scores = [distance_metrics(x, p)["distance_spearman"] for x, p in found]
+    assert np.ptp(scores) < 0.02
+    before = distance_metrics(mean, pos)["distance_spearman"]
+    assert min(scores) > before + 0.03
+
+
+def test_variance_counts_as_a_share_of_the_tissue():
+    place = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]) + 5
+    share = share_of_variance(place, torch.full((4,), 3.0))
+    torch.testing.assert_close(share, torch.full((4,), 0.75))
+    torch.testing.assert_close(share_of_variance(7 * place, torch.full((4,), 147.0)), share)
+    assert share_of_variance(torch.zeros(3, 2), torch.zeros(3)).eq(0).all()
+
+
+def test_no_steps_and_too_few_cells_leave_a_layout_as_it_is():
+    pos = torch.rand(10, 2)
+    assert expected_layout(pos, steps=0) is pos
+    for n in (0, 1, 2):
+        assert torch.equal(expected_layout(pos[:n]), pos[:n])
+    odd = torch.full((10, 2), torch.nan)
+    assert expected_layout(odd) is odd
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(3, 40),
+    copies=st.booleans(),
+    level=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_odd_layouts_stay_finite(n, copies, level, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pos = torch.randn(n, 2, generator=generator)
+    if copies:
+        pos[: n // 2 + 1] = pos[0]
+    found = expected_layout(pos, torch.full((n,), level), torch.ones(n, 3), steps=20)
+    assert found.isfinite().all() and found.shape == pos.shape
+    torch.testing.assert_close(found, expected_layout(
+        pos, torch.full((n,), level), torch.ones(n, 3), steps=20), rtol=0, atol=0)  # fmt: skip
