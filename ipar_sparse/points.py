@@ -1,4 +1,4 @@
-"""Small helpers on 2D point sets, shared by what scores layouts and what diagnoses the model."""
+"""Small helpers on points, shared by what draws layouts, scores them and diagnoses the model."""
 
 import numpy as np
 import torch
@@ -125,3 +125,18 @@ class TrueNeighborhoods:
         """Probability that a random other cell is a neighbour: k / (n - 1), more with ties."""
         n = len(self.pos)
         return float(self.size[k].mean() / (n - 1)) if n > 1 else 1.0
+
+
+def rolled(values, shifts: list[int]) -> torch.Tensor:
+    """Values of points (n, ...), each rolled by its shift (1 to n - 1), in one copy.
+
+    Args:
+        values: as many tensors (n, ...) as shifts, or one (shifts, n, ...).
+        shifts: by how many points.
+
+    Returns:
+        (shifts, n, ...).
+    """
+    parts = [(x[-s:], x[:-s]) for x, s in zip(values, shifts, strict=True)]
+    flat = torch.cat([part for pair in parts for part in pair])
+    return flat.view(len(shifts), -1, *flat.shape[1:])

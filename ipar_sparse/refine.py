@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .gauge import gauge_fix
 from .graph import NeighborTable
+from .points import rolled
 
 _FEWEST = 4  # times as many cells as neighbours, or all cells are each other's neighbours
 _RATE = 0.4  # first step size, in units: cells that lie wrong have to pass between others
@@ -82,10 +83,10 @@ def refine_layout(
         pull = gap * (mask / (unit**2 + gap.square().sum(-1))).unsqueeze(-1)
         gradient = pull.sum(1) - _by_source(pull[mask] if near.padded else pull, rowptr, edge)
         gradient = gradient * (2 / k)
-        gap = x - _rolled([x] * _SHIFTS, shift)  # (shifts, n, 2)
+        gap = x - rolled([x] * _SHIFTS, shift)  # (shifts, n, 2)
         q = 1 / (1 + gap.square().sum(-1, keepdim=True) / unit**2)
         gap *= q.square()
-        push = gap.sum(0) - _rolled(gap, [n - s for s in shift]).sum(0)
+        push = gap.sum(0) - rolled(gap, [n - s for s in shift]).sum(0)
         kernel = _SHIFTS * q.mean()
         gradient -= push * (2 / unit**2) / kernel
         gradient += 2 * anchor * (x - start)
@@ -106,12 +107,6 @@ def _agreement(pos: Tensor, near: Tensor) -> float:
     found = cKDTree(x).query(x[rows.numpy()], near.size(1) + 1)[1]  # and itself
     hit = (wanted[:, :, None] == found[:, None, :]).any(2)
     return float(hit.sum() / max(1, (wanted >= 0).sum()))
-
-
-def _rolled(layouts, shifts: list[int]) -> Tensor:
-    """Layouts (n, 2), each rolled by its shift, as (shifts, n, 2), in one copy."""
-    parts = [(x[-s:], x[:-s]) for x, s in zip(layouts, shifts, strict=True)]
-    return torch.cat([part for pair in parts for part in pair]).view(len(shifts), -1, 2)
 
 
 def _by_source(values: Tensor, rowptr: Tensor, edge: Tensor) -> Tensor:

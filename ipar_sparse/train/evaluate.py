@@ -299,7 +299,8 @@ def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> d
 
 def _finished(predictor: Predictor, layouts: dict, h: Tensor, prediction: Prediction) -> dict:
     """What the last two steps alone are worth: baselines that are given them as the model is."""
-    if not (predictor.config.refine.steps or "steps" in predictor.spared):
+    settings = predictor.config.refine
+    if not (settings.expected or settings.steps or predictor.spared):
         return {}
     found, nearest = {}, prediction.nearest.to("cpu")
     h = h.cpu()
