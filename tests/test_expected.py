@@ -1,6 +1,7 @@
 """Distances as they are to be expected: the closed form, the gradient, and what it is good for."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,6 +101,18 @@ def test_neither_the_frame_nor_the_order_of_cells_matters():
     assert np.ptp(scores) < 0.02
     before = distance_metrics(mean, pos)["distance_spearman"]
     assert min(scores) > before + 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_it_is_worth_as_much_on_a_gpu():
+    pos, mean, variance = mirrored()
+    doubt = share_of_variance(mean, variance)
+    scores = [
+        distance_metrics(expected_layout(mean.to(d), doubt.to(d)).cpu(), pos)["distance_spearman"]
+        for d in ("cpu", "cuda")
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=0.01)
 
 
 def test_variance_counts_as_a_share_of_the_tissue():

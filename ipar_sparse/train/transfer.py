@@ -112,9 +112,10 @@ class Transfer:
     kept: str = _KEPT[0]
     refine: dict[str, dict[str, int | float]] = field(
         default_factory=lambda: {
-            # fields find more neighbours than the embedding, which is all that a last step knows of
+            # fields find more neighbours than the embedding, which is all that a last step knows
+            # of, and an atlas alone tells how far cells may lie from where it places them
             start: REFINE["close"]
-            | {"expected": EXPECTED}
+            | {"expected": EXPECTED if name == ATLAS else 0}
             | ({"steps": 0} if name == FIELDS else {})
             for name, start in _STARTS.items()
         }
