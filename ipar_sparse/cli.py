@@ -220,6 +220,12 @@ def _options(
     pass
 
 
+_STARTS_TRIED = {
+    "map": "a learned map",
+    "plane": "the embedding's plane",
+    "atlas": "an atlas",
+    "fields": "fields of genes",
+}
 _EMBEDDINGS_TRIED = {
     "spatial genes": "spatial genes forward",
     "all genes": "genes alike",
@@ -713,10 +719,13 @@ def info(run: Run) -> None:
         if tried := trial["scores"]:
             table.add_row(
                 "tried",
-                f"on {trial['donors']} donors left out, distance Spearman: a learned map "
-                f"{tried['map']:.3f}, the embedding's plane {tried['plane']:.3f}"
-                + (f", an atlas {tried['atlas']:.3f}" if "atlas" in tried else "")
-                + (f", fields of genes {tried['fields']:.3f}" if "fields" in tried else ""),
+                f"on {trial['donors']} donors left out, distance Spearman (and with expected "
+                "distances): "
+                + ", ".join(
+                    f"{title} {_with_expected(tried, name)}"
+                    for name, title in _STARTS_TRIED.items()
+                    if name in tried
+                ),
             )
             embeddings = [
                 f"{title} {tried[name]:.3f}"
@@ -1193,6 +1202,12 @@ def _sizes(text: str) -> list[int]:
     if not numbers or min(numbers) < 2:
         raise UserError(f"--sizes takes numbers of cells with commas, e.g. 384,1300; got {text!r}")
     return numbers
+
+
+def _with_expected(tried: dict[str, float], name: str) -> str:
+    """What a start came to, and with distances as they are to be expected, where that was tried."""
+    after = tried.get(f"{name} expected")
+    return f"{tried[name]:.3f}" + ("" if after is None else f" ({after:.3f})")
 
 
 def _last_step(settings: RefineConfig) -> str:

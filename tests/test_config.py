@@ -148,6 +148,20 @@ def test_a_run_saved_before_a_setting_existed_keeps_what_was_done_then(tmp_path)
     assert RunConfig.load(tmp_path) == config != RunConfig()
 
 
+def test_a_run_saved_when_whole_slides_took_two_passes_is_read(tmp_path):
+    config = RunConfig()
+    config.save(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values["graph"]["fine"] = 15  # how many candidates the second one looked at
+    del values["refine"]["expected"]
+    path.write_text(json.dumps(values))
+    found = RunConfig.load(tmp_path)
+    assert found.refine.expected == 0 and found.graph == config.graph
+    with pytest.raises(UserError, match="unknown config key graph.fine"):
+        load_config(None, ["graph.fine=5"])
+
+
 def test_what_a_run_once_left_to_donors_is_read(tmp_path):
     RunConfig().save(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())

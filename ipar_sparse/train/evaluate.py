@@ -134,7 +134,7 @@ def score_slide(
             with progress.task("Baselines") as task:
                 layouts |= run_baselines(
                     prediction.embedding,
-                    _nearest(prediction.candidates).to("cpu"),
+                    _near(predictor, prediction.candidates).to("cpu"),
                     train=_reference(predictor.run),
                     operator=operator,
                     attended=prediction.graph.to("cpu"),
@@ -316,8 +316,11 @@ def _finished(predictor: Predictor, layouts: dict, h: Tensor, prediction: Predic
     return found
 
 
-def _nearest(candidates: NeighborTable) -> NeighborTable:
-    """Of the candidates those that a graph for a layout is usually made of."""
+def _near(predictor: Predictor, candidates: NeighborTable) -> NeighborTable:
+    """The graph of a spectral layout: where the model looks far, the nearest candidates alone, of
+    which such layouts are usually made."""
+    if not predictor.samples(candidates.num_nodes):
+        return candidates
     index = candidates.index[:, :_NEIGHBORS].contiguous()
     return NeighborTable(
         index, padded=candidates.padded, metric=candidates.metric, method=candidates.method
