@@ -400,7 +400,8 @@ class RefineConfig(Section):
 
     expected: Count | None = None
     """steps towards the distances that are to be expected, given how far a cell may lie from its
-    place; 0 = none; none = 200, or 0 if donors left out are placed no better so"""
+    place; 0 = none; none = 200 where an atlas or fields tell that and donors left out are placed
+    better so, else 0"""
 
     steps: Count | None = None
     """steps of descent towards the nearest candidates; 0 = none; none = 400, or 0 if they cost

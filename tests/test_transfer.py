@@ -106,9 +106,9 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
     assert found[0] == found[1]
     assert found[0].input == "counts"  # so the fields of genes are tried as well
     starts = *STARTS, FIELDS
-    whats = "", " expected", " hit", " refined"
+    whats = "", " hit", " refined"
     names = {f"{name}{what}" for name in starts for what in whats}
-    names |= {"close", "wide", "leading"}
+    names |= {"close", "wide", "leading", "atlas expected", "fields expected"}
     tried = {"spatial genes", "all genes", "counts", "principal", "spatial"}
     assert set(found[0].scores) == names | tried
     assert len(steps) == 2 * 3 * 4  # half of the steps, for each slide left out
@@ -453,6 +453,8 @@ def test_distances_become_what_is_expected_where_donors_left_out_gain_by_it():
     found = _choose([[halves()]], RunConfig(), Transfer(), {})
     assert found.start == "atlas" and found.refine["atlas"]["expected"] == transfer.EXPECTED
     assert found.scores["atlas expected"] > found.scores["atlas"] + 0.03
+    for start, name in (("pca", "plane"), ("mlp", "map")):  # which know of no uncertainty
+        assert found.refine[start]["expected"] == 0 and f"{name} expected" not in found.scores
     none = _choose([[halves()]], AS_IT_IS, Transfer(), {})
     assert none.refine["atlas"]["expected"] == 0 and "atlas expected" not in none.scores
     asked = _choose(

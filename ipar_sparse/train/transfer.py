@@ -66,12 +66,13 @@ _PART = 0.5  # of the steps of stage A
 _TIE = 0.01  # of neighbours that the last step may cost: it gains where cells are dense, which
 # those of a slide of more than _CELLS are not here
 _LEVEL = 0.01  # of a score, by which few neighbours are not told apart: the wide last step, which
-# leaves more of the layout as it was, may be so much behind, and expected distances must gain as
-# much, since on a slide of more than _CELLS they can cost neighbours that are not seen here
+# leaves more of the layout as it was, may be so much behind
+_GAIN = 0.02  # of distances, by which expected ones must be better: they cost places
 
 PLANE, MAP, ATLAS, FIELDS = "plane", "map", "atlas", "fields"
 _STARTS = {PLANE: "pca", MAP: "mlp", ATLAS: "atlas", FIELDS: "fields"}
 _OF_EMBEDDINGS = PLANE, MAP, ATLAS
+_DOUBTING = ATLAS, FIELDS  # starts that tell how far a cell may lie from where they place it
 _NEIGHBORS = 15  # by which embeddings and layouts are compared
 _WEIGHTS = {"spatial genes": (0.5, 0.25), "all genes": (1.0, 0.0)}
 """Powers ``encoder.standardize`` and ``encoder.spatial_genes`` that are tried, the usual first."""
@@ -96,9 +97,9 @@ class Transfer:
         donors: how many were left out in turn; with one donor nothing is tried.
         scores: means over donors left out. Distance Spearman: ``plane`` (principal plane of the
             embedding), ``map`` (ridge regression from it), ``atlas`` (of it) and, where counts are
-            read, ``fields``; ``plane expected`` and so on with distances as they are to be
-            expected. Neighbour hit @15: ``plane hit`` and ``plane refined`` (before and after the
-            last step), and so for the others. Of last steps after the best, the geometric
+            read, ``fields``; ``atlas expected`` and ``fields expected`` with distances as they are
+            to be expected. Neighbour hit @15: ``plane hit`` and ``plane refined`` (before and after
+            the last step), and so for the others. Of last steps after the best, the geometric
             mean of distance Spearman and hit @15: ``close``, ``wide`` and ``leading``. Of
             embeddings, that of the best distance Spearman and the hit @15 of their nearest cells:
             ``spatial genes`` and ``all genes`` (spatial components under either weights),
@@ -273,8 +274,10 @@ def _choose(
     )  # fmt: skip
     if config.refine.expected is None:
         logger.info(
-            "with distances as they are to be expected it is %.3f; refine.expected is %d",
-            scores[f"{best} expected"], steps[best],
+            "distances as they are to be expected: an atlas with %.3f%s; refine.expected is %d",
+            scores[f"{ATLAS} expected"],
+            f", fields with {scores[f'{FIELDS} expected']:.3f}" if FIELDS in scores else "",
+            steps[best],
         )  # fmt: skip
     if config.refine.steps is None:
         last = refine[start]
@@ -303,16 +306,16 @@ def _expectations(
     tried = EXPECTED if asked is None else asked
     if not tried:
         return dict.fromkeys(starts, 0), donors
-    after = [[left.expected(starts, tried) for left in slides] for slides in donors]
-    steps = {}
-    for name in starts:
+    steps = {name: tried if asked is not None or name in _DOUBTING else 0 for name in starts}
+    names = [name for name in starts if steps[name]]
+    after = [[left.expected(names, tried) for left in slides] for slides in donors]
+    for name in names:
         scores[f"{name} expected"] = _mean(after, partial(_Left.spearman, name=name))
-        gains = _balance(after, name) > (1 + _LEVEL) * _balance(donors, name)
-        steps[name] = tried if gains or asked is not None else 0
-    kept = [name for name in starts if not steps[name]]
+        if asked is None and scores[f"{name} expected"] <= (1 + _GAIN) * scores[name]:
+            steps[name] = 0
     for slides, before in zip(after, donors, strict=True):
         for left, own in zip(slides, before, strict=True):
-            left.layouts |= {name: own.layouts[name] for name in kept}
+            left.layouts |= {name: own.layouts[name] for name in starts if not steps[name]}
     return steps, after
 
 
@@ -400,9 +403,9 @@ class _Left:
         return self._hit(knn(layout, _NEIGHBORS))
 
     def expected(self, names: Sequence[str], steps: int) -> _Left:
-        """The same slide with layouts whose distances are as they are to be expected."""
+        """The same slide, some layouts with distances as they are to be expected."""
         after = copy.copy(self)
-        after.layouts = {
+        after.layouts = self.layouts | {
             name: expected_layout(
                 self._layout(name), self.doubt.get(name), self.h, steps=steps
             ).double().numpy()
