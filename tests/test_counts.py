@@ -31,7 +31,7 @@ SMALL = [
     "train.miniset_min=40", "train.miniset_max=60", "encoder.steps=8", "encoder.hidden=[24]",
     "encoder.out=16", "model.dim=16", "model.recycles=2", "model.channels=16",
     "model.head_channels=8", "graph.k=12", "train.device=cpu", "encoder.input=counts",
-    "model.start=atlas", "refine.steps=0", "encoder.kept=spatial",
+    "model.start=atlas", "refine.expected=0", "refine.steps=0", "encoder.kept=spatial",
 ]  # fmt: skip
 
 

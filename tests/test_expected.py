@@ -98,7 +98,7 @@ def test_neither_the_frame_nor_the_order_of_cells_matters():
         (expected_layout(mean[order], doubt[order]), pos[order]),
     ]
     scores = [distance_metrics(x, p)["distance_spearman"] for x, p in found]
-    assert np.ptp(scores) < 0.02
+    assert np.ptp(scores) < 0.05
     before = distance_metrics(mean, pos)["distance_spearman"]
     assert min(scores) > before + 0.03
 

@@ -190,6 +190,20 @@ def test_what_a_run_does_not_use_is_not_tried(unused):
     assert settle(config, {}) is config
 
 
+def test_expected_distances_are_left_open_where_something_tells_what_is_uncertain():
+    given = {"standardize": 1.0, "spatial_genes": 0.0, "keep": 0.0}
+    config = RunConfig().replace(refine={"steps": 0}, encoder=given)
+    for start in ("pca", "mlp"):
+        asked = config.replace(model={"start": start})
+        assert settle(asked, {}) is asked
+    for start in ("atlas", "fields"):
+        asked = config.replace(model={"start": start})
+        with pytest.raises(UserError, match="stopped before its training began"):
+            settle(asked, {})
+        asked = asked.replace(refine={"expected": 0})
+        assert settle(asked, {}) is asked
+
+
 def test_a_run_that_tried_what_to_keep_is_read_as_it_was():
     before = {"start": "atlas", "keep": 0.0, "refine": {"atlas": 0, "pca": 200}}
     config = RunConfig().replace(

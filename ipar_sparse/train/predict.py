@@ -268,8 +268,10 @@ class Predictor:
             always: also where the run was found to be better without.
         """
         steps = self.config.refine.expected
-        if steps is None or (always and "expected" in self.spared):
+        if always and "expected" in self.spared:
             steps = EXPECTED
+        elif steps is None:  # not tried: nothing tells how uncertain places are
+            steps = 0 if doubt is None else EXPECTED
         return expected_layout(pos, doubt, h, steps=steps, seed=self.config.train.seed)
 
     def refined(self, pos: Tensor, nearest: NeighborTable, always: bool = False) -> Tensor:

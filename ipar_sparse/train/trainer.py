@@ -846,7 +846,9 @@ def settle(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
 
 def _is_open(config: RunConfig) -> bool:
     """Whether anything that the run will use is left to donors left out."""
-    if config.model.start == "auto" or None in (config.refine.steps, config.refine.expected):
+    if config.model.start == "auto" or config.refine.steps is None:
+        return True
+    if config.refine.expected is None and config.model.start in ("atlas", "fields"):
         return True
     encoder = config.encoder
     kept = encoder.skip and encoder.keep and encoder.kept is None
