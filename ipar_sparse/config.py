@@ -402,7 +402,6 @@ class RefineConfig(Section):
     """steps towards the distances that are to be expected, given how far a cell may lie from its
     place; 0 = none; none = 200 where an atlas or fields tell that and donors left out are placed
     better so, else 0"""
-
     steps: Count | None = None
     """steps of descent towards the nearest candidates; 0 = none; none = 400, or 0 if they cost
     neighbours on donors left out"""
@@ -504,9 +503,9 @@ class RunConfig(Section):
             raise UserError(f"{path} cannot be read ({error}); train the run again") from None
         for section, settings in _ABSENT.items():
             if isinstance(values, dict) and isinstance(values.get(section), dict):
+                values[section] = settings | values[section]
                 for name in _RETIRED.get(section, ()):
                     values[section].pop(name, None)
-                values[section] = settings | values[section]
                 if values[section].get("keep", 0.0) is None:  # once left to donors left out
                     values[section]["keep"] = 0.5
         return _validate(values, source=str(path))
