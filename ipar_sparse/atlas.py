@@ -167,10 +167,19 @@ class Atlas(nn.Module):
         Args:
             h: embeddings (n, d).
         """
+        return self.moments(h)[1].sqrt()
+
+    @torch.no_grad()
+    def moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Place (n, 2) of every cell, and the square of :meth:`spread` (n,), found together.
+
+        Args:
+            h: embeddings (n, d).
+        """
         halves = [self._posterior(h)] + ([self._nearest(h)] if self.cells else [])
         place = torch.stack([mean for mean, _ in halves]).mean(0)
         square = [variance + (mean - place).square().sum(1) for mean, variance in halves]
-        return torch.stack(square).mean(0).sqrt()
+        return place, torch.stack(square).mean(0)
 
     def _posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (n, 2) and variance (n,) of the place given the embedding."""

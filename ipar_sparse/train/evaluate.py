@@ -310,7 +310,7 @@ def _finished(predictor: Predictor, layouts: dict, h: Tensor, prediction: Predic
         doubt = None
         if name == "atlas":
             atlas = Atlas(h.size(1)).fit(_reference(predictor.run))
-            doubt = share_of_variance(atlas(h), atlas.spread(h).square())
+            doubt = share_of_variance(*atlas.moments(h))
         pos = predictor.expected(torch.from_numpy(layouts[name]), h, doubt, always=True)
         found[f"{name}, refined"] = predictor.refined(pos, nearest, always=True).numpy()
     return found

@@ -201,7 +201,7 @@ class Predictor:
         settings = self.config.graph
         return knn_candidates(h, settings.k, metric=settings.metric, backend=settings.backend)
 
-    def graph(self, h: Tensor, candidates: NeighborTable) -> NeighborTable:
+    def graph(self, h: Tensor, candidates: NeighborTable | None = None) -> NeighborTable:
         """What the model attends to on the cells of a slide.
 
         A model that was trained on minisets knows candidates that reach over a good part of the
@@ -212,11 +212,11 @@ class Predictor:
 
         Args:
             h: embeddings (n, d).
-            candidates: their nearest.
+            candidates: their nearest, where they have been found.
         """
         settings = self.config.graph
         if not self.samples(len(h)):
-            return candidates
+            return self.candidates(h) if candidates is None else candidates
         return pooled_candidates(
             h, settings.k, settings.pool, metric=settings.metric,
             generator=torch.Generator().manual_seed(self.config.train.seed),
@@ -307,7 +307,7 @@ class Predictor:
         if isinstance(self.atlas, CountAtlas):
             place, variance = self.atlas.posterior(slide_counts(slide, self.meta["genes"]))
         else:
-            place, variance = self.atlas(h), self.atlas.spread(h).square()
+            place, variance = self.atlas.moments(h)
         return gauge_fix(place), variance, share_of_variance(place, variance)
 
     def edge_bias(self, h: Tensor, graph: NeighborTable) -> tuple[Tensor | None, Tensor | None]:
@@ -331,7 +331,7 @@ class Predictor:
         for seed in range(seeds):
             generator = torch.Generator(self.device).manual_seed(seed)
             noisy = h + noise_h * torch.empty_like(h).normal_(generator=generator)
-            graph = self.graph(noisy, self.candidates(noisy))
+            graph = self.graph(noisy)
             if not isinstance(self.atlas, CountAtlas):  # which knows nothing of embeddings
                 start = self.start(noisy, slide)[0]
             bias, _ = self.edge_bias(noisy, graph)

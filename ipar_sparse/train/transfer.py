@@ -518,10 +518,10 @@ class _Fold:
         h = h[len(self.train) :]
         together = torch.cat(h)  # what is learned of the others is learned once
         atlas = Atlas(together.size(1)).fit(known)
-        variance = atlas.spread(together).square()
+        place, variance = atlas.moments(together)
         learned = {
             MAP: ridge_layout(together.numpy(), known),
-            ATLAS: atlas(together).double().numpy(),
+            ATLAS: place.double().numpy(),
         }
         ends = np.cumsum([len(own) for own in h])[:-1]
         parts = {name: np.split(layout, ends) for name, layout in learned.items()}
