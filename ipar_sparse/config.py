@@ -406,13 +406,14 @@ class RefineConfig(Section):
     """steps of descent towards the nearest candidates; 0 = none; none = 400, or 0 if they cost
     neighbours on donors left out"""
     neighbors: Positive | None = None
-    """nearest candidates that attract a cell; none = 10, or 15 if steps, anchor and power are none
-    too and donors left out are placed better so"""
+    """nearest candidates that attract a cell; none = 15"""
     anchor: Weight | None = None
-    """what it costs to leave the layout so far; none = 4, or 8 beside the 15"""
+    """what it costs to leave the layout so far; none = 5, or 2 or 12 if donors left out are placed
+    better so and neighbors and power are none too"""
     power: Weight | None = None
     """of their standard deviation, by which components of the embedding count where a cell's
-    nearest are sought; none = 0, or 1 beside the 15 if donors left out are placed better so"""
+    nearest are sought; none = 0, or 1 if donors left out are placed better so and neighbors and
+    anchor are none too"""
     enough: Weight = 0.5
     """share of nearest candidates that are neighbours in the layout already from which on it is
     left as it is"""

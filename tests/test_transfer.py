@@ -108,7 +108,7 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
     starts = *STARTS, FIELDS
     whats = "", " hit", " refined"
     names = {f"{name}{what}" for name in starts for what in whats}
-    names |= {"close", "wide", "leading", "atlas expected", "fields expected"}
+    names |= {"middle", "loose", "firm", "leading", "atlas expected", "fields expected"}
     tried = {"spatial genes", "all genes", "counts", "principal", "spatial"}
     assert set(found[0].scores) == names | tried
     assert len(steps) == 2 * 3 * 4  # half of the steps, for each slide left out
@@ -142,9 +142,9 @@ def test_a_run_stopped_before_the_choice_cannot_predict():
     assert settle(settled, {}) is settled
 
 
-CLOSE, WIDE = transfer.REFINE["close"], transfer.REFINE["wide"]
+MIDDLE, LOOSE, FIRM = (transfer.REFINE[way] for way in ("middle", "loose", "firm"))
 FOUND = Transfer(
-    "atlas", 1.0, 0.0, "spatial", {"atlas": CLOSE | {"steps": 0}, "pca": WIDE}
+    "atlas", 1.0, 0.0, "spatial", {"atlas": MIDDLE | {"steps": 0}, "pca": FIRM}
 ).as_dict()
 
 
@@ -162,7 +162,7 @@ def test_what_is_left_open_is_settled_and_nothing_else():
     assert settle(RunConfig(), {TRANSFER: reads}).encoder.input == "counts"
     asked = {"standardize": 0.2, "kept": "principal"}
     config = settle(RunConfig().replace(model={"start": "pca"}, encoder=asked), {TRANSFER: FOUND})
-    assert config.model.start == "pca" and last_step(config) == WIDE
+    assert config.model.start == "pca" and last_step(config) == FIRM
     own = config.encoder
     assert (own.standardize, own.spatial_genes, own.kept) == (0.2, 0.0, "principal")
 
@@ -174,7 +174,7 @@ def test_the_last_step_that_is_asked_for_is_taken(asked):
     config = RunConfig().replace(model={"start": "pca"}, refine=asked)
     found = last_step(settle(config, {TRANSFER: FOUND}))
     nothing = dict.fromkeys(("steps", "neighbors", "anchor", "power"))
-    assert found == (nothing if "steps" in asked else WIDE) | asked
+    assert found == (nothing if "steps" in asked else FIRM) | asked
 
 
 @pytest.mark.parametrize("unused", [
@@ -380,13 +380,13 @@ def test_the_last_step_is_left_out_where_it_costs_neighbors():
 class Refined(Scored):
     """What each last step would make of a slide left out: distances, neighbours."""
 
-    def __init__(self, none, close, wide, leading=(0.0, 0.0)):
-        self.states = {(10, 0.0): close, (15, 0.0): wide, (15, 1.0): leading}
+    def __init__(self, none, middle, loose=(0.0, 0.0), firm=(0.0, 0.0), leading=(0.0, 0.0)):
+        self.states = {5.0: middle, 2.0: loose, 12.0: firm, None: leading}
         self.spearman_, self.hit = none
 
     def refined(self, name, settings):
-        state = self.states[settings["neighbors"], settings["power"]]
-        return Refined(state, *2 * [state])
+        state = self.states[None if settings["power"] else settings["anchor"]]
+        return Refined(state, state)
 
     def spearman(self, name):
         return self.spearman_
@@ -396,34 +396,34 @@ class Refined(Scored):
 
 
 @pytest.mark.parametrize(
-    ("close", "wide", "expected"),
+    ("middle", "loose", "firm", "expected"),
     [
-        ((0.5, 0.299), (0.5, 0.28), CLOSE),  # a tie with none is for the last step:
-        ((0.5, 0.29), (0.5, 0.28), CLOSE | {"steps": 0}),  # it gains where cells are dense
-        ((0.5, 0.32), (0.51, 0.33), WIDE),
-        ((0.5, 0.33), (0.6, 0.31), WIDE),  # distances count too
-        ((0.5, 0.33), (0.7, 0.29), WIDE | {"steps": 0}),
-        ((0.5, 0.33), (0.5, 0.327), WIDE),  # level: what moves less
-        ((0.5, 0.33), (0.5, 0.32), CLOSE),
+        ((0.5, 0.299), (0.5, 0.29), (0.5, 0.28), MIDDLE),  # a tie with none is for the last step:
+        ((0.5, 0.29), (0.5, 0.28), (0.5, 0.28), MIDDLE | {"steps": 0}),  # more cells gain more
+        ((0.5, 0.32), (0.49, 0.34), (0.51, 0.31), LOOSE),
+        ((0.5, 0.32), (0.4, 0.36), (0.51, 0.31), MIDDLE),  # distances count too
+        ((0.5, 0.32), (0.4, 0.36), (0.6, 0.31), FIRM),
+        ((0.5, 0.32), (0.4, 0.36), (0.7, 0.29), FIRM | {"steps": 0}),
     ],
 )
-def test_how_the_last_step_is_taken(monkeypatch, close, wide, expected):
+def test_how_the_last_step_is_taken(monkeypatch, middle, loose, firm, expected):
     monkeypatch.setattr(transfer, "_Left", Refined)
-    found = _choose([[Refined((0.5, 0.3), close, wide)]], AS_IT_IS, Transfer(), {})
+    states = (0.5, 0.3), middle, loose, firm
+    found = _choose([[Refined(*states)]], AS_IT_IS, Transfer(), {})
     expected = expected | {"expected": 0}
     assert found.refine == Transfer().refine | dict.fromkeys(("pca", "mlp", "atlas"), expected)
     asked = AS_IT_IS.replace(refine={"neighbors": 10})  # what is asked for is not tried
-    found = _choose([[Refined((0.5, 0.3), close, wide)]], asked, Transfer(), {})
+    found = _choose([[Refined(*states)]], asked, Transfer(), {})
     assert {found.refine[start]["neighbors"] for start in ("pca", "mlp", "atlas")} == {10}
-    assert "wide" not in found.scores
+    assert not {"loose", "firm", "leading"} & found.scores.keys()
 
 
-def test_leading_components_must_better_both_others(monkeypatch):
+def test_leading_components_must_better_the_others_and_keep_their_anchor(monkeypatch):
     monkeypatch.setattr(transfer, "_Left", Refined)
-    for hit, expected in ((0.329, "wide"), (0.331, "leading")):
-        states = (0.5, 0.3), (0.5, 0.32), (0.5, 0.33), (0.5, hit)
-        found = _choose([[Refined(*states)]], AS_IT_IS, Transfer(), {})
-        assert found.refine["pca"] == transfer.REFINE[expected] | {"expected": 0}
+    for hit, power in ((0.329, 0.0), (0.331, 1.0)):
+        states = (0.5, 0.3), (0.5, 0.32), (0.5, 0.31), (0.5, 0.33)
+        found = _choose([[Refined(*states, (0.5, hit))]], AS_IT_IS, Transfer(), {})
+        assert found.refine["pca"] == FIRM | {"power": power, "expected": 0}
 
 
 def test_leading_components_serve_where_the_others_are_noise():
@@ -435,7 +435,8 @@ def test_leading_components_serve_where_the_others_are_noise():
     blurred = pos + 0.25 * rng.standard_normal(pos.shape)
     left = _Left(torch.from_numpy(h).float(), pos, dict.fromkeys(STARTS, blurred))
     found = _choose([[left]], AS_IT_IS, Transfer(), {})
-    assert found.refine["pca"] == transfer.REFINE["leading"] | {"expected": 0}
+    assert found.refine["pca"]["power"] == 1 and found.refine["pca"]["steps"]
+    assert found.scores["leading"] > max(found.scores[way] for way in transfer.REFINE)
 
 
 @pytest.mark.parametrize(("after", "taken"), [(0.299, False), (0.3, False), (0.301, True)])
@@ -443,7 +444,7 @@ def test_after_fields_the_last_step_must_gain(monkeypatch, after, taken):
     """They find neighbours that the embedding does not."""
     monkeypatch.setattr(transfer, "_Left", Refined)
     found = _choose(
-        [[Refined((0.5, 0.3), (0.5, after), (0.5, 0.1))]], AS_IT_IS, Transfer(), {},
+        [[Refined((0.5, 0.3), (0.5, after))]], AS_IT_IS, Transfer(), {},
         (*STARTS, FIELDS),
     )  # fmt: skip
     assert bool(found.refine["fields"]["steps"]) == taken
@@ -490,9 +491,9 @@ def test_distances_stay_where_expectations_mislead():
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ({}, {"expected": 200, "steps": 400, "neighbors": 10}),
+        ({}, {"expected": 200, "steps": 400, "neighbors": 15}),
         ({"steps": 30}, {"expected": 200, "steps": 30, "neighbors": None}),
-        ({"expected": 0}, {"expected": 0, "steps": 400, "neighbors": 10}),
+        ({"expected": 0}, {"expected": 0, "steps": 400, "neighbors": 15}),
         ({"expected": 5, "steps": 0}, {"expected": 5, "steps": 0, "neighbors": None}),
     ],
 )

@@ -25,7 +25,7 @@ from .checkpoint import find_checkpoint, load_checkpoint, read_meta
 from .counts import slide_counts
 from .stage_a import EmbeddingScale
 from .trainer import build_encoder, build_gate_and_model, embed_raw, settle
-from .transfer import EXPECTED, REFINE
+from .transfer import EXPECTED, MIDDLE, REFINE
 
 logger = logging.getLogger(__name__)
 
@@ -282,12 +282,12 @@ class Predictor:
             nearest: candidates, nearest first, as :meth:`nearest` has them.
             always: also where the run was found to be better without.
         """
-        settings = REFINE["close"] | self.config.refine.model_dump(
+        settings = REFINE[MIDDLE] | self.config.refine.model_dump(
             exclude={"expected"}, exclude_none=True
         )
         del settings["power"]  # nearest were found by it
         if always and "steps" in self.spared:
-            settings["steps"] = REFINE["close"]["steps"]
+            settings["steps"] = REFINE[MIDDLE]["steps"]
         return refine_layout(pos, nearest, **settings, seed=self.config.train.seed)
 
     def start(

@@ -48,14 +48,15 @@ from .stage_a import (
 EXPECTED = 200
 """Steps towards expected distances where they are taken, ``refine.expected``."""
 
+MIDDLE = "middle"
 REFINE: dict[str, dict[str, int | float]] = {
-    "close": {"steps": 400, "neighbors": 10, "anchor": 4.0, "power": 0.0},
-    "wide": {"steps": 400, "neighbors": 15, "anchor": 8.0, "power": 0.0},
-    "leading": {"steps": 400, "neighbors": 15, "anchor": 8.0, "power": 1.0},
+    MIDDLE: {"steps": 400, "neighbors": 15, "anchor": 5.0, "power": 0.0},
+    "loose": {"steps": 400, "neighbors": 15, "anchor": 2.0, "power": 0.0},
+    "firm": {"steps": 400, "neighbors": 15, "anchor": 12.0, "power": 0.0},
 }
-"""The last step where it is taken, ``refine``, the usual first: to a few candidates; to more and
-less far, which is the better where a cell's candidates are seldom its neighbours; and so to those
-by the leading components of the embedding, where the others are mostly noise."""
+"""The last step where it is taken, ``refine``, the usual first: the firmer, the more of the places
+is kept, and the fewer of the candidates become neighbours."""
+_LEADING = {"power": 1.0}  # tried with the anchor that is best without
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,6 @@ _SLIDES = 3  # of a donor, at most
 _PART = 0.5  # of the steps of stage A
 _TIE = 0.01  # of neighbours that the last step may cost: it gains where cells are dense, which
 # those of a slide of more than _CELLS are not here
-_LEVEL = 0.01  # of a score, by which few neighbours are not told apart: the wide last step, which
-# leaves more of the layout as it was, may be so much behind
 _GAIN = 0.02  # of distances, by which expected ones must be better: they cost places
 
 PLANE, MAP, ATLAS, FIELDS = "plane", "map", "atlas", "fields"
@@ -100,11 +99,11 @@ class Transfer:
             read, ``fields``; ``atlas expected`` and ``fields expected`` with distances as they are
             to be expected. Neighbour hit @15: ``plane hit`` and ``plane refined`` (before and after
             the last step), and so for the others. Of last steps after the best, the geometric
-            mean of distance Spearman and hit @15: ``close``, ``wide`` and ``leading``. Of
-            embeddings, that of the best distance Spearman and the hit @15 of their nearest cells:
-            ``spatial genes`` and ``all genes`` (spatial components under either weights),
-            ``counts`` (spatial components of those of counts) and, trained, by what they keep,
-            ``principal`` and ``spatial``.
+            mean of distance Spearman and hit @15: ``middle``, ``loose``, ``firm`` and, by leading
+            components, ``leading``. Of embeddings, that of the best distance Spearman and the hit
+            @15 of their nearest cells: ``spatial genes`` and ``all genes`` (spatial components
+            under either weights), ``counts`` (spatial components of those of counts) and, trained,
+            by what they keep, ``principal`` and ``spatial``.
     """
 
     start: str = _STARTS[ATLAS]
@@ -115,7 +114,7 @@ class Transfer:
         default_factory=lambda: {
             # fields find more neighbours than the embedding, which is all that a last step knows
             # of, and an atlas alone tells how far cells may lie from where it places them
-            start: REFINE["close"]
+            start: REFINE[MIDDLE]
             | {"expected": EXPECTED if name == ATLAS else 0}
             | ({"steps": 0} if name == FIELDS else {})
             for name, start in _STARTS.items()
@@ -328,17 +327,19 @@ def _last_steps(
     What is found stands in ``scores`` afterwards.
     """
     own = config.refine.model_dump(include={"neighbors", "anchor", "power"}, exclude_none=True)
-    ways = {way: settings | own for way, settings in REFINE.items()}
+    ways = dict(REFINE)
     if own:
-        ways = {"close": ways["close"]}  # what is asked for is not tried
+        ways = {MIDDLE: REFINE[MIDDLE] | own}  # what is asked for is not tried
     after = {way: _refined(donors, best, settings) for way, settings in ways.items()}
-    for way, left in after.items():
-        scores[way] = _balance(left, best)
-    way = "close"
-    if "wide" in scores and scores["wide"] > (1 - _LEVEL) * scores["close"]:
-        way = "wide"
-    if scores.get("leading", 0.0) > scores[way]:
-        way = "leading"
+    tried = {way: _balance(left, best) for way, left in after.items()}
+    way = max(tried, key=tried.__getitem__)
+    if not own:
+        leading = ways[way] | _LEADING
+        left = _refined(donors, best, leading)
+        tried["leading"] = _balance(left, best)
+        if tried["leading"] > tried[way]:
+            way, ways["leading"], after["leading"] = "leading", leading, left
+    scores |= tried
     found = {}
     for name in [name for name in _STARTS if name in scores]:
         value = _STARTS[name]
