@@ -21,7 +21,8 @@ from ipar_sparse.io import write_slide
 from ipar_sparse.simulate import simulate
 from ipar_sparse.study_report import answers
 from ipar_sparse.train import study as study_module
-from ipar_sparse.train.checkpoint import BEST, LAST
+from ipar_sparse.train import trainer
+from ipar_sparse.train.checkpoint import BEST, LAST, read_meta
 from ipar_sparse.train.study import (
     Study,
     find_donors,
@@ -355,6 +356,31 @@ def test_a_stopped_study_goes_on_where_it_was(copy, done, plan, monkeypatch):
     assert (copy / "results.csv").read_text() == (done / "results.csv").read_text()
     assert all(p.stat().st_mtime_ns == at for p, at in kept.items())
     assert (lost[0] / LAST).stat().st_mtime_ns == trained
+
+
+def test_a_study_stopped_in_an_encoder_goes_on_with_it(copy, done, plan, monkeypatch):
+    """What an encoder that several runs wait for has left behind is no trained encoder."""
+    shutil.rmtree(next(copy.glob("encoders/*/B2/seed1")))
+    for variant in ("base", "blind"):
+        shutil.rmtree(copy / "runs" / variant / "B2" / "seed1")
+    saves, stopped = trainer._Run._stop_if_asked, []
+
+    def press(run, stage, *saved):
+        if stage == "encoder" and run.state.step == 2 and not stopped:
+            stopped.append(run.out)
+            run.interrupted.set()
+        saves(run, stage, *saved)
+
+    monkeypatch.setattr(trainer._Run, "_stop_if_asked", press)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(plan, copy, jobs=1)
+    (folder,) = stopped
+    meta = read_meta(folder / LAST)
+    assert (meta["stage"], meta["step"]) == ("encoder", 2)
+    outcome = run_study(plan, copy, jobs=1)
+    assert outcome.done == 8 and not outcome.failed
+    assert "resuming encoder at step 2" in (folder / "log.txt").read_text()
+    assert (copy / "results.csv").read_text() == (done / "results.csv").read_text()
 
 
 def test_a_failed_run_is_on_record_and_the_others_go_on(copy, plan, monkeypatch):

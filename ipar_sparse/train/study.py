@@ -40,7 +40,7 @@ from ..files import atomic_write
 from ..report import write_metrics
 from ..slide import Slide
 from ..study_report import StudyPage, print_study, write_study_report
-from .checkpoint import LAST
+from .checkpoint import LAST, read_meta
 from .crew import Job, run_jobs
 from .evaluate import ENERGY_OF, FORMS, score_slide
 from .logs import console, log_to
@@ -626,7 +626,10 @@ def _train_encoder(study: Study, out: Path, task: Task) -> None:
     slides, fold = _by_name(study, task), study.fold(task.fold)
     train = [slides[name] for name in fold.train]
     config = study.config(task.variant, task.seed)
-    fit_encoder(train, config, out / task.folder, study.left_out_together(fold))
+    folder = out / task.folder
+    fit_encoder(
+        train, config, folder, study.left_out_together(fold), resume=(folder / LAST).is_file()
+    )
 
 
 def _run(study: Study, out: Path, task: Task) -> None:
@@ -749,7 +752,7 @@ def _is_done(out: Path, task: Task) -> bool:
     folder = out / task.folder
     if task.kind == "run":
         return (folder / METRICS).is_file()
-    return (folder / LAST).is_file()
+    return (folder / LAST).is_file() and read_meta(folder / LAST)["stage"] != "encoder"
 
 
 def _identity(config: RunConfig) -> dict:

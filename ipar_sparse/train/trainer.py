@@ -175,6 +175,7 @@ def fit_encoder(
     config: RunConfig,
     out: Path,
     donors: Mapping[str, str] | None = None,
+    resume: bool = False,
 ) -> None:
     """Train the encoder alone, for :func:`fit` to take it into several runs.
 
@@ -183,14 +184,17 @@ def fit_encoder(
         config: of any of these runs.
         out: directory to write to; exists.
         donors: slide name to donor; every slide is its own donor if left out.
+        resume: continue from its last checkpoint.
 
     Raises:
         UserError: on slides that cannot be trained on.
-        KeyboardInterrupt: after ctrl-C.
+        KeyboardInterrupt: after ctrl-C, once the state is saved.
     """
     device = resolve_device(config.train.device)
     with _interrupt_between_steps() as interrupted, Progress() as progress:
         run = _Run(train_slides, [], config, Path(out), device, progress, interrupted, donors)
+        if resume:
+            run.load()
         run.try_out()
         run.train_encoder()
         run.close()
