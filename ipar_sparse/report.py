@@ -61,7 +61,7 @@ class ReportBundle:
         validation: names of the slides that chose when to stop.
         held_out: whether this slide was out of every stage; None if that is not known.
         warnings: lines that a reader must see; those of ``diagnostics`` are added.
-        notes: lines on how the input was read.
+        notes: lines on how the input was read and on rows of ``methods``.
         settings: the run's configuration, flat or nested.
         versions: software name to version.
         command: the command that made this report.

@@ -673,6 +673,11 @@ def test_distances_are_as_expected_before_neighbors_are_drawn_together(run, slid
     only = refine_layout(recycled, found.candidates, **drawn, seed=seed)
     want = distance_metrics(only, slides[3].pos)["distance_spearman"]
     assert scored.methods["not expected"]["distance_spearman"] == pytest.approx(want, abs=0.02)
+    assert not any("the model itself" in note for note in scored.notes)
+    predictor.config = predictor.config.replace(refine={"enough": 0.0})  # it is always enough
+    scored = score_slide(predictor, slides[3], baselines=False)
+    (note,) = (note for note in scored.notes if "the model itself" in note)
+    assert note.startswith('"not refined"')
 
 
 def test_leading_components_count_by_how_they_vary():

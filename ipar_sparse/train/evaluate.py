@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -188,7 +188,7 @@ def score_slide(
         training=[entry["name"] for entry in facts["slides"] if entry["role"] == "train"],
         validation=[entry["name"] for entry in facts["slides"] if entry["role"] == "val"],
         held_out=role is None,
-        notes=slide.notes,
+        notes=[*slide.notes, *_spared(layouts)],
         settings=predictor.config.model_dump(mode="json"),
         versions=_versions(),
         absent={"uncertainty": "one noise seed only; pass --seeds 8"},
@@ -295,6 +295,16 @@ def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> d
     layouts = {name: layout.double().cpu().numpy() for name, layout in layouts.items()}
     layouts["first layout"] = prediction.trajectory[0]
     return layouts
+
+
+def _spared(layouts: Mapping[str, np.ndarray]) -> list[str]:
+    """Says why a row of the model without a last step is the model's own."""
+    steps = {"not expected": "distances as they are to be expected", "not refined": "the last step"}
+    return [
+        f'"{name}" is the model itself: {step} left this layout as it was, or was left out'
+        for name, step in steps.items()
+        if name in layouts and np.allclose(layouts[name], layouts["model"], atol=1e-9)
+    ]
 
 
 def _finished(predictor: Predictor, layouts: dict, h: Tensor, prediction: Prediction) -> dict:
