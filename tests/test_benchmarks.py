@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, knn
+from benchmarks import compare, information_limit, knn
+from ipar_sparse import simulate as simulate_module
 
 
 def test_small_sizes_are_measured_and_reported(tmp_path, capsys):
@@ -105,3 +107,26 @@ def test_recall_is_the_share_of_true_neighbours():
     index = torch.zeros(9, 2, dtype=torch.int32)
     index[0], index[4] = torch.tensor([1, 2]), torch.tensor([3, 8])
     assert knn.recall(points, index, rows) == 0.75
+
+
+@pytest.mark.parametrize("name", ["cortex", "lobules"])
+def test_the_program_behind_a_tissue_is_the_simulators(name):
+    """And what it fits to counts lies nearer to the truth than a guess."""
+    own = simulate_module.TISSUES[name](600, np.random.default_rng([name == "lobules", 600]))
+    place = np.random.default_rng(0).uniform(-1, 1, (50, 2))
+    wanted = own.features(place, np.random.default_rng(1))
+    program = information_limit.PROGRAMS[name](600)
+    np.testing.assert_allclose(program.weight, own.weight, atol=1e-6)
+    at = place if name == "cortex" else np.column_stack([place[:, 0], wanted[:, 0]])
+    found = program.features(torch.from_numpy(at).float())
+    np.testing.assert_allclose(found, wanted[:, :-3], atol=1e-5)
+    slide = information_limit.last_slide(name, 1, 300, 600, 3)
+    again = simulate_module.simulate(name, slides=1, spots=300, genes=600, seed=3)[0]
+    assert (slide.expression != again.expression).nnz == 0
+    truth = program.truth(slide)
+    counts = torch.tensor(slide.expression.toarray(), dtype=torch.float32)
+    batch, dropout = information_limit.fit_batch(program, counts, torch.from_numpy(truth).float())
+    low, high = truth.min(0).tolist(), truth.max(0).tolist()
+    found = information_limit.decode(program, counts, batch, dropout, low, high).numpy()
+    spread = np.square(truth - truth.mean(0)).mean(0)
+    assert (np.square(found - truth).mean(0) < 0.7 * spread).all()
