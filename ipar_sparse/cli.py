@@ -233,6 +233,14 @@ _EMBEDDINGS_TRIED = {
     "principal": "principal components kept",
     "spatial": "spatial ones",
 }
+_LAST_STEPS_TRIED = {
+    "loose": "loose",
+    "middle": "middle",
+    "firm": "firm",
+    "close": "close",  # of runs before
+    "wide": "wide",
+    "leading": "by leading components",
+}
 
 
 @app.command()
@@ -734,6 +742,13 @@ def info(run: Run) -> None:
             ]
             if embeddings:
                 table.add_row("", f"root of that times neighbour hit: {', '.join(embeddings)}")
+            steps = [
+                f"{title} {tried[name]:.3f}"
+                for name, title in _LAST_STEPS_TRIED.items()
+                if name in tried
+            ]
+            if steps:
+                table.add_row("", f"the same of layouts after a last step: {', '.join(steps)}")
         table.add_row(
             "chosen",
             f"model.start {chosen.model.start}, {_last_step(chosen.refine)}, "

@@ -245,7 +245,8 @@ def test_what_donors_left_out_showed_is_told(slides, tmp_path, capsys):
     assert cli.run_command(["train", *files, "--out", out, "--config", config]) == 0
     assert cli.run_command(["info", out]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for word in ("on 2 donors left out", "genes alike 0.", "encoder.kept", "refine.steps"):
+    told = "on 2 donors left out", "genes alike 0.", "encoder.kept", "refine.steps", "firm 0."
+    for word in told:
         assert word in shown
 
 
