@@ -728,27 +728,14 @@ def info(run: Run) -> None:
             table.add_row(
                 "tried",
                 f"on {trial['donors']} donors left out, distance Spearman (and with expected "
-                "distances): "
-                + ", ".join(
-                    f"{title} {_with_expected(tried, name)}"
-                    for name, title in _STARTS_TRIED.items()
-                    if name in tried
-                ),
+                f"distances): {_listed(tried, _STARTS_TRIED)}",
             )
-            embeddings = [
-                f"{title} {tried[name]:.3f}"
-                for name, title in _EMBEDDINGS_TRIED.items()
-                if name in tried
-            ]
-            if embeddings:
-                table.add_row("", f"root of that times neighbour hit: {', '.join(embeddings)}")
-            steps = [
-                f"{title} {tried[name]:.3f}"
-                for name, title in _LAST_STEPS_TRIED.items()
-                if name in tried
-            ]
-            if steps:
-                table.add_row("", f"the same of layouts after a last step: {', '.join(steps)}")
+            for what, names in (
+                ("root of that times neighbour hit", _EMBEDDINGS_TRIED),
+                ("the same of layouts after a last step", _LAST_STEPS_TRIED),
+            ):
+                if listed := _listed(tried, names):
+                    table.add_row("", f"{what}: {listed}")
         table.add_row(
             "chosen",
             f"model.start {chosen.model.start}, {_last_step(chosen.refine)}, "
@@ -1219,10 +1206,14 @@ def _sizes(text: str) -> list[int]:
     return numbers
 
 
-def _with_expected(tried: dict[str, float], name: str) -> str:
-    """What a start came to, and with distances as they are to be expected, where that was tried."""
-    after = tried.get(f"{name} expected")
-    return f"{tried[name]:.3f}" + ("" if after is None else f" ({after:.3f})")
+def _listed(tried: dict[str, float], names: dict[str, str]) -> str:
+    """Scores of what was tried, by titles; and of starts with expected distances, if tried."""
+    scores = []
+    for name, title in names.items():
+        if name in tried:
+            score, after = f"{title} {tried[name]:.3f}", tried.get(f"{name} expected")
+            scores.append(score if after is None else f"{score} ({after:.3f})")
+    return ", ".join(scores)
 
 
 def _last_step(settings: RefineConfig) -> str:
