@@ -41,7 +41,11 @@ class Program:
         raise NotImplementedError
 
     def truth(self, slide):
-        """The two numbers of the cells of a slide (n, 2), as far as it tells them."""
+        """The two numbers of the cells of a slide (n, 2)."""
+        raise NotImplementedError
+
+    def layouts(self, at, error):
+        """Name to the best layout (n, 2) of its kind, of numbers (n, 2) with errors (n, 2)."""
         raise NotImplementedError
 
     def log_prior(self, at):
@@ -80,9 +84,8 @@ class CortexProgram(Program):
     def truth(self, slide):
         return np.column_stack([slide.obs["tissue_x"], slide.obs["tissue_y"]])
 
-    def layouts(self, found, truth):
-        """Name to layout (n, 2)."""
-        return {"the place": found}
+    def layouts(self, at, error):
+        return {"the place": at}
 
 
 class LobulesProgram(Program):
@@ -96,47 +99,19 @@ class LobulesProgram(Program):
         return torch.stack([zone, zone**3, band, trend], 1)
 
     def truth(self, slide):
-        return np.column_stack([slide.obs["tissue_x"], slide.obs["zone_at"]])
+        return np.column_stack([slide.obs["tissue_x"], slide.obs["tissue_zone"]])
 
     def log_prior(self, at):
         return -((at[:, 0] / 0.7) ** 2).sum() / 2  # as the tissue spreads
 
-    def layouts(self, found, truth):
-        scale = (found - truth).std(0)
+    def layouts(self, at, error):
         return {
-            "the trend": np.column_stack([found[:, 0], np.zeros(len(found))]),
-            "the trend and the zone": found / scale,
+            "the trend": np.column_stack([at[:, 0], np.zeros(len(at))]),
+            "the trend and the zone": at / error.std(0),
         }
 
 
 PROGRAMS = {program.tissue: program for program in (CortexProgram, LobulesProgram)}
-
-
-def last_slide(name: str, slides: int, spots: int, genes: int, seed: int):
-    """The last of the slides of :func:`ipar_sparse.simulate.simulate`; of lobules with the zone of
-    every cell, which a slide of its own does not tell, in ``obs["zone_at"]``."""
-    features = []
-    original = tissue.TISSUES[name]
-
-    def watched(genes, rng):
-        program = original(genes, rng)
-        own = program.features
-
-        def keep(place, slide_rng):
-            features.append(own(place, slide_rng))
-            return features[-1]
-
-        program.features = keep
-        return program
-
-    tissue.TISSUES[name] = watched
-    try:
-        slide = tissue.simulate(name, slides=slides, spots=spots, genes=genes, seed=seed)[-1]
-    finally:
-        tissue.TISSUES[name] = original
-    if name == "lobules":
-        slide.obs["zone_at"] = features[-1][:, 0]
-    return slide
 
 
 def fit_batch(program, counts, at):
@@ -191,7 +166,9 @@ def main() -> None:
     parser.add_argument("--slides", type=int, default=4, help="the last of them is placed")
     parser.add_argument("--seed", type=int, default=11)
     args = parser.parse_args()
-    slide = last_slide(args.tissue, args.slides, args.spots, args.genes, args.seed)
+    slide = tissue.simulate(
+        args.tissue, slides=args.slides, spots=args.spots, genes=args.genes, seed=args.seed
+    )[-1]
     program = PROGRAMS[args.tissue](args.genes)
     truth = program.truth(slide)
     counts = torch.tensor(slide.expression.toarray(), dtype=torch.float32)
@@ -200,16 +177,14 @@ def main() -> None:
     found = torch.cat(
         [decode(program, part, batch, dropout, *bounds) for part in counts.split(_PART)]
     ).double().numpy()  # fmt: skip
-    print("root mean square errors", *np.sqrt(np.square(found - truth).mean(0)).round(4))
-    print("median error", np.median(np.linalg.norm(found - truth, axis=1)).round(4))
-    for layouts, what in ((program.layouts(found, truth), ""),
-                          (program.layouts(truth, found), ", known exactly")):  # fmt: skip
-        for name, layout in layouts.items():
-            if what and args.tissue == "cortex":
-                continue
+    error = found - truth
+    print("root mean square errors", *np.sqrt(np.square(error).mean(0)).round(4))
+    print("median error", np.median(np.linalg.norm(error, axis=1)).round(4))
+    for at, known in ((found, "found"), (truth, "known")):
+        for name, layout in program.layouts(at, error).items():
             scores = evaluate_layout(layout, slide.pos)
-            print(f"{name}{what}:", *(f"{metric} {scores[metric]:.4f}" for metric in (
-                "distance_spearman", "neighbor_hit@15", "procrustes")))  # fmt: skip
+            metrics = "distance_spearman", "neighbor_hit@15", "procrustes"
+            print(f"{name}, {known}:", *(f"{metric} {scores[metric]:.4f}" for metric in metrics))
 
 
 if __name__ == "__main__":

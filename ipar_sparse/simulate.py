@@ -344,7 +344,8 @@ def _lobules(genes, rng):
 
     def annotate(_, features):
         names = np.array(["central", "mid", "portal"])
-        return {"zone": names[np.searchsorted([0.45, 0.75], features[:, 0])]}
+        zone = features[:, 0]
+        return {"zone": names[np.searchsorted([0.45, 0.75], zone)], "tissue_zone": zone}
 
     baseline, dispersion = _baseline(genes, rng)
     weight = np.zeros((4 + CELL_KINDS, genes))

@@ -120,9 +120,7 @@ def test_the_program_behind_a_tissue_is_the_simulators(name):
     at = place if name == "cortex" else np.column_stack([place[:, 0], wanted[:, 0]])
     found = program.features(torch.from_numpy(at).float())
     np.testing.assert_allclose(found, wanted[:, :-3], atol=1e-5)
-    slide = information_limit.last_slide(name, 1, 300, 600, 3)
-    again = simulate_module.simulate(name, slides=1, spots=300, genes=600, seed=3)[0]
-    assert (slide.expression != again.expression).nnz == 0
+    slide = simulate_module.simulate(name, slides=1, spots=300, genes=600, seed=3)[0]
     truth = program.truth(slide)
     counts = torch.tensor(slide.expression.toarray(), dtype=torch.float32)
     batch, dropout = information_limit.fit_batch(program, counts, torch.from_numpy(truth).float())
