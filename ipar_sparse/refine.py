@@ -83,7 +83,6 @@ def refine_layout(
     unit, start = _UNIT * math.sqrt(k / n), gauge_fix(pos.float())[order]
     x, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     shifts = torch.randint(1, n, (steps, _SHIFTS), generator=generator).tolist()
-    around = reach = x  # found in the first step
     for step, shift in enumerate(shifts):
         if step % _AGAIN == 0:
             around = knn(x, _AROUND).index.long()

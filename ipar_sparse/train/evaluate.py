@@ -188,7 +188,7 @@ def score_slide(
         training=[entry["name"] for entry in facts["slides"] if entry["role"] == "train"],
         validation=[entry["name"] for entry in facts["slides"] if entry["role"] == "val"],
         held_out=role is None,
-        notes=[*slide.notes, *_spared(layouts)],
+        notes=[*slide.notes, *_unchanged(layouts)],
         settings=predictor.config.model_dump(mode="json"),
         versions=_versions(),
         absent={"uncertainty": "one noise seed only; pass --seeds 8"},
@@ -297,7 +297,7 @@ def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> d
     return layouts
 
 
-def _spared(layouts: Mapping[str, np.ndarray]) -> list[str]:
+def _unchanged(layouts: Mapping[str, np.ndarray]) -> list[str]:
     """Says why a row of the model without a last step is the model's own."""
     steps = {"not expected": "distances as they are to be expected", "not refined": "the last step"}
     return [
