@@ -234,12 +234,14 @@ _EMBEDDINGS_TRIED = {
     "spatial": "spatial ones",
 }
 _LAST_STEPS_TRIED = {
+    "plain": "by the embedding",
+    "middle": "half whitened",
+    "whitened": "whitened",
+    "leading": "by leading components",
     "loose": "loose",
-    "middle": "middle",
     "firm": "firm",
     "close": "close",  # of runs before
     "wide": "wide",
-    "leading": "by leading components",
 }
 
 
@@ -1220,7 +1222,7 @@ def _last_step(settings: RefineConfig) -> str:
     """How a run takes the last two steps, if it does."""
     text = f"refine.expected {settings.expected}, refine.steps {settings.steps}"
     if settings.steps:
-        for name in ("neighbors", "anchor", "power"):
+        for name in ("neighbors", "anchor", "whiten", "power"):
             if (value := getattr(settings, name)) is not None:
                 text += f", refine.{name} {value:g}"
     return text

@@ -409,11 +409,15 @@ class RefineConfig(Section):
     """nearest candidates that attract a cell; none = 15"""
     anchor: Weight | None = None
     """what it costs to leave the layout so far; none = 5, or 2 or 12 if donors left out are placed
-    better so and neighbors and power are none too"""
+    better so and neighbors, whiten and power are none too"""
+    whiten: Weight | None = None
+    """power by which what neighbours on the training slides differ in counts less where a cell's
+    nearest are sought, 1 = they differ as much in all directions; none = 0.5, or 0 or 1 if donors
+    left out are placed better so and the others are none too"""
     power: Weight | None = None
     """of their standard deviation, by which components of the embedding count where a cell's
-    nearest are sought; none = 0, or 1 if donors left out are placed better so and neighbors and
-    anchor are none too"""
+    nearest are sought; none = 0, or 1 if donors left out are placed better so and the others are
+    none too"""
     enough: Weight = 0.5
     """share of nearest candidates that are neighbours in the layout already from which on it is
     left as it is"""

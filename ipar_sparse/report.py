@@ -437,11 +437,13 @@ def _uncertainty_section(bundle):
         pl.uncertainty_calibration(bundle.uncertainty, error, ax=axes[1])
 
     width = 5.6 if bundle.true is None else 10.0
-    text = "How far a cell may lie from its place: by the atlas of the run, where it has one, and "
-    text += "by how far different noise moves the cell, where several seeds were asked for."
+    text = "How far a cell is to be expected from its place, root mean square: by the atlas of the "
+    text += "run, where it has one, and by how far different noise moves the cell, where several "
+    text += "seeds were asked for; in the size of the errors on donors left out of training."
     if bundle.true is not None:
-        text += " On the right, cells in groups of equal uncertainty: where the line rises, cells "
-        text += "that are called uncertain do lie farther off."
+        text += " On the right, cells in groups of equal size, least uncertain first: where the "
+        text += "line rises, cells that are called uncertain do lie farther off; on the dashed "
+        text += "line, as far as they are said to."
     figure = draw_figure("uncertainty", (width, 4.2), draw, "Uncertainty map and calibration")
     return _section("Uncertainty", text, [figure])
 

@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 from ipar_sparse.atlas import Atlas, atlas_layout
 from ipar_sparse.baselines import align_slides, ridge_layout
 from ipar_sparse.config import load_config
+from ipar_sparse.expected import share_of_variance
 from ipar_sparse.metrics import align, evaluate_layout
 from ipar_sparse.simulate import simulate
 from ipar_sparse.train.evaluate import score_slide
@@ -167,8 +168,10 @@ def test_a_run_begins_from_it_and_its_checkpoint_holds_it(tmp_path):
     first = predictor.predict(slides[2]).trajectory[0]
     np.testing.assert_allclose(first, predictor.start(h, slides[2])[0].numpy(), atol=1e-5)
     one, more = (predictor.predict(slides[2], seeds=n).uncertainty for n in (1, 3))
-    np.testing.assert_allclose(one, predictor.atlas.spread(h).numpy(), atol=1e-5)
-    assert (more > one).all()
+    place, variance = predictor.atlas.moments(h)
+    (a, b), said = predictor.errors, share_of_variance(place, variance).numpy()
+    np.testing.assert_allclose(np.square(one), a + b * said, atol=1e-5)
+    assert not np.allclose(one, more) and more.mean() == pytest.approx(one.mean(), rel=0.1)
     known = [(torch.from_numpy(predictor.embed(s)), s.pos) for s in slides[:2]]
     np.testing.assert_allclose(Atlas(16).fit(known)(h), predictor.atlas(h), atol=1e-3)
     methods = score_slide(predictor, slides[2], baselines=True).methods

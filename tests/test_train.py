@@ -18,6 +18,7 @@ from ipar_sparse.expression import Expression, match_genes
 from ipar_sparse.gauge import gauge_fix, leading_components, principal_plane
 from ipar_sparse.graph import knn, pooled_candidates
 from ipar_sparse.metrics import align, distance_metrics, evaluate_layout
+from ipar_sparse.nearness import Nearness
 from ipar_sparse.nn import SharedEncoder
 from ipar_sparse.refine import refine_layout
 from ipar_sparse.simulate import simulate
@@ -665,7 +666,7 @@ def test_distances_are_as_expected_before_neighbors_are_drawn_together(run, slid
     np.testing.assert_allclose(found.pos, expected.double(), atol=1e-4)
     assert not np.allclose(found.pos, plain.pos, atol=1e-3)
     drawn = {"steps": 20, "neighbors": 5, "anchor": 3.0, "enough": 2.0}
-    predictor.config = predictor.config.replace(refine=drawn | {"power": 0.0})
+    predictor.config = predictor.config.replace(refine=drawn | {"whiten": 0.0, "power": 0.0})
     both = refine_layout(expected, found.candidates, **drawn, seed=seed)
     np.testing.assert_allclose(predictor.predict(slides[3]).pos, both.double(), atol=1e-3)
     scored = score_slide(predictor, slides[3], baselines=False)
@@ -695,7 +696,8 @@ def test_leading_components_count_by_how_they_vary():
 def test_the_last_step_may_go_by_leading_components(run, slides):
     predictor = Predictor.load(run)
     asked = {"steps": 20, "neighbors": 5, "anchor": 3.0, "enough": 2.0}
-    predictor.config = predictor.config.replace(refine=asked | {"power": 0.0, "expected": 0})
+    none = {"whiten": 0.0, "power": 0.0, "expected": 0}
+    predictor.config = predictor.config.replace(refine=asked | none)
     plain = predictor.predict(slides[3])
     assert plain.nearest is plain.candidates
     predictor.config = predictor.config.replace(refine={"power": 1.0})
@@ -707,6 +709,24 @@ def test_the_last_step_may_go_by_leading_components(run, slides):
     own = refine_layout(before, expected, **asked, seed=predictor.config.train.seed)
     np.testing.assert_allclose(found.pos, own.double(), atol=1e-4)
     assert not np.allclose(found.pos, plain.pos, atol=1e-2)
+
+
+def test_the_last_step_goes_by_what_neighbours_of_the_training_slides_differ_in(run, slides):
+    predictor = Predictor.load(run)
+    known = [(torch.from_numpy(predictor.embed(s)), s.pos) for s in slides[:2]]
+    expected = Nearness(known[0][0].size(1)).fit(known)
+    torch.testing.assert_close(predictor.nearness.covariance, expected.covariance, rtol=1e-3,
+                               atol=1e-5)  # fmt: skip
+    h = torch.from_numpy(predictor.embed(slides[3]))
+    candidates = predictor.candidates(h)
+    for asked in (1.0, 0.5):
+        predictor.config = predictor.config.replace(refine={"whiten": asked, "power": 0.0})
+        found = predictor.nearest(h, candidates)
+        assert torch.equal(found.index, knn(predictor.nearness(h, asked), 15).index)
+    predictor.config = predictor.config.replace(refine={"whiten": None})  # not tried
+    assert torch.equal(predictor.nearest(h, candidates).index, found.index)
+    predictor.nearness = None  # a run saved before there was any
+    assert predictor.nearest(h, candidates) is candidates
 
 
 def test_attention_is_judged_on_the_nearest_candidates(run, slides):

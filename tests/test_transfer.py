@@ -9,6 +9,7 @@ import torch
 from ipar_sparse.config import RunConfig, load_config
 from ipar_sparse.errors import UserError
 from ipar_sparse.expected import share_of_variance
+from ipar_sparse.nearness import Nearness
 from ipar_sparse.simulate import simulate
 from ipar_sparse.slide import Slide
 from ipar_sparse.train import transfer
@@ -108,7 +109,7 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
     starts = *STARTS, FIELDS
     whats = "", " hit", " refined"
     names = {f"{name}{what}" for name in starts for what in whats}
-    names |= {"middle", "loose", "firm", "leading", "atlas expected", "fields expected"}
+    names |= {*transfer.REFINE, *transfer.ANCHORS, "atlas expected", "fields expected"}
     tried = {"spatial genes", "all genes", "counts", "principal", "spatial"}
     assert set(found[0].scores) == names | tried
     assert len(steps) == 2 * 3 * 4  # half of the steps, for each slide left out
@@ -142,14 +143,15 @@ def test_a_run_stopped_before_the_choice_cannot_predict():
     assert settle(settled, {}) is settled
 
 
-MIDDLE, LOOSE, FIRM = (transfer.REFINE[way] for way in ("middle", "loose", "firm"))
+MIDDLE, PLAIN, LEADING = (transfer.REFINE[way] for way in ("middle", "plain", "leading"))
+LOOSE, FIRM = (MIDDLE | {"anchor": anchor} for anchor in transfer.ANCHORS.values())
 FOUND = Transfer(
     "atlas", 1.0, 0.0, "spatial", {"atlas": MIDDLE | {"steps": 0}, "pca": FIRM}
 ).as_dict()
 
 
 def last_step(config):
-    return config.refine.model_dump(include={"steps", "neighbors", "anchor", "power"})
+    return config.refine.model_dump(include={"steps", "neighbors", "anchor", "whiten", "power"})
 
 
 def test_what_is_left_open_is_settled_and_nothing_else():
@@ -168,12 +170,13 @@ def test_what_is_left_open_is_settled_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    "asked", [{"steps": 30}, {"neighbors": 7}, {"anchor": 0.5}, {"power": 0.5}]
+    "asked",
+    [{"steps": 30}, {"neighbors": 7}, {"anchor": 0.5}, {"whiten": 0.2}, {"power": 0.5}],
 )
 def test_the_last_step_that_is_asked_for_is_taken(asked):
     config = RunConfig().replace(model={"start": "pca"}, refine=asked)
     found = last_step(settle(config, {TRANSFER: FOUND}))
-    nothing = dict.fromkeys(("steps", "neighbors", "anchor", "power"))
+    nothing = dict.fromkeys(("steps", "neighbors", "anchor", "whiten", "power"))
     assert found == (nothing if "steps" in asked else FIRM) | asked
 
 
@@ -380,12 +383,17 @@ def test_the_last_step_is_left_out_where_it_costs_neighbors():
 class Refined(Scored):
     """What each last step would make of a slide left out: distances, neighbours."""
 
-    def __init__(self, none, middle, loose=(0.0, 0.0), firm=(0.0, 0.0), leading=(0.0, 0.0)):
-        self.states = {5.0: middle, 2.0: loose, 12.0: firm, None: leading}
+    def __init__(self, none, middle, loose=(0.0, 0.0), firm=(0.0, 0.0), **others):
+        self.states = {"middle": middle, 2.0: loose, 12.0: firm, **others}
         self.spearman_, self.hit = none
 
+    def errors(self, name):
+        return np.ones(3), None
+
     def refined(self, name, settings):
-        state = self.states[None if settings["power"] else settings["anchor"]]
+        ways = {way: {"anchor": 5.0} | own for way, own in transfer.REFINE.items()}
+        way = next((way for way, own in ways.items() if own == settings), settings["anchor"])
+        state = self.states.get(way, (0.0, 0.0))
         return Refined(state, state)
 
     def spearman(self, name):
@@ -415,15 +423,17 @@ def test_how_the_last_step_is_taken(monkeypatch, middle, loose, firm, expected):
     asked = AS_IT_IS.replace(refine={"neighbors": 10})  # what is asked for is not tried
     found = _choose([[Refined(*states)]], asked, Transfer(), {})
     assert {found.refine[start]["neighbors"] for start in ("pca", "mlp", "atlas")} == {10}
-    assert not {"loose", "firm", "leading"} & found.scores.keys()
+    assert not ({*transfer.REFINE, *transfer.ANCHORS} - {"middle"}) & found.scores.keys()
 
 
-def test_leading_components_must_better_the_others_and_keep_their_anchor(monkeypatch):
+def test_what_is_near_is_settled_first_and_then_how_far_places_are_kept(monkeypatch):
     monkeypatch.setattr(transfer, "_Left", Refined)
-    for hit, power in ((0.329, 0.0), (0.331, 1.0)):
+    for hit, way in ((0.319, MIDDLE), (0.321, PLAIN)):
         states = (0.5, 0.3), (0.5, 0.32), (0.5, 0.31), (0.5, 0.33)
-        found = _choose([[Refined(*states, (0.5, hit))]], AS_IT_IS, Transfer(), {})
-        assert found.refine["pca"] == FIRM | {"power": power, "expected": 0}
+        found = _choose([[Refined(*states, plain=(0.5, hit))]], AS_IT_IS, Transfer(), {})
+        assert found.refine["pca"] == way | {"anchor": 12.0, "expected": 0}
+    found = _choose([[Refined(*states, leading=(0.5, 0.34))]], AS_IT_IS, Transfer(), {})
+    assert found.refine["pca"] == LEADING | {"expected": 0}
 
 
 def test_leading_components_serve_where_the_others_are_noise():
@@ -436,7 +446,30 @@ def test_leading_components_serve_where_the_others_are_noise():
     left = _Left(torch.from_numpy(h).float(), pos, dict.fromkeys(STARTS, blurred))
     found = _choose([[left]], AS_IT_IS, Transfer(), {})
     assert found.refine["pca"]["power"] == 1 and found.refine["pca"]["steps"]
-    assert found.scores["leading"] > max(found.scores[way] for way in transfer.REFINE)
+    others = [way for way in transfer.REFINE if way != "leading"]
+    assert found.scores["leading"] > max(found.scores[way] for way in others)
+
+
+def test_whitening_serves_where_neighbours_differ_more_in_some_directions():
+    """Ten directions are told apart by the place, two more vary as much for other reasons."""
+    rng = np.random.default_rng(0)
+
+    def made(seed):
+        rng = np.random.default_rng(seed)
+        pos = rng.uniform(-1, 1, (600, 2))
+        h = np.concatenate([0.1 * rng.standard_normal((600, 8)),
+                            0.5 * rng.standard_normal((600, 2))], 1)  # fmt: skip
+        h[:, :2] += 0.5 * pos
+        return torch.from_numpy(h).float(), pos
+
+    (h, pos), known = made(0), [made(1), made(2)]
+    blurred = pos + 0.25 * rng.standard_normal(pos.shape)
+    left = _Left(
+        h, pos, dict.fromkeys(STARTS, blurred), nearness=Nearness(10).fit(known)
+    )
+    found = _choose([[left]], AS_IT_IS, Transfer(), {})
+    assert found.refine["pca"]["whiten"] == 1 and found.refine["pca"]["steps"]
+    assert found.scores["whitened"] > found.scores["middle"] > found.scores["plain"]
 
 
 @pytest.mark.parametrize(("after", "taken"), [(0.299, False), (0.3, False), (0.301, True)])
@@ -504,8 +537,18 @@ def test_what_is_asked_of_the_last_steps_is_kept(asked, expected):
 
 
 def test_donors_that_are_tried_are_spread_over_the_order(slides):
-    names = [f"s{i}" for i in range(7)]
+    many = [replace(slides[0], name=f"s{i}") for i in range(5)]
+    folds = transfer._folds(many, None, None, CPU)
+    assert [[s.name for s in fold.test] for fold in folds] == [["s0"], ["s2"], ["s4"]]
+
+
+def test_all_of_many_donors_are_left_out_in_three_turns(slides):
+    names = [f"{donor}{i}" for donor in "abcd" for i in (1, 2)]
     many = [replace(slides[0], name=name) for name in names]
-    folds = transfer._folds(many, None, None, torch.device("cpu"))
-    assert [[s.name for s in fold.test] for fold in folds] == [["s0"], ["s3"], ["s6"]]
-    assert all(len(fold.train) == 6 for fold in folds)
+    folds = transfer._folds(many, None, None, CPU)
+    left_out = [[s.name for s in fold.test] for fold in folds]
+    assert left_out == [["a1", "b2", "d1"], ["a2", "c1", "d2"], ["b1", "c2"]]
+    for fold, out in zip(folds, left_out, strict=True):
+        assert [s.name for s in fold.train] == [name for name in names if name not in out]
+        assert len({name[0] for name in out}) == fold.donors  # a sister of each is left in
+    assert sum(fold.donors for fold in folds) == 8

@@ -156,10 +156,11 @@ def distance_density(
 def uncertainty_calibration(
     uncertainty, error, *, ax: Axes | None = None, bins: int = 10
 ) -> Axes:
-    """Does a cell that says it is uncertain lie farther off? Mean error in bins of equal size.
+    """Is an uncertainty as large as the error? Root mean squares in bins of equal size, and the
+    line on which the two are equal.
 
     Args:
-        uncertainty: spread of each cell (n,).
+        uncertainty: of each cell (n,).
         error: its distance from the measured position after alignment (n,), same unit.
         bins: number of bins, fewer on few cells.
     """
@@ -171,13 +172,17 @@ def uncertainty_calibration(
         )
     ax = tidy(new_axes(ax))
     parts = np.array_split(np.argsort(uncertainty), max(1, min(bins, len(error) // 5)))
-    spread = [uncertainty[part].mean() for part in parts]
-    mean = np.array([error[part].mean() for part in parts])
-    sem = np.array([error[part].std() / np.sqrt(len(part)) for part in parts])
-    ax.errorbar(spread, mean, yerr=2 * sem, fmt="o-", ms=4, color=MODEL, lw=1.3, capsize=2)
-    ax.set_xlim(left=0)
-    ax.set_ylim(bottom=0)
+    said = [np.sqrt(np.square(uncertainty[part]).mean()) for part in parts]
+    seen = np.sqrt([np.square(error[part]).mean() for part in parts])
+    # of a root: half of that of the mean square, relative to it
+    spread = [np.square(error[part]).std() / np.sqrt(len(part)) for part in parts]
+    sem = np.divide(spread, 2 * seen, out=np.zeros_like(seen), where=seen > 0)
+    ax.errorbar(said, seen, yerr=2 * sem, fmt="o-", ms=4, color=MODEL, lw=1.3, capsize=2)
+    reach = 1.05 * max(max(said), float((seen + 2 * sem).max()), 1e-9)
+    ax.plot([0, reach], [0, reach], color=MUTED, lw=1, ls="--", zorder=0)
+    ax.set_xlim(0, reach)
+    ax.set_ylim(0, reach)
     ax.set_xlabel("uncertainty (tissue radii)")
-    ax.set_ylabel("mean error (tissue radii)")
+    ax.set_ylabel("error (tissue radii)")
     ax.set_title("Is it calibrated?", fontsize=10.5, color=INK)
     return ax

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import __version__, ops
 from ..atlas import Atlas
 from ..baselines import run_baselines
+from ..calibration import compare_errors
 from ..diagnostics import RecycleRecord, candidate_recall, diagnose
 from ..errors import UserError
 from ..expected import share_of_variance
@@ -49,7 +50,7 @@ ENERGY_OF = {
 }  # fmt: skip
 """Forms of the model, and how the flat metrics call their E_geo."""
 
-_NEIGHBORS = 15  # of a cell, in the graph of the spectral layout
+_NEIGHBORS = 15  # of a cell, in the graph of the spectral layout and by which H is scored
 _ATTENTION_EDGES = 3_000_000  # diagnostics hold attention (E, heads) of one recycle
 
 
@@ -163,12 +164,18 @@ def score_slide(
         for key, value in scored.get(name, {}).items()
     }
     metrics |= candidate_recall(prediction.candidates, slide.pos, k=15)
+    # what no layout of the embedding can better by much: its own nearest cells
+    found = candidate_recall(_nearest(prediction.candidates), slide.pos, _NEIGHBORS)
+    metrics[f"embedding_hit@{_NEIGHBORS}"] = found[f"candidate_recall@{_NEIGHBORS}"]
     if prediction.uncertainty is not None:
         aligned, _ = align(prediction.pos, slide.pos)
-        error = np.linalg.norm(aligned - slide.pos, axis=1)
+        true = slide.pos - slide.pos.mean(0)
+        radius = np.sqrt(np.square(true).sum(1).mean())
+        error = np.linalg.norm(aligned - slide.pos, axis=1) / radius
         # 0: the spread says nothing of the error; 1: it orders the cells by it
         found = spearmanr(prediction.uncertainty, error).statistic
         metrics["uncertainty_error_spearman"] = float(found)
+        metrics |= compare_errors(prediction.uncertainty, error)
     if prediction.candidates.recall is not None:
         metrics["graph_recall"] = prediction.candidates.recall
     facts = predictor.meta["facts"]
@@ -329,8 +336,10 @@ def _finished(predictor: Predictor, layouts: dict, h: Tensor, prediction: Predic
 def _near(predictor: Predictor, candidates: NeighborTable) -> NeighborTable:
     """The graph of a spectral layout: where the model looks far, the nearest candidates alone, of
     which such layouts are usually made."""
-    if not predictor.samples(candidates.num_nodes):
-        return candidates
+    return _nearest(candidates) if predictor.samples(candidates.num_nodes) else candidates
+
+
+def _nearest(candidates: NeighborTable) -> NeighborTable:
     index = candidates.index[:, :_NEIGHBORS].contiguous()
     return NeighborTable(
         index, padded=candidates.padded, metric=candidates.metric, method=candidates.method

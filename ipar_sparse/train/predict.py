@@ -11,21 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from ..atlas import Atlas, CountAtlas
+from ..calibration import expected_error
 from ..config import RunConfig
 from ..errors import UserError
 from ..expected import expected_layout, share_of_variance
 from ..expression import match_genes
-from ..gauge import gauge_fix, leading_components, principal_plane
-from ..graph import NeighborTable, knn, knn_candidates, pooled_candidates
+from ..gauge import gauge_fix, principal_plane
+from ..graph import NeighborTable, knn_candidates, pooled_candidates
 from ..metrics import align
+from ..nearness import Nearness, compared
 from ..nn import EdgeGateSoft, IPALiteModel
 from ..refine import refine_layout
 from ..slide import Slide
 from .checkpoint import find_checkpoint, load_checkpoint, read_meta
 from .counts import slide_counts
 from .stage_a import EmbeddingScale
-from .trainer import build_encoder, build_gate_and_model, embed_raw, settle
-from .transfer import EXPECTED, MIDDLE, REFINE
+from .trainer import TRANSFER, build_encoder, build_gate_and_model, embed_raw, settle
+from .transfer import EXPECTED, MIDDLE, REFINE, Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +50,10 @@ class Prediction:
             share of that of all cells from the middle of the tissue; None without an atlas.
         trajectory: layouts before the first recycle and after each, each (n, 2); of the last,
             :meth:`Predictor.finished` makes ``pos``.
-        uncertainty: how far a cell may lie from its place (n,), in tissue radii: what the atlas of
-            the run leaves open and how far noise seeds move the cell, one or both; None for one
-            seed without an atlas.
+        uncertainty: how far a cell is to be expected from its place (n,), root mean square, in
+            tissue radii (:func:`~ipar_sparse.calibration.expected_error`): by what the atlas of the
+            run leaves open and by how far noise seeds move the cell, one or both, in the size of
+            the errors on donors left out; None for one seed without an atlas.
     """
 
     pos: np.ndarray
@@ -78,6 +81,8 @@ class Predictor:
         atlas: of the training slides, None where the run does not begin from one.
         spared: settings of ``refine`` whose steps were tried on donors left out and found to gain
             nothing.
+        nearness: of the training slides, None in runs saved before there was any.
+        errors: how the square error of a cell follows its doubt, as donors left out showed.
     """
 
     run: Path
@@ -90,6 +95,8 @@ class Predictor:
     device: torch.device
     atlas: Atlas | CountAtlas | None = None
     spared: tuple[str, ...] = ()
+    nearness: Nearness | None = None
+    errors: tuple[float, float] = (0.0, 1.0)
 
     @classmethod
     def load(cls, run: Path, device: torch.device | str = "cpu") -> Predictor:
@@ -112,6 +119,8 @@ class Predictor:
             modules["atlas"] = Atlas(meta["dim"], cells=cells)
         elif config.model.start == "fields":
             modules["atlas"] = CountAtlas(len(meta["genes"]))
+        if "nearness" in meta.get("modules", ()):
+            modules["nearness"] = Nearness(meta["dim"])
         load_checkpoint(path, modules)
         for module in modules.values():
             module.to(device).eval().requires_grad_(False)
@@ -130,6 +139,8 @@ class Predictor:
                 for name in ("expected", "steps")
                 if getattr(asked.refine, name) is None and getattr(config.refine, name) == 0
             ),
+            nearness=modules.get("nearness"),
+            errors=_errors(config.model.start, meta["facts"]),
         )
 
     def embed(self, slide: Slide) -> np.ndarray:
@@ -166,13 +177,13 @@ class Predictor:
         Args:
             slide: n cells.
             seeds: with more than one, that many layouts are also drawn under the noise of
-                training and aligned, and their spread adds to each cell's uncertainty.
+                training and aligned; cells that move more are the more uncertain.
         """
         h = torch.from_numpy(self.embed(slide)).to(self.device)
         candidates = self.candidates(h)
         graph = self.graph(h, candidates)
         bias, logits = self.edge_bias(h, graph)
-        start, variance, doubt = self.start(h, slide)
+        start, doubt = self.start(h, slide)
         pos, trajectory = self.model(h, graph, edge_bias=bias, return_trajectory=True, start=start)
         nearest = self.nearest(h, candidates)
         result = Prediction(
@@ -185,11 +196,9 @@ class Predictor:
             doubt=doubt,
             trajectory=[step.double().cpu().numpy() for step in trajectory],
         )
-        variances = [] if variance is None else [variance.double().cpu().numpy()]
-        if seeds > 1:
-            variances.append(self._moved(h, slide, start, result.trajectory[-1], seeds))
-        if variances:
-            result.uncertainty = np.sqrt(sum(variances))
+        moved = self._moved(h, slide, start, result.trajectory[-1], seeds) if seeds > 1 else None
+        said = None if doubt is None else doubt.double().cpu().numpy()
+        result.uncertainty = expected_error(self.errors, said, moved)
         return result
 
     def candidates(self, h: Tensor) -> NeighborTable:
@@ -230,18 +239,21 @@ class Predictor:
         return settings.train.unit == "miniset" and 2 <= settings.graph.pool < n
 
     def nearest(self, h: Tensor, candidates: NeighborTable) -> NeighborTable:
-        """Candidates for the last step: those of the model, or others where leading components
-        count more.
+        """Candidates for the last step: those of the model, or others where they are sought by
+        what neighbours of the training slides have in common, or by leading components.
 
         Args:
             h: embeddings (n, d).
             candidates: of the model, nearest first.
         """
-        settings = self.config.refine
-        if not settings.power:
+        settings = REFINE[MIDDLE] | self.config.refine.model_dump(exclude_none=True)
+        whiten = settings["whiten"] if self.nearness is not None else 0
+        if not (whiten or settings["power"]):
             return candidates
-        count = max(_AROUND, settings.neighbors or 0)
-        return knn(leading_components(h, settings.power), min(count, len(h) - 1))
+        h = compared(h, self.nearness, whiten, settings["power"])
+        return knn_candidates(
+            h, max(_AROUND, settings["neighbors"]), backend=self.config.graph.backend
+        )
 
     def finished(
         self, pos: Tensor, h: Tensor, doubt: Tensor | None, nearest: NeighborTable
@@ -285,17 +297,14 @@ class Predictor:
         settings = REFINE[MIDDLE] | self.config.refine.model_dump(
             exclude={"expected"}, exclude_none=True
         )
-        del settings["power"]  # nearest were found by it
+        del settings["whiten"], settings["power"]  # nearest were found by them
         if always and "steps" in self.spared:
             settings["steps"] = REFINE[MIDDLE]["steps"]
         return refine_layout(pos, nearest, **settings, seed=self.config.train.seed)
 
-    def start(
-        self, h: Tensor, slide: Slide
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def start(self, h: Tensor, slide: Slide) -> tuple[Tensor | None, Tensor | None]:
         """Where the recycles begin (n, 2): an atlas's layout, a plane, or None, which leaves it
-        to the model's own MLP of the embedding; and the variance (n,) that an atlas leaves, in its
-        own units and as :attr:`Prediction.doubt`.
+        to the model's own MLP of the embedding; and :attr:`Prediction.doubt` of an atlas.
 
         Args:
             h: embeddings (n, d).
@@ -303,12 +312,12 @@ class Predictor:
         """
         if self.atlas is None:
             plane = self.config.model.start == "pca"
-            return (gauge_fix(principal_plane(h)) if plane else None), None, None
+            return (gauge_fix(principal_plane(h)) if plane else None), None
         if isinstance(self.atlas, CountAtlas):
             place, variance = self.atlas.posterior(slide_counts(slide, self.meta["genes"]))
         else:
             place, variance = self.atlas.moments(h)
-        return gauge_fix(place), variance, share_of_variance(place, variance)
+        return gauge_fix(place), share_of_variance(place, variance)
 
     def edge_bias(self, h: Tensor, graph: NeighborTable) -> tuple[Tensor | None, Tensor | None]:
         """The gate's share of the attention logits, and its raw logits; None without a gate."""
@@ -338,3 +347,10 @@ class Predictor:
             aligned, _ = align(self.model(noisy, graph, edge_bias=bias, start=start), pos)
             square += np.square(aligned - pos).sum(-1)
         return square / seeds
+
+
+def _errors(start: str, facts: dict) -> tuple[float, float]:
+    """What donors left out showed of a start's errors; as on other sets where none were."""
+    found = Transfer().errors | facts.get(TRANSFER, {}).get("errors", {})
+    a, b = found[start]
+    return float(a), float(b)

@@ -34,6 +34,7 @@ from ..files import atomic_write
 from ..gauge import gauge_fix
 from ..graph import NeighborTable, knn_candidates
 from ..losses import e_geo, gate_loss, geometry_terms
+from ..nearness import Nearness
 from ..nn import CountComponents, EdgeGateSoft, IPALiteModel, SharedEncoder
 from ..slide import Slide
 from ..targets import target_graph
@@ -238,6 +239,7 @@ class _Run:
         self.gate, self.model = build_gate_and_model(config, dim)
         self.gate.to(device), self.model.to(device)
         self.atlas: Atlas | CountAtlas | None = None
+        self.nearness: Nearness | None = None
         self.fields: GeneFields | None = None
         self.state.facts = {
             "genes": len(self.genes) if self.genes else 0,
@@ -352,6 +354,7 @@ class _Run:
             [TrainingSlide(s.name, scaled[id(s)], torch.from_numpy(s.pos)) for s in slides]
             for slides in (self.train_slides, self.val_slides)
         )
+        self.nearness = Nearness(self.dim).fit([(s.h, s.pos) for s in self.train_data])
         if self.config.model.start == "atlas":
             self._fit_atlas()
         elif self.config.model.start == "fields":
@@ -696,6 +699,8 @@ class _Run:
         modules = {"scale": self.scale, "gate": self.gate, "model": self.model}
         if self.atlas is not None:
             modules["atlas"] = self.atlas
+        if self.nearness is not None:
+            modules["nearness"] = self.nearness
         return modules if self.encoder is None else {"encoder": self.encoder, **modules}
 
     def _save(self, path: Path, optimizer=None, scaler=None) -> None:
@@ -705,6 +710,7 @@ class _Run:
             "stage": state.stage, "step": state.step, "log_step": state.log_step,
             "best": state.best, "best_epoch": state.best_epoch, "stale": state.stale,
             "dim": self.dim, "genes": self.genes, "facts": state.facts,
+            "modules": list(self._modules()),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }  # fmt: skip
         save_checkpoint(path, self._modules(), meta, optimizer=optimizer)

@@ -5,9 +5,9 @@ position that was learned on other animals holds there, and is the best start. O
 where every tumour is its own, a map from other patients misleads, and the cells are better placed
 by how they differ from one another. In some, faint genes tell neighbours apart, in others they are
 noise; in some, the noise of counts drowns what they say unless it is modelled, in others the model
-is wrong; in some, a last step gathers cells that were well apart. Each donor of the training
-slides is therefore left out in turn, embeddings are made from the rest, and what serves the donor
-left out better is what the run does. Slides that are held out of the run take no part.
+is wrong; in some, a last step gathers cells that were well apart. Donors of the training slides are
+therefore left out in turn, embeddings are made from the rest, and what serves the donors left out
+better is what the run does. Slides that are held out of the run take no part.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from ..atlas import Atlas
 from ..baselines import ridge_layout
+from ..calibration import fit_error_law, square_errors
 from ..config import EncoderConfig, RunConfig
 from ..diagnostics import candidate_recall
 from ..expected import expected_layout, share_of_variance
-from ..gauge import leading_components, principal_plane
+from ..gauge import principal_plane
 from ..graph import NeighborTable, knn
 from ..metrics import distance_metrics
+from ..nearness import Nearness, compared
 from ..nn import SharedEncoder
 from ..refine import refine_layout
 from ..slide import Slide
@@ -50,18 +52,23 @@ EXPECTED = 200
 
 MIDDLE = "middle"
 REFINE: dict[str, dict[str, int | float]] = {
-    MIDDLE: {"steps": 400, "neighbors": 15, "anchor": 5.0, "power": 0.0},
-    "loose": {"steps": 400, "neighbors": 15, "anchor": 2.0, "power": 0.0},
-    "firm": {"steps": 400, "neighbors": 15, "anchor": 12.0, "power": 0.0},
+    MIDDLE: {"steps": 400, "neighbors": 15, "anchor": 5.0, "whiten": 0.5, "power": 0.0},
+    "plain": {"steps": 400, "neighbors": 15, "anchor": 5.0, "whiten": 0.0, "power": 0.0},
+    "whitened": {"steps": 400, "neighbors": 15, "anchor": 5.0, "whiten": 1.0, "power": 0.0},
+    "leading": {"steps": 400, "neighbors": 15, "anchor": 5.0, "whiten": 0.0, "power": 1.0},
 }
-"""The last step where it is taken, ``refine``, the usual first: the firmer, the more of the places
-is kept, and the fewer of the candidates become neighbours."""
-_LEADING = {"power": 1.0}  # tried with the anchor that is best without
+"""The last step where it is taken, ``refine``, the usual first: by distances in which a cell's
+nearest are sought."""
+ANCHORS = {"loose": 2.0, "firm": 12.0}
+"""Tried beside the usual one with the best of those: the firmer, the more of the places is kept,
+and the fewer of the candidates become neighbours."""
+_ERRORS = {"pca": (0.75, 0.0), "mlp": (0.75, 0.0), "atlas": (0.1, 1.1), "fields": (0.0, 1.0)}
+"""Square error of a cell by its doubt, as on slides of other donors of four real sets."""
 
 logger = logging.getLogger(__name__)
 
 _CELLS = 3000  # of a slide; more do not change a mean over slides
-_DONORS = 3  # left out at most
+_FOLDS = 3  # in which donors are left out: one in each, or all in as many groups
 _SLIDES = 3  # of a donor, at most
 _PART = 0.5  # of the steps of stage A
 _TIE = 0.01  # of neighbours that the last step may cost: it gains where cells are dense, which
@@ -92,15 +99,17 @@ class Transfer:
         input: what the encoder reads, ``encoder.input``.
         kept: what the embedding keeps beside what it has learned, ``encoder.kept``.
         refine: the last two steps after each of the starts: ``expected``, and ``steps``,
-            ``neighbors``, ``anchor`` and ``power`` of ``refine``.
+            ``neighbors``, ``anchor``, ``whiten`` and ``power`` of ``refine``.
+        errors: after each of the starts, how the square error of a cell follows what the start says
+            of it: a and b of :func:`~ipar_sparse.calibration.fit_error_law`.
         donors: how many were left out in turn; with one donor nothing is tried.
         scores: means over donors left out. Distance Spearman: ``plane`` (principal plane of the
             embedding), ``map`` (ridge regression from it), ``atlas`` (of it) and, where counts are
             read, ``fields``; ``atlas expected`` and ``fields expected`` with distances as they are
             to be expected. Neighbour hit @15: ``plane hit`` and ``plane refined`` (before and after
             the last step), and so for the others. Of last steps after the best, the geometric
-            mean of distance Spearman and hit @15: ``middle``, ``loose``, ``firm`` and, by leading
-            components, ``leading``. Of embeddings, that of the best distance Spearman and the hit
+            mean of distance Spearman and hit @15: ``middle``, ``plain``, ``whitened``, ``leading``,
+            ``loose`` and ``firm``. Of embeddings, that of the best distance Spearman and the hit
             @15 of their nearest cells: ``spatial genes`` and ``all genes`` (spatial components
             under either weights), ``counts`` (spatial components of those of counts) and, trained,
             by what they keep, ``principal`` and ``spatial``.
@@ -120,6 +129,7 @@ class Transfer:
             for name, start in _STARTS.items()
         }
     )
+    errors: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(_ERRORS))
     donors: int = 0
     scores: dict[str, float] | None = None
     input: str = "log"
@@ -142,7 +152,9 @@ def try_transfer(
     device: torch.device,
     step_done: Callable[[], None] = lambda: None,
 ) -> Transfer:
-    """Leave each donor of the training slides out in turn, and see what places its cells.
+    """Leave donors of the training slides out in turn, and see what places their cells.
+
+    One in each of three turns; from six donors on, a third of them, so that all have their say.
 
     Args:
         slides: training slides with positions.
@@ -157,8 +169,9 @@ def try_transfer(
     folds = _folds(slides, donors, genes, device)
     if not folds:
         return Transfer()
+    count = sum(fold.donors for fold in folds)
     if build is None:
-        return _choose([fold.brought() for fold in folds], config, Transfer(), {})
+        return _choose([fold.brought() for fold in folds], config, Transfer(donors=count), {})
     settings, scores, chosen = config.encoder, {}, Transfer()
     if settings.standardize is None and settings.spatial_genes is None:
         ways = {
@@ -176,13 +189,14 @@ def try_transfer(
     config = chosen.weigh(config)
     chosen = replace(
         chosen,
+        donors=count,
         input=config.encoder.input,
         standardize=config.encoder.standardize,
         spatial_genes=config.encoder.spatial_genes,
     )
     embeddings: dict[str, list[list[_Left]]] = {}
     for number, fold in enumerate(folds):
-        seed = config.train.seed * _DONORS + number
+        seed = config.train.seed * _FOLDS + number
         for kept, left in fold.trained(config, build, seed, step_done).items():
             embeddings.setdefault(kept, []).append(left)
     tried = {name: _score(found) for name, found in embeddings.items()}
@@ -209,7 +223,7 @@ def trial_steps(
 
 
 def _folds(slides, donors, genes, device) -> list[_Fold]:
-    """One for each donor that is left out; none where there is one donor only."""
+    """One for each turn in which donors are left out; none where there is one donor only."""
     groups: dict[str, list[Slide]] = {}
     for slide in slides:
         groups.setdefault((donors or {}).get(slide.name, slide.name), []).append(slide)
@@ -219,10 +233,15 @@ def _folds(slides, donors, genes, device) -> list[_Fold]:
         name: [_sample(slide) for slide in _spread_out(group, _SLIDES)]
         for name, group in groups.items()
     }
+    names = list(small)
+    turns = [[name] for name in _spread_out(names, _FOLDS)]
+    if len(names) >= 2 * _FOLDS:  # every third: slides of one animal, left in, stand side by side
+        turns = [names[turn::_FOLDS] for turn in range(_FOLDS)]
     folds = []
-    for left_out in _spread_out(list(small), _DONORS):
-        rest = [slide for name, group in small.items() if name != left_out for slide in group]
-        folds.append(_Fold(rest, small[left_out], genes, device))
+    for turn in turns:
+        rest = [slide for name in names if name not in turn for slide in small[name]]
+        left_out = [slide for name in turn for slide in small[name]]
+        folds.append(_Fold(rest, left_out, genes, device, len(turn)))
     return folds
 
 
@@ -254,6 +273,10 @@ def _choose(
 ) -> Transfer:
     """Start and last step by what each donor left out showed in the embedding that was chosen."""
     scores = {name: _mean(donors, partial(_Left.spearman, name=name)) for name in starts}
+    errors = chosen.errors | {
+        _STARTS[name]: fit_error_law([[left.errors(name) for left in slides] for slides in donors])
+        for name in starts
+    }
     steps, after = _expectations(donors, starts, config, scores)
     best = max(starts, key=lambda name: scores[f"{name} expected" if steps[name] else name])
     start, refine = _STARTS[best], dict(chosen.refine)
@@ -263,8 +286,9 @@ def _choose(
         value = _STARTS[name]
         refine[value] = refine[value] | {"expected": steps[name]}
     found = replace(
-        chosen, start=start, refine=refine, donors=len(donors), scores=scores | tried
-    )
+        chosen, start=start, refine=refine, errors=errors, scores=scores | tried,
+        donors=chosen.donors or len(donors),
+    )  # fmt: skip
     logger.info(
         "%d donors left out in turn: a learned map places their cells with distance Spearman "
         "%.3f, an atlas with %.3f, the plane of the embedding with %.3f%s; model.start is %s",
@@ -281,8 +305,9 @@ def _choose(
     if config.refine.steps is None:
         last = refine[start]
         logger.info(
-            "refine.steps is %d, refine.neighbors %d, refine.anchor %g, refine.power %g",
-            last["steps"], last["neighbors"], last["anchor"], last["power"],
+            "refine.steps is %d, refine.neighbors %d, refine.anchor %g, refine.whiten %g, "
+            "refine.power %g",
+            last["steps"], last["neighbors"], last["anchor"], last["whiten"], last["power"],
         )  # fmt: skip
     if tried:
         logger.info(
@@ -326,7 +351,9 @@ def _last_steps(
 
     What is found stands in ``scores`` afterwards.
     """
-    own = config.refine.model_dump(include={"neighbors", "anchor", "power"}, exclude_none=True)
+    own = config.refine.model_dump(
+        include={"neighbors", "anchor", "whiten", "power"}, exclude_none=True
+    )
     ways = dict(REFINE)
     if own:
         ways = {MIDDLE: REFINE[MIDDLE] | own}  # what is asked for is not tried
@@ -334,11 +361,11 @@ def _last_steps(
     tried = {way: _balance(left, best) for way, left in after.items()}
     way = max(tried, key=tried.__getitem__)
     if not own:
-        leading = ways[way] | _LEADING
-        left = _refined(donors, best, leading)
-        tried["leading"] = _balance(left, best)
-        if tried["leading"] > tried[way]:
-            way, ways["leading"], after["leading"] = "leading", leading, left
+        ways |= {name: ways[way] | {"anchor": anchor} for name, anchor in ANCHORS.items()}
+        for name in ANCHORS:
+            after[name] = _refined(donors, best, ways[name])
+            tried[name] = _balance(after[name], best)
+        way = max(tried, key=tried.__getitem__)
     scores |= tried
     found = {}
     for name in [name for name in _STARTS if name in scores]:
@@ -381,6 +408,7 @@ class _Left:
         placed: start to layout (n, 2).
         doubt: start to how uncertain its places are (n,), as :func:`expected_layout` takes it; of
             starts that can tell.
+        nearness: of the slides that were learned from.
     """
 
     def __init__(
@@ -389,12 +417,18 @@ class _Left:
         pos,
         placed: Mapping[str, np.ndarray],
         doubt: Mapping[str, Tensor] | None = None,
+        nearness: Nearness | None = None,
     ):
+        self.nearness = nearness
         self.pos, self.layouts, self.doubt = np.asarray(pos), dict(placed), dict(doubt or {})
         self.h, self.graph = h, knn(h, _NEIGHBORS)
 
     def spearman(self, name: str) -> float:
         return distance_metrics(self.layouts[name], self.pos)["distance_spearman"]
+
+    def errors(self, name: str) -> tuple[np.ndarray, Tensor | None]:
+        """Square error of every cell where a start places it, and what the start says of it."""
+        return square_errors(self.layouts[name], self.pos), self.doubt.get(name)
 
     def embedding_hit(self) -> float:
         return self._hit(self.graph)
@@ -422,8 +456,9 @@ class _Left:
         layout = self._layout(name)
         after = copy.copy(self)
         settings, graph = dict(settings), self.graph
-        if power := settings.pop("power"):
-            graph = knn(leading_components(self.h, power), _NEIGHBORS)
+        whiten, power = settings.pop("whiten"), settings.pop("power")
+        if whiten or power:
+            graph = knn(compared(self.h, self.nearness, whiten, power), _NEIGHBORS)
         after.layouts = {name: refine_layout(layout, graph, **settings).double().numpy()}
         return after
 
@@ -433,19 +468,21 @@ class _Left:
 
 @dataclass
 class _Fold:
-    """Slides to learn from, and those of the donor left out.
+    """Slides to learn from, and those of the donors left out.
 
     Args:
         train: slides of the other donors.
-        test: slides of this one.
+        test: slides of these.
         genes: of the encoder.
         device: where it is trained.
+        donors: how many are left out.
     """
 
     train: list[Slide]
     test: list[Slide]
     genes: Sequence[str] | None
     device: torch.device
+    donors: int = 1
 
     @cached_property
     def fields(self) -> GeneFields:
@@ -519,6 +556,7 @@ class _Fold:
         h = h[len(self.train) :]
         together = torch.cat(h)  # what is learned of the others is learned once
         atlas = Atlas(together.size(1)).fit(known)
+        nearness = Nearness(together.size(1)).fit(known)
         place, variance = atlas.moments(together)
         learned = {
             MAP: ridge_layout(together.numpy(), known),
@@ -533,7 +571,7 @@ class _Fold:
             placed[PLANE] = principal_plane(own).numpy()
             at = torch.from_numpy(placed[ATLAS]).float()
             doubt = {ATLAS: share_of_variance(at, variances[number])}
-            left.append(_Left(own, slide.pos, placed, doubt))
+            left.append(_Left(own, slide.pos, placed, doubt, nearness))
         return left
 
 
