@@ -17,14 +17,14 @@ from torch import Tensor
 from .. import __version__, ops
 from ..atlas import Atlas
 from ..baselines import run_baselines
-from ..calibration import compare_errors
+from ..calibration import compare_errors, square_errors
 from ..diagnostics import RecycleRecord, candidate_recall, diagnose
 from ..errors import UserError
 from ..expected import share_of_variance
 from ..expression import Expression, morans_i, normalized_expression
 from ..graph import NeighborTable, knn, pooled_candidates
 from ..losses import e_geo
-from ..metrics import align, evaluate_layout
+from ..metrics import evaluate_layout
 from ..nn import IPALiteModel
 from ..pl import AttentionFocus
 from ..report import ReportBundle, write_metrics, write_report
@@ -168,10 +168,7 @@ def score_slide(
     found = candidate_recall(_nearest(prediction.candidates), slide.pos, _NEIGHBORS)
     metrics[f"embedding_hit@{_NEIGHBORS}"] = found[f"candidate_recall@{_NEIGHBORS}"]
     if prediction.uncertainty is not None:
-        aligned, _ = align(prediction.pos, slide.pos)
-        true = slide.pos - slide.pos.mean(0)
-        radius = np.sqrt(np.square(true).sum(1).mean())
-        error = np.linalg.norm(aligned - slide.pos, axis=1) / radius
+        error = np.sqrt(square_errors(prediction.pos, slide.pos))
         # 0: the spread says nothing of the error; 1: it orders the cells by it
         found = spearmanr(prediction.uncertainty, error).statistic
         metrics["uncertainty_error_spearman"] = float(found)
