@@ -54,9 +54,17 @@ class Atlas(nn.Module):
     on a grid of the common frame that
     :func:`~ipar_sparse.baselines.align_slides` turns the training slides into. f is a ridge
     regression on Gaussian bumps and a plane, :math:`\Sigma` the covariance of what it leaves,
-    shrunk by a tenth towards its diagonal, :math:`\rho` the density of the training slides. Each
-    slide counts alike. T below 1 says that cells of another animal differ from the field by more
-    than those it was fitted on.
+    shrunk by a tenth towards its diagonal, :math:`\rho` the density of the training slides. T below
+    1 says that cells of another animal differ from the field by more than those it was fitted on.
+
+    Slides count in f, :math:`\Sigma` and :math:`\rho` by how alike they are to the one that is
+    placed,
+
+    .. math::
+        w_s \propto \Bigl(\frac{1}{n_s} \sum_i |N_k(\mathbf{h}_i) \cap s|\Bigr)^2
+
+    over all cells i that are placed together: a section of the same tumour is worth more than those
+    of others. What is placed without its nearest is placed by slides that count alike.
 
     Args:
         channels: width d of the embedding.
@@ -64,13 +72,17 @@ class Atlas(nn.Module):
         cells: training cells that are remembered, at most 20,000, drawn alike from every slide;
             fitting sets it. With 0, as in runs saved before there were any, the place is the
             posterior mean.
+        origins: whether it is known of which slide they are; fitting sets it. Without, as in runs
+            saved before it was, slides count alike.
 
     Shapes:
-        - **input:** embeddings (n, d)
+        - **input:** embeddings (n, d), of all cells of a slide: they say which slides are like it
         - **output:** positions (n, 2) in the common frame
     """
 
-    def __init__(self, channels: int, temperature: float = 0.5, cells: int = 0):
+    def __init__(
+        self, channels: int, temperature: float = 0.5, cells: int = 0, origins: bool = False
+    ):
         super().__init__()
         self.channels, self.temperature = channels, temperature
         self.register_buffer("grid", torch.zeros(_SIDE**2, 2))
@@ -79,6 +91,9 @@ class Atlas(nn.Module):
         self.register_buffer("whiten", torch.eye(channels))
         self.register_buffer("known", torch.zeros(cells, channels) if cells else None)
         self.register_buffer("places", torch.zeros(cells, 2) if cells else None)
+        # of which slide they are
+        none = None if not (cells and origins) else torch.zeros(cells, dtype=torch.long)
+        self.register_buffer("origin", none)
 
     @property
     def cells(self) -> int:
@@ -101,26 +116,35 @@ class Atlas(nn.Module):
         seen = [_some(torch.as_tensor(pos), _FITTED).double() for _, pos in slides]
         pairs = [(h.numpy(), x.numpy()) for h, x in zip(values, seen, strict=True)]
         places = [torch.from_numpy(np.asarray(x)).double() for x in align_slides(pairs)]
-        seen = torch.cat([_some(x, _CELLS // len(places)) for x in places])
-        low, high = (torch.cat([x.aminmax(dim=0)[i][None] for x in places]) for i in (0, 1))
-        low, high = low.amin(0), high.amax(0)
+        self._learn(values, places, torch.full((len(places),), 1 / len(places)))
+        share = _KNOWN // len(places)
+        known = [_some(h, share) for h in values]
+        self.known = torch.cat(known).to(self.field)
+        self.places = torch.cat([_some(x, share) for x in places]).to(self.field)
+        sizes = torch.tensor([len(h) for h in known])
+        self.origin = torch.arange(len(sizes)).repeat_interleave(sizes).to(self.field.device)
+        return self
 
-        knots = _lattice(low, high, _KNOTS)
+    def _learn(self, values: list[Tensor], places: list[Tensor], weight: Tensor) -> None:
+        """Field, noise and density of slides in one frame, which count by a weight (S,)."""
+        weight = weight.double()
+        grid, log_density = tissue_grid(places, _SIDE, weight)
+        knots = _lattice(*grid.aminmax(dim=0), _KNOTS)
+        seen = torch.cat([_some(x, _CELLS // len(places)) for x in places])
         knots = knots[torch.cdist(knots, seen).amin(1) < _KNOT_WIDTH]
         gram, cross = 0.0, 0.0
-        for h, x in zip(values, places, strict=True):
+        for w, h, x in zip(weight, values, places, strict=True):
             basis = _bumps(x, knots)
-            gram = gram + basis.T @ basis / len(x)
-            cross = cross + basis.T @ h / len(x)
-        count = len(places)
+            gram = gram + w * (basis.T @ basis) / len(x)
+            cross = cross + w * (basis.T @ h) / len(x)
         penalty = torch.full((len(gram),), _SMOOTHNESS, dtype=torch.float64)
         penalty[:3] = 1e-6  # the plane is free
-        weight = torch.linalg.solve(gram / count + penalty.diag(), cross / count)
+        field = torch.linalg.solve(gram + penalty.diag(), cross)
 
         noise = 0.0
-        for h, x in zip(values, places, strict=True):
-            rest = h - _bumps(x, knots) @ weight
-            noise = noise + rest.T @ rest / len(x) / count
+        for w, h, x in zip(weight, values, places, strict=True):
+            rest = h - _bumps(x, knots) @ field
+            noise = noise + w * (rest.T @ rest) / len(x)
         variance = noise.diagonal()
         noise = (1 - _SHRINKAGE) * noise + _SHRINKAGE * variance.diag()
         noise = noise + 1e-6 * variance.mean().clamp(min=1e-12) * torch.eye(self.channels)
@@ -128,16 +152,10 @@ class Atlas(nn.Module):
         whiten = torch.linalg.solve_triangular(
             factor, torch.eye(self.channels).double(), upper=False
         )
-
-        grid, log_density = tissue_grid(places, _SIDE)
         self.grid.copy_(grid)
         self.log_density.copy_(log_density)
         self.whiten.copy_(whiten.T)
-        self.field.copy_(_bumps(grid, knots) @ weight @ whiten.T)
-        share = _KNOWN // count
-        self.known = torch.cat([_some(h, share) for h in values]).to(self.field)
-        self.places = torch.cat([_some(x, share) for x in places]).to(self.field)
-        return self
+        self.field.copy_(_bumps(grid, knots) @ field @ whiten.T)
 
     @torch.no_grad()
     def forward(self, h: Tensor, nearest: bool = True) -> Tensor:
@@ -153,8 +171,7 @@ class Atlas(nn.Module):
                 f"Atlas({self.channels}) needs embeddings (n, {self.channels}); "
                 f"given {tuple(h.shape)}"
             )
-        place = self._posterior(h)[0]
-        return (place + self._nearest(h)[0]) / 2 if nearest and self.cells else place
+        return self.moments(h)[0] if nearest else self._posterior(h)[0]
 
     @torch.no_grad()
     def spread(self, h: Tensor) -> Tensor:
@@ -176,10 +193,40 @@ class Atlas(nn.Module):
         Args:
             h: embeddings (n, d).
         """
-        halves = [self._posterior(h)] + ([self._nearest(h)] if self.cells else [])
+        if not self.cells:
+            return self._posterior(h)
+        nearest = self._neighbors(h)
+        halves = self._like(nearest)._posterior(h), self._around(nearest, h.dtype)
         place = torch.stack([mean for mean, _ in halves]).mean(0)
         square = [variance + (mean - place).square().sum(1) for mean, variance in halves]
         return place, torch.stack(square).mean(0)
+
+    def likeness(self, h: Tensor) -> Tensor:
+        """Weight (S,) of every training slide for cells (n, d) that are placed together, sum 1.
+
+        Raises:
+            ValueError: of an atlas that does not know of which slides its cells are.
+        """
+        if self.origin is None:
+            raise ValueError("this atlas does not know of which slides its cells are")
+        return self._likeness(self._neighbors(h))
+
+    def _likeness(self, nearest: Tensor) -> Tensor:
+        sizes = self.origin.bincount()
+        found = self.origin[nearest.flatten()].bincount(minlength=len(sizes)) / sizes
+        weight = found.double().square()
+        return weight / weight.sum()
+
+    def _like(self, nearest: Tensor) -> Atlas:
+        """This atlas, learned again from the cells it remembers; slides count by likeness."""
+        if self.origin is None or not len(nearest) or self.origin.amax() == 0:
+            return self
+        weight = self._likeness(nearest).cpu()
+        sizes = self.origin.bincount().tolist()
+        values, places = (x.cpu().double().split(sizes) for x in (self.known, self.places))
+        like = Atlas(self.channels, self.temperature).to(self.field)
+        like._learn(values, places, weight)
+        return like
 
     def _posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (n, 2) and variance (n,) of the place given the embedding."""
@@ -194,19 +241,23 @@ class Atlas(nn.Module):
             blocks.append(log_posterior.softmax(1) @ moments)
         return _mean_and_variance(torch.cat(blocks).to(h.dtype))
 
-    def _nearest(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (n, 2) and variance (n,) of the places of the nearest training cells."""
+    def _neighbors(self, h: Tensor) -> Tensor:
+        """Nearest training cells (n, k)."""
         count = min(_NEAREST, self.cells)
         norm = self.known.square().sum(1)
         blocks = []
         for part in h.to(self.known).split(_BLOCK // 4):
             # |h - g|^2 without |h|^2, which is the same for every training cell
             distance = torch.addmm(norm, part, self.known.T, alpha=-2)
-            nearest = distance.topk(count, dim=1, largest=False).indices
-            places = self.places[nearest]
-            square = places.square().sum(-1, keepdim=True)
-            blocks.append(torch.cat([places, square], dim=-1).mean(1))
-        return _mean_and_variance(torch.cat(blocks).to(h.dtype))
+            blocks.append(distance.topk(count, dim=1, largest=False).indices)
+        return torch.cat(blocks)
+
+    def _around(self, nearest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mean (n, 2) and variance (n,) of the places of the nearest training cells (n, k)."""
+        square = self.places.square().sum(1, keepdim=True)
+        moments = torch.cat([self.places, square], dim=1)
+        means = [moments[part].mean(1) for part in nearest.split(_BLOCK)]
+        return _mean_and_variance(torch.cat(means).to(dtype))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.channels}, temperature={self.temperature})"
@@ -302,20 +353,26 @@ class CountAtlas(nn.Module):
         return f"{type(self).__name__}({self.genes})"
 
 
-def tissue_grid(places: Sequence[Tensor], side: int = _FINE) -> tuple[Tensor, Tensor]:
+def tissue_grid(
+    places: Sequence[Tensor], side: int = _FINE, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """A grid over slides in one frame, and the log of their density there.
 
     Args:
         places: positions (n_s, 2) of each slide, float64, in RMS radii.
         side: grid points along each side.
+        weight: of each slide (S,), sum 1; alike if left out.
 
     Returns:
         Points (side^2, 2), and log density (side^2,), -inf where no tissue is.
     """
-    seen = torch.cat([_some(x, _CELLS // len(places)) for x in places])
     low, high = (torch.stack([x.aminmax(dim=0)[i] for x in places]) for i in (0, 1))
     grid = _lattice(low.amin(0), high.amax(0), side)
-    density = torch.exp(-torch.cdist(grid, seen).square() / (2 * _DENSITY_WIDTH**2)).mean(1)
+    density = torch.zeros(len(grid), dtype=torch.float64)
+    for number, x in enumerate(places):
+        seen = _some(x, _CELLS // len(places))
+        bumps = torch.exp(-torch.cdist(grid, seen).square() / (2 * _DENSITY_WIDTH**2))
+        density += bumps.mean(1) * (1 / len(places) if weight is None else weight[number])
     log_density = density.clamp(min=1e-12).log()
     log_density[density < _SPARSE * density.mean()] = -math.inf
     return grid, log_density

@@ -37,34 +37,87 @@ def test_it_places_cells_of_a_slide_it_has_not_seen():
 def test_it_is_the_posterior_mean_of_its_definition():
     train, (h, _) = [slide(0), slide(1)], slide(2, n=20)
     atlas = Atlas(5, temperature=0.7).double().fit(train)
-    tissue = atlas.log_density.isfinite()
-    white = h.double() @ atlas.whiten
-    square = (white.unsqueeze(1) - atlas.field[tissue]).square().sum(-1)
-    posterior = torch.softmax(atlas.log_density[tissue] - 0.7 / 2 * square, dim=1)
-    mean = posterior @ atlas.grid[tissue]
 
+    def posterior_mean(learned):
+        tissue = learned.log_density.isfinite()
+        white = h.double() @ learned.whiten
+        square = (white.unsqueeze(1) - learned.field[tissue]).square().sum(-1)
+        posterior = torch.softmax(learned.log_density[tissue] - 0.7 / 2 * square, dim=1)
+        return posterior @ learned.grid[tissue]
+
+    alike = posterior_mean(atlas)
+    torch.testing.assert_close(atlas(h.double(), nearest=False), alike)
     known = torch.cat([g for g, _ in train]).double()
     places = align_slides([(g.numpy(), pos) for g, pos in train])
     nearest = torch.cdist(h.double(), known).argsort(1)[:, :15]
     near = torch.from_numpy(np.concatenate(places))[nearest].mean(1)
+    mean = posterior_mean(atlas._like(nearest))  # slides weighted, which is told below
     torch.testing.assert_close(atlas(h.double()), (mean + near) / 2)
 
-    # runs saved before atlases remembered cells
+    # runs saved before it was known of which slides cells are, and before any were remembered
+    older = Atlas(5, temperature=0.7, cells=1200).double()
+    older.load_state_dict({k: v for k, v in atlas.state_dict().items() if k != "origin"})
+    torch.testing.assert_close(older(h.double()), (alike + near) / 2)
+    with pytest.raises(ValueError, match="of which slides"):
+        older.likeness(h.double())
     older = Atlas(5, temperature=0.7).double()
     older.load_state_dict(
-        {k: v for k, v in atlas.state_dict().items() if k not in ("known", "places")}
+        {k: v for k, v in atlas.state_dict().items() if k not in ("known", "places", "origin")}
     )
     assert older.cells == 0
-    torch.testing.assert_close(older(h.double()), mean)
+    torch.testing.assert_close(older(h.double()), alike)
+
+
+def test_a_slide_counts_by_how_often_its_cells_are_the_nearest():
+    train, (h, _) = [slide(0, n=400), slide(1, n=700), slide(2, noise=0.4)], slide(3)
+    atlas, h = Atlas(5).double().fit(train), h.double()
+    nearest = torch.cdist(h, torch.cat([g for g, _ in train]).double()).argsort(1)[:, :15]
+    share = [((nearest >= a) & (nearest < b)).sum() / (b - a)
+             for a, b in ((0, 400), (400, 1100), (1100, 1700))]  # fmt: skip
+    wanted = torch.stack(share).double().square()
+    torch.testing.assert_close(atlas.likeness(h), wanted / wanted.sum())
+    weight = atlas.likeness(h)
+    assert weight[1] > 2 * weight[2]
+
+    # what is left around the field of such slides is white, if they count so
+    like, left = atlas._like(nearest), 0
+    for w, (g, _), x in zip(weight, train, map(torch.from_numpy, align_slides(train)), strict=True):
+        rest = g.double() @ like.whiten - like.field[torch.cdist(x, like.grid).argmin(1)]
+        left = left + w * rest.T @ rest / len(g)
+    torch.testing.assert_close(left, torch.eye(5).double(), atol=0.35, rtol=0)
+    assert torch.equal(atlas.moments(h)[0], atlas(h))
+
+
+def test_slides_that_are_like_nothing_have_no_say():
+    """A tumour of its own, along other genes: its cells lie elsewhere, and so do their places."""
+    (h, _), sisters = slide(3, noise=0.15), [slide(0), slide(1, turn=2.0)]
+    other = [(5 + g[:, torch.randperm(5, generator=torch.Generator().manual_seed(i))], x)
+             for i, (g, x) in enumerate((slide(7), slide(8), slide(9)))]  # fmt: skip
+    atlas = Atlas(5).fit(sisters + other)
+    assert atlas.likeness(h)[:2].sum() > 0.999
+    alone = Atlas(5).fit(sisters)(h).double().numpy()
+
+    def moved():
+        aligned, _ = align(atlas(h).double().numpy(), alone)
+        return np.square(aligned - alone).mean() / np.square(alone).mean()
+
+    weighted = moved()
+    atlas.origin = None
+    assert weighted < 0.002 < 0.01 < moved()
 
 
 def test_its_spread_is_the_standard_deviation_of_what_it_averages():
     train, (h, _) = [slide(0), slide(1)], slide(2, n=20)
     atlas, h = Atlas(5, temperature=0.7).double().fit(train), h.double()
-    tissue = atlas.log_density.isfinite()
-    square = (torch.cdist(h @ atlas.whiten, atlas.field[tissue])).square()
-    posterior = torch.softmax(atlas.log_density[tissue] - 0.7 / 2 * square, dim=1)
+
+    def posterior_of(learned):
+        square = (torch.cdist(h @ learned.whiten, learned.field[tissue])).square()
+        return torch.softmax(learned.log_density[tissue] - 0.7 / 2 * square, dim=1)
+
     nearest = torch.cdist(h, atlas.known).argsort(1)[:, :15]
+    like = atlas._like(nearest)
+    tissue = like.log_density.isfinite()
+    posterior = posterior_of(like)
     places = torch.cat([atlas.grid[tissue].expand(20, -1, 2), atlas.places[nearest]], dim=1)
     weights = torch.cat([posterior, torch.full((20, 15), 1 / 15).double()], dim=1) / 2
     mean = (weights.unsqueeze(-1) * places).sum(1)
@@ -74,8 +127,10 @@ def test_its_spread_is_the_standard_deviation_of_what_it_averages():
 
     older = Atlas(5, temperature=0.7).double()  # remembers no cells
     older.load_state_dict(
-        {k: v for k, v in atlas.state_dict().items() if k not in ("known", "places")}
+        {k: v for k, v in atlas.state_dict().items() if k not in ("known", "places", "origin")}
     )
+    tissue = atlas.log_density.isfinite()
+    posterior = posterior_of(atlas)
     mean = posterior @ atlas.grid[tissue]
     apart = (atlas.grid[tissue] - mean.unsqueeze(1)).square().sum(-1)
     torch.testing.assert_close(older.spread(h), (posterior * apart).sum(1).sqrt())

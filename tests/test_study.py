@@ -165,9 +165,12 @@ def test_each_slide_is_held_out_once():
     for fold in folds:
         assert {*fold.test, *fold.train, fold.val} == set(DONORS)
         assert len(fold.train) == 4 and fold.val not in fold.train
-        # the one slide of B is never taken away from training
-        assert fold.val != "B1"
-    assert len({fold.val for fold in folds}) > 2
+        # the one slide of B is never taken away from training, nor a sister of what is held out
+        assert fold.val != "B1" and DONORS[fold.val] not in {DONORS[name] for name in fold.test}
+    assert {fold.val for fold in folds[3:]} == {"A1", "A2", "A3"}  # A has most
+    assert {fold.val for fold in folds[:3]} == {"C1", "C2"}
+    alone, _ = plan_folds(dict.fromkeys(DONORS, "A"), "slide")
+    assert len({fold.val for fold in alone}) > 3
 
 
 def test_a_donor_is_held_out_with_all_its_slides():

@@ -115,8 +115,12 @@ class Predictor:
         if meta["genes"] is not None:
             modules["encoder"] = build_encoder(config, len(meta["genes"]))
         if config.model.start == "atlas":
-            cells = meta["facts"].get("atlas_cells", 0)
-            modules["atlas"] = Atlas(meta["dim"], cells=cells)
+            facts = meta["facts"]
+            modules["atlas"] = Atlas(
+                meta["dim"],
+                cells=facts.get("atlas_cells", 0),
+                origins=facts.get("atlas_origins", False),
+            )
         elif config.model.start == "fields":
             modules["atlas"] = CountAtlas(len(meta["genes"]))
         if "nearness" in meta.get("modules", ()):

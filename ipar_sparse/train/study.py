@@ -293,8 +293,9 @@ def plan_study(
 def plan_folds(donors: Mapping[str, str], hold_out: str) -> tuple[list[Fold], list[str]]:
     """Folds for slides of known donors, and what is to be told about them.
 
-    The slide that decides when to stop is one whose donor has another slide to train on, where
-    there is such a one; which one rotates over the folds.
+    The slide that decides when to stop is one of a donor that has most slides to train on, another
+    than that of the slide held out if there is one: its sisters are worth more to it than any
+    other. Which one rotates over the folds.
 
     Args:
         donors: slide to donor, in the order of the slides.
@@ -333,8 +334,9 @@ def plan_folds(donors: Mapping[str, str], hold_out: str) -> tuple[list[Fold], li
             continue
         val = None
         if len(rest) > FEW_SLIDES:
-            count = Counter(donors[slide] for slide in rest)
-            able = [slide for slide in rest if count[donors[slide]] > 1] or rest
+            count, own = Counter(donors[slide] for slide in rest), {donors[slide] for slide in test}
+            most = [slide for slide in rest if count[donors[slide]] == max(count.values())]
+            able = [slide for slide in most if donors[slide] not in own] or most
             val = able[number % len(able)]
         folds.append(
             Fold(name, tuple(test), val, tuple(slide for slide in rest if slide != val))

@@ -378,7 +378,7 @@ class _Run:
         with self.progress.task("Atlas"):
             self.atlas = Atlas(self.dim).fit([(s.h, s.pos) for s in self.train_data])
             self.atlas.to(self.device)
-            self.state.facts["atlas_cells"] = self.atlas.cells
+            self.state.facts |= {"atlas_cells": self.atlas.cells, "atlas_origins": True}
             spread = torch.stack([s.h.std(0, correction=0) for s in self.train_data]).mean(0)
             level = spread.clamp(max=self.config.train.noise_h)
             for number, slide in enumerate((*self.train_data, *self.val_data)):

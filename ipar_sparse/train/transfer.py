@@ -557,20 +557,17 @@ class _Fold:
         together = torch.cat(h)  # what is learned of the others is learned once
         atlas = Atlas(together.size(1)).fit(known)
         nearness = Nearness(together.size(1)).fit(known)
-        place, variance = atlas.moments(together)
-        learned = {
-            MAP: ridge_layout(together.numpy(), known),
-            ATLAS: place.double().numpy(),
-        }
+        mapped = ridge_layout(together.numpy(), known)
         ends = np.cumsum([len(own) for own in h])[:-1]
-        parts = {name: np.split(layout, ends) for name, layout in learned.items()}
-        variances = variance.tensor_split(torch.from_numpy(ends))
         left = []
-        for number, (own, slide) in enumerate(zip(h, self.test, strict=True)):
-            placed = {name: layouts[number] for name, layouts in parts.items()}
-            placed[PLANE] = principal_plane(own).numpy()
-            at = torch.from_numpy(placed[ATLAS]).float()
-            doubt = {ATLAS: share_of_variance(at, variances[number])}
+        for own, slide, layout in zip(h, self.test, np.split(mapped, ends), strict=True):
+            place, variance = atlas.moments(own)  # slide by slide: each has others that are like it
+            placed = {
+                MAP: layout,
+                ATLAS: place.double().numpy(),
+                PLANE: principal_plane(own).numpy(),
+            }
+            doubt = {ATLAS: share_of_variance(place, variance)}
             left.append(_Left(own, slide.pos, placed, doubt, nearness))
         return left
 
