@@ -68,6 +68,7 @@ REFERENCE = "reference.safetensors"
 
 STAGES = ("encoder", "gate", "joint")
 _BYTES_A_CELL = 10_000  # of a whole slide: embedding, graph both ways, targets, k = 100
+_FEW = 3  # training slides, of which an atlas of all but one is worse than that of all
 _SLIDE_STEPS = 100  # steps an epoch on whole slides, where none are asked for
 _LOG_EVERY = 10
 TRANSFER = "transfer"
@@ -367,13 +368,13 @@ class _Run:
     def _fit_atlas(self) -> None:
         """An atlas of the training slides, and where it places all cells.
 
-        It knows its own slides too well. Their cells are placed under the noise of training and
-        without the cells most like them, which are themselves, or the model would learn to trust
-        their places more than those on a new slide. Placed by an atlas of the other slides, which
-        is worse than that of all, they teach it to trust too little: it ends further from the
-        truth on new embryos and on new prefrontal cortices. No dimension takes more noise than it
-        varies: an atlas weighs dimensions by how little they leave unsaid, and noise where there
-        is nothing else would be all it sees.
+        It knows its own slides too well, and the model would learn to trust their places more than
+        those on a new slide. Of many slides each is therefore placed by an atlas of the others. Of
+        few, the others make a worse atlas than all do, and teach too little trust: the model ends
+        further from the truth on new embryos and on new prefrontal cortices. Their cells are
+        placed under the noise of training and without the cells most like them, which are
+        themselves. No dimension takes more noise than it varies: an atlas weighs dimensions by how
+        little they leave unsaid, and noise where there is nothing else would be all it sees.
         """
         with self.progress.task("Atlas"):
             self.atlas = Atlas(self.dim).fit([(s.h, s.pos) for s in self.train_data])
@@ -382,11 +383,13 @@ class _Run:
             spread = torch.stack([s.h.std(0, correction=0) for s in self.train_data]).mean(0)
             level = spread.clamp(max=self.config.train.noise_h)
             for number, slide in enumerate((*self.train_data, *self.val_data)):
-                generator = self._generator("atlas", number, "cpu")
-                seen = number < len(self.train_data)
-                noise = torch.randn(slide.h.shape, generator=generator) * seen
-                h = slide.h + level * noise
-                slide.start = gauge_fix(self.atlas(h.to(self.device), nearest=not seen).cpu())
+                seen, h, atlas = number < len(self.train_data), slide.h, self.atlas
+                if seen and len(self.train_data) > _FEW:
+                    seen, atlas = False, atlas.without(number)
+                if seen:
+                    generator = self._generator("atlas", number, "cpu")
+                    h = h + level * torch.randn(h.shape, generator=generator)
+                slide.start = gauge_fix(atlas(h.to(self.device), nearest=not seen).cpu())
 
     def _fit_count_atlas(self) -> None:
         """An atlas of the training slides that reads counts, and where it places all cells.
