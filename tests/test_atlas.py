@@ -191,27 +191,29 @@ def test_without_a_slide_it_is_an_atlas_of_the_others():
             wrong.without(number)
 
 
-@pytest.mark.parametrize("count", [3, 4])
-def test_of_many_slides_each_begins_where_the_others_place_it(tmp_path, monkeypatch, count):
-    without = []
-    monkeypatch.setattr(
-        Atlas, "without", lambda self, number, own=Atlas.without: (
-            without.append(number) or own(self, number)
-        )
-    )  # fmt: skip
+@pytest.mark.parametrize("alike", [True, False])
+def test_slides_like_few_others_begin_where_those_place_them(tmp_path, monkeypatch, alike):
+    """Six slides of one tissue, and two of each of three; by embeddings of their own."""
+    without, before = [], Atlas.forward
+    monkeypatch.setattr(Atlas, "forward", lambda self, h, nearest=True: (
+        without.append(nearest) or before(self, h, nearest)
+    ))  # fmt: skip
+    slides = simulate("cortex", slides=6, spots=100, genes=50)
+    rng = np.random.default_rng(0)
+    for number, s in enumerate(slides):
+        x = (s.pos - s.pos.mean(0)) / s.pos.std()
+        h = np.column_stack([x, np.sin(2 * x), rng.standard_normal((100, 4)) / 9])
+        s.embedding = (h + 9 * (number // 2) * (not alike)).astype(np.float32)
     config = load_config(None, [
-        "model.start=atlas", "refine.steps=0", "refine.expected=0", "encoder.steps=2",
-        "encoder.input=log", "encoder.standardize=0", "encoder.spatial_genes=0",
-        "encoder.kept=principal", "train.minisets=2", "train.epochs=1", "train.ramp_epochs=0",
-        "train.warmup_epochs=0", "train.gate_steps=1", "train.miniset_min=40",
-        "train.miniset_max=60", "encoder.hidden=[24]", "encoder.out=16", "model.dim=16",
+        "data.embedding=X_own", "model.start=atlas", "refine.steps=0", "refine.expected=0",
+        "train.minisets=2", "train.epochs=1", "train.ramp_epochs=0", "train.warmup_epochs=0",
+        "train.gate_steps=1", "train.miniset_min=40", "train.miniset_max=60", "model.dim=16",
         "model.recycles=1", "model.channels=16", "model.head_channels=8", "graph.k=12",
         "train.device=cpu",
     ])  # fmt: skip
-    slides = simulate("cortex", slides=count, spots=100, genes=60)
     config.save(tmp_path)
     fit(slides, [], config, tmp_path)
-    assert without == ([] if count == 3 else [0, 1, 2, 3])
+    assert without == [not alike] * 6
 
 
 def test_each_slide_of_many_is_remembered_alike():

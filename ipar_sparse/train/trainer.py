@@ -68,7 +68,6 @@ REFERENCE = "reference.safetensors"
 
 STAGES = ("encoder", "gate", "joint")
 _BYTES_A_CELL = 10_000  # of a whole slide: embedding, graph both ways, targets, k = 100
-_FEW = 3  # training slides, of which an atlas of all but one is worse than that of all
 _SLIDE_STEPS = 100  # steps an epoch on whole slides, where none are asked for
 _LOG_EVERY = 10
 TRANSFER = "transfer"
@@ -369,12 +368,14 @@ class _Run:
         """An atlas of the training slides, and where it places all cells.
 
         It knows its own slides too well, and the model would learn to trust their places more than
-        those on a new slide. Of many slides each is therefore placed by an atlas of the others. Of
-        few, the others make a worse atlas than all do, and teach too little trust: the model ends
-        further from the truth on new embryos and on new prefrontal cortices. Their cells are
-        placed under the noise of training and without the cells most like them, which are
-        themselves. No dimension takes more noise than it varies: an atlas weighs dimensions by how
-        little they leave unsaid, and noise where there is nothing else would be all it sees.
+        those on a new slide. Their cells are placed under the noise of training and without the
+        cells most like them, which are themselves. Placed by an atlas of the other slides, which is
+        worse than that of all, they teach it to trust too little: it ends further from the truth
+        on new embryos and new prefrontal cortices. But a slide that is like few of the others, as
+        sections of several tumours are, is placed by an atlas of the others as a new one would be:
+        by all alike it is placed by what tells it nothing, and by itself. No dimension takes more
+        noise than it varies: an atlas weighs dimensions by how little they leave unsaid, and noise
+        where there is nothing else would be all it sees.
         """
         with self.progress.task("Atlas"):
             self.atlas = Atlas(self.dim).fit([(s.h, s.pos) for s in self.train_data])
@@ -384,8 +385,11 @@ class _Run:
             level = spread.clamp(max=self.config.train.noise_h)
             for number, slide in enumerate((*self.train_data, *self.val_data)):
                 seen, h, atlas = number < len(self.train_data), slide.h, self.atlas
-                if seen and len(self.train_data) > _FEW:
-                    seen, atlas = False, atlas.without(number)
+                if seen and len(self.train_data) > 2:
+                    others = atlas.without(number)
+                    weight = others.likeness(h.to(self.device))
+                    if 1 / weight.square().sum() < len(weight) / 2:
+                        seen, atlas = False, others
                 if seen:
                     generator = self._generator("atlas", number, "cpu")
                     h = h + level * torch.randn(h.shape, generator=generator)
