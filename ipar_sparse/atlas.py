@@ -57,14 +57,14 @@ class Atlas(nn.Module):
     shrunk by a tenth towards its diagonal, :math:`\rho` the density of the training slides. T below
     1 says that cells of another animal differ from the field by more than those it was fitted on.
 
-    Slides count in f, :math:`\Sigma` and :math:`\rho` by how alike they are to the one that is
-    placed,
+    Slides count in f, :math:`\Sigma` and :math:`\rho` alike, unless what is placed is like few of
+    them, as a section of a tumour is like its sisters and not like those of other tumours. By
 
     .. math::
         w_s \propto \Bigl(\frac{1}{n_s} \sum_i |N_k(\mathbf{h}_i) \cap s|\Bigr)^2
 
-    over all cells i that are placed together: a section of the same tumour is worth more than those
-    of others. What is placed without its nearest is placed by slides that count alike.
+    over all cells i that are placed together, slides count if :math:`1 / \sum_s w_s^2`, the number
+    of slides that it is like, is less than half of them.
 
     Args:
         channels: width d of the embedding.
@@ -215,14 +215,19 @@ class Atlas(nn.Module):
         sizes = self.origin.bincount()
         found = self.origin[nearest.flatten()].bincount(minlength=len(sizes)) / sizes
         weight = found.double().square()
-        return weight / weight.sum()
+        weight = weight / weight.sum()
+        few = len(nearest) and 1 / weight.square().sum() < len(weight) / 2
+        return weight if few else torch.full_like(weight, 1 / len(weight))
 
     def _like(self, nearest: Tensor) -> Atlas:
-        """This atlas, learned again from the cells it remembers; slides count by likeness."""
-        if self.origin is None or not len(nearest) or self.origin.amax() == 0:
+        """This atlas, learned again from the cells it remembers if slides do not count alike."""
+        if self.origin is None:
+            return self
+        weight = self._likeness(nearest)
+        if weight.amax() == weight.amin():
             return self
         like = Atlas(self.channels, self.temperature).to(self.field)
-        like._learn(*self._remembered(), self._likeness(nearest).cpu())
+        like._learn(*self._remembered(), weight.cpu())
         return like
 
     @torch.no_grad()

@@ -69,15 +69,17 @@ def test_it_is_the_posterior_mean_of_its_definition():
 
 
 def test_a_slide_counts_by_how_often_its_cells_are_the_nearest():
-    train, (h, _) = [slide(0, n=400), slide(1, n=700), slide(2, noise=0.4)], slide(3)
+    sisters, (h, _) = [slide(0, n=400), slide(1, n=700)], slide(4)
+    train = sisters + [slide(i, noise=0.7) for i in (5, 6, 7)]
     atlas, h = Atlas(5).double().fit(train), h.double()
     nearest = torch.cdist(h, torch.cat([g for g, _ in train]).double()).argsort(1)[:, :15]
+    ends = np.cumsum([0] + [len(g) for g, _ in train])
     share = [((nearest >= a) & (nearest < b)).sum() / (b - a)
-             for a, b in ((0, 400), (400, 1100), (1100, 1700))]  # fmt: skip
-    wanted = torch.stack(share).double().square()
-    torch.testing.assert_close(atlas.likeness(h), wanted / wanted.sum())
-    weight = atlas.likeness(h)
-    assert weight[1] > 2 * weight[2]
+             for a, b in zip(ends, ends[1:], strict=False)]  # fmt: skip
+    weight = torch.stack(share).double().square()
+    weight = weight / weight.sum()
+    assert 1 / weight.square().sum() < 2.5  # of five
+    torch.testing.assert_close(atlas.likeness(h), weight)
 
     # what is left around the field of such slides is white, if they count so
     like, left = atlas._like(nearest), 0
@@ -86,6 +88,12 @@ def test_a_slide_counts_by_how_often_its_cells_are_the_nearest():
         left = left + w * rest.T @ rest / len(g)
     torch.testing.assert_close(left, torch.eye(5).double(), atol=0.35, rtol=0)
     assert torch.equal(atlas.moments(h)[0], atlas(h))
+
+    # of three it is like more than half: they count alike, and nothing is learned again
+    atlas = Atlas(5).double().fit(train[:3])
+    torch.testing.assert_close(atlas.likeness(h), torch.full((3,), 1 / 3).double())
+    assert atlas._like(atlas._neighbors(h)) is atlas
+    assert atlas(h[:0]).shape == (0, 2)
 
 
 def test_slides_that_are_like_nothing_have_no_say():

@@ -385,10 +385,10 @@ class _Run:
             level = spread.clamp(max=self.config.train.noise_h)
             for number, slide in enumerate((*self.train_data, *self.val_data)):
                 seen, h, atlas = number < len(self.train_data), slide.h, self.atlas
-                if seen and len(self.train_data) > 2:
+                if seen and len(self.train_data) > 1:
                     others = atlas.without(number)
                     weight = others.likeness(h.to(self.device))
-                    if 1 / weight.square().sum() < len(weight) / 2:
+                    if weight.amax() > weight.amin():
                         seen, atlas = False, others
                 if seen:
                     generator = self._generator("atlas", number, "cpu")
