@@ -91,9 +91,8 @@ class Atlas(nn.Module):
         self.register_buffer("whiten", torch.eye(channels))
         self.register_buffer("known", torch.zeros(cells, channels) if cells else None)
         self.register_buffer("places", torch.zeros(cells, 2) if cells else None)
-        # of which slide they are
-        none = None if not (cells and origins) else torch.zeros(cells, dtype=torch.long)
-        self.register_buffer("origin", none)
+        origin = torch.zeros(cells, dtype=torch.long) if cells and origins else None
+        self.register_buffer("origin", origin)  # of which slide they are
 
     @property
     def cells(self) -> int:
@@ -212,9 +211,9 @@ class Atlas(nn.Module):
         return self._likeness(self._neighbors(h))
 
     def _likeness(self, nearest: Tensor) -> Tensor:
-        sizes = self.origin.bincount()
-        found = self.origin[nearest.flatten()].bincount(minlength=len(sizes)) / sizes
-        weight = found.double().square()
+        sizes = self.origin.bincount().cpu()
+        found = self.origin[nearest.flatten()].bincount(minlength=len(sizes)).cpu()
+        weight = (found.double() / sizes).square()
         weight = weight / weight.sum()
         few = len(nearest) and 1 / weight.square().sum() < len(weight) / 2
         return weight if few else torch.full_like(weight, 1 / len(weight))
@@ -227,7 +226,7 @@ class Atlas(nn.Module):
         if weight.amax() == weight.amin():
             return self
         like = Atlas(self.channels, self.temperature).to(self.field)
-        like._learn(*self._remembered(), weight.cpu())
+        like._learn(*self._remembered(), weight)
         return like
 
     @torch.no_grad()
