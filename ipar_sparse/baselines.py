@@ -116,12 +116,18 @@ def umap_layout(h, *, seed: int = 0, n_neighbors: int = 15) -> np.ndarray:
         ) from error
     x = _embedding(h)
     n_neighbors = min(n_neighbors, len(x) - 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fixed seed makes it run on one thread, and say so
-        # spectral start-up fails on fewer than a handful of cells
-        start = "spectral" if len(x) > 10 else "random"
-        umap = UMAP(n_neighbors=n_neighbors, random_state=seed, n_jobs=1, init=start)
-        return umap.fit_transform(x).astype(np.float64)
+    threads = torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a fixed seed makes it run on one thread, and say so
+            # spectral start-up fails on fewer than a handful of cells
+            start = "spectral" if len(x) > 10 else "random"
+            umap = UMAP(n_neighbors=n_neighbors, random_state=seed, n_jobs=1, init=start)
+            return umap.fit_transform(x).astype(np.float64)
+    finally:
+        # numba leaves OpenMP, which torch shares, with a thread for every core: runs side by side
+        # would wait for each other from here on
+        torch.set_num_threads(threads)
 
 
 def align_slides(

@@ -185,3 +185,17 @@ def test_umap_repeats():
     first = baselines.umap_layout(h, seed=3)
     np.testing.assert_array_equal(first, baselines.umap_layout(h, seed=3))
     assert evaluate_layout(first, pos)["distance_spearman"] > 0.3
+
+
+@pytest.mark.slow
+def test_umap_leaves_threads_as_they_were():
+    """Numba shares OpenMP with torch; a run after it would have taken every core."""
+    pytest.importorskip("umap", reason="umap-learn is not installed")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        baselines.umap_layout(slide(100, 2)[0])
+        assert torch.get_num_threads() == 1
+        assert "omp_get_max_threads() : 1" in torch.__config__.parallel_info()
+    finally:
+        torch.set_num_threads(before)
