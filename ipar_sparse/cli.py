@@ -357,7 +357,7 @@ def train(
         _check_run_folder(out, overwrite)
 
     from .config import RunConfig, load_config, resolve_device
-    from .train.study import FEW_SLIDES, find_donors
+    from .train.study import FEW_SLIDES, find_donors, spared
     from .train.trainer import fit
 
     if resume:
@@ -380,20 +380,23 @@ def train(
     resolve_device(settings.train.device)
 
     train_slides = _read(slides, settings, require_pos=True, min_cells=settings.train.miniset_min)
-    if val:
-        val_slides = _read(val, settings, require_pos=True, min_cells=settings.train.miniset_min)
-    elif len(train_slides) > FEW_SLIDES:
-        *train_slides, last = train_slides
-        val_slides = [last]
-        _note(f"no --val given: {last.name} is kept out of training and decides when to stop")
-    else:
-        val_slides = []
-        _note(f"no --val given: all {settings.train.epochs} epochs are run")
-
     if resume:
         donors = _inputs(out).get("donors")
     else:
         donors = find_donors(train_slides, donor_key, donor_pattern, donor_map)
+    if val:
+        val_slides = _read(val, settings, require_pos=True, min_cells=settings.train.miniset_min)
+    elif len(train_slides) > FEW_SLIDES:
+        names = [slide.name for slide in train_slides]
+        # of a run from before donors of all slides were recorded, it was the last
+        known = donors is not None and donors.keys() >= set(names)
+        name = spared(donors)[-1] if known else names[-1]
+        val_slides = [train_slides.pop(names.index(name))]
+        _note(f"no --val given: {name} is kept out of training and decides when to stop")
+    else:
+        val_slides = []
+        _note(f"no --val given: all {settings.train.epochs} epochs are run")
+
     with _run_folder(out, resume):
         if not resume:
             settings.save(out)

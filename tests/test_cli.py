@@ -1,5 +1,6 @@
 """Typing right and wrong things at the command line."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from ipar_sparse import cli
 from ipar_sparse.config import RunConfig
+from ipar_sparse.train import trainer
 from ipar_sparse.train.checkpoint import BEST, LAST, read_meta
 from ipar_sparse.train.logs import HISTORY, read_history
 
@@ -203,7 +205,6 @@ def test_a_standing_run_is_not_touched(slides, run, refused):
 def test_a_failed_overwrite_brings_the_old_run_back(slides, tmp_path, refused, run, monkeypatch):
     import shutil
 
-    from ipar_sparse.train import trainer
 
     old = tmp_path / "run"
     shutil.copytree(run, old)
@@ -217,7 +218,6 @@ def test_a_failed_overwrite_brings_the_old_run_back(slides, tmp_path, refused, r
 
 
 def test_a_fault_of_the_program_is_called_one(slides, tmp_path, refused, monkeypatch):
-    from ipar_sparse.train import trainer
 
     def fail(*_, **__):
         raise RuntimeError("shape [3]\nmismatch")
@@ -248,6 +248,38 @@ def test_what_donors_left_out_showed_is_told(slides, tmp_path, capsys):
     told = "on 2 donors left out", "genes alike 0.", "encoder.kept", "refine.steps", "firm 0."
     for word in told:
         assert word in shown
+
+
+def test_the_slide_that_decides_when_to_stop_is_one_that_can_be_spared(
+    slides, tmp_path, monkeypatch
+):
+    assert cli.run_command(f"simulate {tmp_path} --slides 4 --spots 60 --genes 60".split()) == 0
+    donors = tmp_path / "donors.yaml"
+    donors.write_text("{cortex1: a, cortex2: a, cortex3: b, cortex4: c}")
+    seen = []
+
+    def taken(train, val, config, out, **named):
+        seen.append(([s.name for s in train], [s.name for s in val]))
+
+    monkeypatch.setattr(trainer, "fit", taken)
+    monkeypatch.setattr(cli, "_check_resume", lambda *given: None)
+    files = [str(tmp_path / f"cortex{i}.h5ad") for i in (1, 2, 3, 4)]
+    tiny = ["--config", str(slides / "tiny.yaml")]
+
+    def train(name, *more):
+        return cli.run_command(["train", "--out", str(tmp_path / name), *more])
+
+    assert train("run", *files, *tiny, "--donor-map", str(donors)) == 0
+    assert train("run", "--resume") == 0
+    assert seen == [(["cortex1", "cortex3", "cortex4"], ["cortex2"])] * 2
+    # nobody's in particular: the last; and so it was before all donors were recorded
+    assert train("other", *files, *tiny) == 0
+    inputs = tmp_path / "run" / "inputs.json"
+    text = json.loads(inputs.read_text())
+    del text["donors"]["cortex4"]
+    inputs.write_text(json.dumps(text))
+    assert train("run", "--resume") == 0
+    assert seen[2:] == [(["cortex1", "cortex2", "cortex3"], ["cortex4"])] * 2
 
 
 def test_predictions_are_added_to_a_copy(slides, run, tmp_path):

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -293,9 +293,7 @@ def plan_study(
 def plan_folds(donors: Mapping[str, str], hold_out: str) -> tuple[list[Fold], list[str]]:
     """Folds for slides of known donors, and what is to be told about them.
 
-    The slide that decides when to stop is one of a donor that has most slides to train on, another
-    than that of the slide held out if there is one: its sisters are worth more to it than any
-    other. Which one rotates over the folds.
+    The slide that decides when to stop is one of :func:`spared`; which one rotates over the folds.
 
     Args:
         donors: slide to donor, in the order of the slides.
@@ -334,9 +332,7 @@ def plan_folds(donors: Mapping[str, str], hold_out: str) -> tuple[list[Fold], li
             continue
         val = None
         if len(rest) > FEW_SLIDES:
-            count, own = Counter(donors[slide] for slide in rest), {donors[slide] for slide in test}
-            most = [slide for slide in rest if count[donors[slide]] == max(count.values())]
-            able = [slide for slide in most if donors[slide] not in own] or most
+            able = spared({slide: donors[slide] for slide in rest}, {donors[s] for s in test})
             val = able[number % len(able)]
         folds.append(
             Fold(name, tuple(test), val, tuple(slide for slide in rest if slide != val))
@@ -344,6 +340,21 @@ def plan_folds(donors: Mapping[str, str], hold_out: str) -> tuple[list[Fold], li
     if notes and (not folds or hold_out not in (SLIDE, DONOR)):
         raise UserError(f"{notes[0]}; give more slides")
     return folds, notes
+
+
+def spared(donors: Mapping[str, str], held: Collection[str] = ()) -> list[str]:
+    """Slides that training can best do without, one of which is to decide when to stop.
+
+    Those of donors that have most, and of another donor than what is held out if there is one: its
+    sisters are worth more to a slide than any other.
+
+    Args:
+        donors: slide to donor.
+        held: donors of slides that are held out.
+    """
+    count = Counter(donors.values())
+    most = [slide for slide, donor in donors.items() if count[donor] == max(count.values())]
+    return [slide for slide in most if donors[slide] not in held] or most
 
 
 def find_donors(
