@@ -205,7 +205,6 @@ def test_a_standing_run_is_not_touched(slides, run, refused):
 def test_a_failed_overwrite_brings_the_old_run_back(slides, tmp_path, refused, run, monkeypatch):
     import shutil
 
-
     old = tmp_path / "run"
     shutil.copytree(run, old)
 
@@ -218,7 +217,6 @@ def test_a_failed_overwrite_brings_the_old_run_back(slides, tmp_path, refused, r
 
 
 def test_a_fault_of_the_program_is_called_one(slides, tmp_path, refused, monkeypatch):
-
     def fail(*_, **__):
         raise RuntimeError("shape [3]\nmismatch")
 
