@@ -225,34 +225,11 @@ class Atlas(nn.Module):
         weight = self._likeness(nearest)
         if weight.amax() == weight.amin():
             return self
-        like = Atlas(self.channels, self.temperature).to(self.field)
-        like._learn(*self._remembered(), weight)
-        return like
-
-    @torch.no_grad()
-    def without(self, number: int) -> Atlas:
-        """This atlas as it would be if it did not know one of its slides; the frame stays.
-
-        Args:
-            number: of the slide, in the order they were fitted in.
-
-        Raises:
-            ValueError: if there is no such slide, or no other.
-        """
-        count = 0 if self.origin is None else int(self.origin.amax()) + 1
-        if count < 2 or not 0 <= number < count:
-            raise ValueError(f"an atlas of {count} known slides cannot be without slide {number}")
-        kept = self.origin != number
-        other = Atlas(self.channels, self.temperature).to(self.field)
-        other.known, other.places = self.known[kept], self.places[kept]
-        other.origin = self.origin[kept] - (self.origin[kept] > number).long()
-        other._learn(*other._remembered(), torch.full((count - 1,), 1 / (count - 1)))
-        return other
-
-    def _remembered(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Embeddings and places of the cells that are remembered, of each slide."""
         sizes = self.origin.bincount().tolist()
-        return tuple(x.cpu().double().split(sizes) for x in (self.known, self.places))
+        values, places = (x.cpu().double().split(sizes) for x in (self.known, self.places))
+        like = Atlas(self.channels, self.temperature).to(self.field)
+        like._learn(values, places, weight)
+        return like
 
     def _posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (n, 2) and variance (n,) of the place given the embedding."""

@@ -181,49 +181,6 @@ def test_kinds_of_cells_side_by_side_are_told_apart():
     assert both > field + 0.05
 
 
-def test_without_a_slide_it_is_an_atlas_of_the_others():
-    train = [slide(0), slide(1, turn=2.0), slide(2), slide(3)]
-    atlas, (h, pos) = Atlas(5).double().fit(train), train[1]
-    other = atlas.without(1)
-    assert torch.equal(other.known, torch.cat([train[i][0] for i in (0, 2, 3)]).double())
-    assert other.origin.bincount().tolist() == [600, 600, 600]
-    alone = Atlas(5).double().fit([train[i] for i in (0, 2, 3)])
-    found, wanted = other(h.double()).numpy(), alone(h.double()).numpy()
-    assert np.square(align(found, wanted)[0] - wanted).mean() < 1e-3 * np.square(wanted).mean()
-    # the slide itself would be placed by its own cells
-    known, new = (np.square(align(x, pos)[0] - pos).mean() for x in (atlas(h.double()), found))
-    assert known < 0.9 * new
-    assert len(atlas.without(0).without(2).without(1).known) == 600
-    for wrong, number in ((atlas, 4), (atlas, -1), (Atlas(5).fit(train[:1]), 0), (Atlas(5), 0)):
-        with pytest.raises(ValueError, match="cannot be without"):
-            wrong.without(number)
-
-
-@pytest.mark.parametrize("alike", [True, False])
-def test_slides_like_few_others_begin_where_those_place_them(tmp_path, monkeypatch, alike):
-    """Six slides of one tissue, and two of each of three; by embeddings of their own."""
-    without, before = [], Atlas.forward
-    monkeypatch.setattr(Atlas, "forward", lambda self, h, nearest=True: (
-        without.append(nearest) or before(self, h, nearest)
-    ))  # fmt: skip
-    slides = simulate("cortex", slides=6, spots=100, genes=50)
-    rng = np.random.default_rng(0)
-    for number, s in enumerate(slides):
-        x = (s.pos - s.pos.mean(0)) / s.pos.std()
-        h = np.column_stack([x, np.sin(2 * x), rng.standard_normal((100, 4)) / 9])
-        s.embedding = (h + 9 * (number // 2) * (not alike)).astype(np.float32)
-    config = load_config(None, [
-        "data.embedding=X_own", "model.start=atlas", "refine.steps=0", "refine.expected=0",
-        "train.minisets=2", "train.epochs=1", "train.ramp_epochs=0", "train.warmup_epochs=0",
-        "train.gate_steps=1", "train.miniset_min=40", "train.miniset_max=60", "model.dim=16",
-        "model.recycles=1", "model.channels=16", "model.head_channels=8", "graph.k=12",
-        "train.device=cpu",
-    ])  # fmt: skip
-    config.save(tmp_path)
-    fit(slides, [], config, tmp_path)
-    assert without == [not alike] * 6
-
-
 def test_each_slide_of_many_is_remembered_alike():
     atlas = Atlas(5).fit([slide(seed, n=9000) for seed in range(3)])
     assert atlas.cells == 3 * (20_000 // 3) and atlas.places.shape == (atlas.cells, 2)

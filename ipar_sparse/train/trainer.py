@@ -367,15 +367,13 @@ class _Run:
     def _fit_atlas(self) -> None:
         """An atlas of the training slides, and where it places all cells.
 
-        It knows its own slides too well, and the model would learn to trust their places more than
-        those on a new slide. Their cells are placed under the noise of training and without the
-        cells most like them, which are themselves. Placed by an atlas of the other slides, which is
-        worse than that of all, they teach it to trust too little: it ends further from the truth
-        on new embryos and new prefrontal cortices. But a slide that is like few of the others, as
-        sections of several tumours are, is placed by an atlas of the others as a new one would be:
-        by all alike it is placed by what tells it nothing, and by itself. No dimension takes more
-        noise than it varies: an atlas weighs dimensions by how little they leave unsaid, and noise
-        where there is nothing else would be all it sees.
+        It knows its own slides too well. Their cells are placed under the noise of training and
+        without the cells most like them, which are themselves, or the model would learn to trust
+        their places more than those on a new slide. Placed by an atlas of the other slides, which
+        is worse than that of all, they teach it to trust too little: it ends further from the
+        truth on new embryos and on new prefrontal cortices. No dimension takes more noise than it
+        varies: an atlas weighs dimensions by how little they leave unsaid, and noise where there
+        is nothing else would be all it sees.
         """
         with self.progress.task("Atlas"):
             self.atlas = Atlas(self.dim).fit([(s.h, s.pos) for s in self.train_data])
@@ -384,16 +382,11 @@ class _Run:
             spread = torch.stack([s.h.std(0, correction=0) for s in self.train_data]).mean(0)
             level = spread.clamp(max=self.config.train.noise_h)
             for number, slide in enumerate((*self.train_data, *self.val_data)):
-                seen, h, atlas = number < len(self.train_data), slide.h, self.atlas
-                if seen and len(self.train_data) > 1:
-                    others = atlas.without(number)
-                    weight = others.likeness(h.to(self.device))
-                    if weight.amax() > weight.amin():
-                        seen, atlas = False, others
-                if seen:
-                    generator = self._generator("atlas", number, "cpu")
-                    h = h + level * torch.randn(h.shape, generator=generator)
-                slide.start = gauge_fix(atlas(h.to(self.device), nearest=not seen).cpu())
+                generator = self._generator("atlas", number, "cpu")
+                seen = number < len(self.train_data)
+                noise = torch.randn(slide.h.shape, generator=generator) * seen
+                h = slide.h + level * noise
+                slide.start = gauge_fix(self.atlas(h.to(self.device), nearest=not seen).cpu())
 
     def _fit_count_atlas(self) -> None:
         """An atlas of the training slides that reads counts, and where it places all cells.
