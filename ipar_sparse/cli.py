@@ -295,7 +295,8 @@ def train(
         typer.Option(
             metavar="SLIDE",
             help="Slide that decides when to stop; can be given more than once. "
-            "[dim]Default: the last training slide is kept for this[/dim]",
+            "[dim]Default: of more than three slides one is kept for this, of a donor that has "
+            "most[/dim]",
             show_default=False,
         ),
     ] = None,
