@@ -115,7 +115,8 @@ class Atlas(nn.Module):
         seen = [_some(torch.as_tensor(pos), _FITTED).double() for _, pos in slides]
         pairs = [(h.numpy(), x.numpy()) for h, x in zip(values, seen, strict=True)]
         places = [torch.from_numpy(np.asarray(x)).double() for x in align_slides(pairs)]
-        self._learn(values, places, torch.full((len(places),), 1 / len(places)))
+        alike = torch.full((len(places),), 1 / len(places), dtype=torch.float64)
+        self._learn(values, places, alike)
         share = _KNOWN // len(places)
         known = [_some(h, share) for h in values]
         self.known = torch.cat(known).to(self.field)
@@ -126,7 +127,6 @@ class Atlas(nn.Module):
 
     def _learn(self, values: list[Tensor], places: list[Tensor], weight: Tensor) -> None:
         """Field, noise and density of slides in one frame, which count by a weight (S,)."""
-        weight = weight.double()
         grid, log_density = tissue_grid(places, _SIDE, weight)
         knots = _lattice(*grid.aminmax(dim=0), _KNOTS)
         seen = torch.cat([_some(x, _CELLS // len(places)) for x in places])
@@ -200,30 +200,20 @@ class Atlas(nn.Module):
         square = [variance + (mean - place).square().sum(1) for mean, variance in halves]
         return place, torch.stack(square).mean(0)
 
-    def likeness(self, h: Tensor) -> Tensor:
-        """Weight (S,) of every training slide for cells (n, d) that are placed together, sum 1.
-
-        Raises:
-            ValueError: of an atlas that does not know of which slides its cells are.
-        """
-        if self.origin is None:
-            raise ValueError("this atlas does not know of which slides its cells are")
-        return self._likeness(self._neighbors(h))
-
-    def _likeness(self, nearest: Tensor) -> Tensor:
+    def _likeness(self, nearest: Tensor) -> Tensor | None:
+        """Weight (S,) of every slide for cells with these nearest (n, k), sum 1; None if alike."""
+        if self.origin is None or not len(nearest):
+            return None
         sizes = self.origin.bincount().cpu()
         found = self.origin[nearest.flatten()].bincount(minlength=len(sizes)).cpu()
         weight = (found.double() / sizes).square()
         weight = weight / weight.sum()
-        few = len(nearest) and 1 / weight.square().sum() < len(weight) / 2
-        return weight if few else torch.full_like(weight, 1 / len(weight))
+        return weight if 1 / weight.square().sum() < len(weight) / 2 else None
 
     def _like(self, nearest: Tensor) -> Atlas:
         """This atlas, learned again from the cells it remembers if slides do not count alike."""
-        if self.origin is None:
-            return self
         weight = self._likeness(nearest)
-        if weight.amax() == weight.amin():
+        if weight is None:
             return self
         sizes = self.origin.bincount().tolist()
         values, places = (x.cpu().double().split(sizes) for x in (self.known, self.places))
