@@ -600,10 +600,10 @@ def _versus(bundle: ReportBundle, name: str, form: Callable = lambda v: f"{v:.2f
     value = form(bundle.methods[rival][name])
     margin = _margin(bundle, name, rival)
     if ahead > margin:
-        return f"; the best baseline, {rival}, reaches {value}"
+        return f"; the best baseline ({rival}) reaches {value}"
     if ahead < -margin:
         return f"; the baseline {rival} does better: {value}"
-    return f"; no different from the best baseline, {rival}: {value}"
+    return f"; no different from the best baseline ({rival}): {value}"
 
 
 def _wins(bundle: ReportBundle) -> tuple[int, int]:

@@ -126,7 +126,7 @@ def methods(model, rival, se=0.0, name="distance_spearman"):
 @pytest.mark.parametrize(
     ("model", "rival", "se", "said", "wins"),
     [
-        (0.80, 0.70, 0.01, "the best baseline, ridge, reaches 0.70", "better than every"),
+        (0.80, 0.70, 0.01, "the best baseline (ridge) reaches 0.70", "better than every"),
         (0.80, 0.70, 0.05, "no different from the best baseline", "on no measure"),
         (0.60, 0.70, 0.01, "ridge does better: 0.70", "on no measure"),
         (0.700, 0.697, 0.0, "no different from the best baseline", "on no measure"),
@@ -143,7 +143,7 @@ def test_the_answer_claims_only_what_exceeds_the_noise(model, rival, se, said, w
 def test_lower_is_better_is_read_as_such():
     bundle = ReportBundle("s", cells(20), cells(20), methods(0.3, 0.5, name="rssd"),
                           variants=["no gate"])
-    assert "the best baseline, ridge, reaches 0.50" in summarize(bundle).facts[0]
+    assert "the best baseline (ridge) reaches 0.50" in summarize(bundle).facts[0]
 
 
 @pytest.mark.parametrize(
