@@ -1,6 +1,8 @@
 """One tissue slide in memory."""
 
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import sparse
@@ -65,6 +67,22 @@ class Slide:
     @property
     def num_cells(self) -> int:
         return len(self.cell_names)
+
+    def take(self, cells: np.ndarray) -> Slide:
+        """Some of its cells as a slide of their own.
+
+        Args:
+            cells: (m,) which, in the order they are to have.
+        """
+
+        def of(values):
+            return None if values is None else values[cells]
+
+        return replace(
+            self, expression=of(self.expression), cell_names=self.cell_names[cells],
+            pos=of(self.pos), embedding=of(self.embedding), empty=self.empty[cells],
+            obs={name: values[cells] for name, values in self.obs.items()}, rows=self.rows[cells],
+        )  # fmt: skip
 
     def __repr__(self):
         kind = "log-normalised" if self.normalized else "counts"

@@ -187,6 +187,16 @@ def test_umap_repeats():
     assert evaluate_layout(first, pos)["distance_spearman"] > 0.3
 
 
+def test_umap_of_too_many_cells_is_left_out_and_said(monkeypatch, caplog):
+    h, _ = slide(60, 2)
+    monkeypatch.setattr(baselines, "find_spec", lambda name: name)
+    monkeypatch.setattr(baselines, "_UMAP_CELLS", 50)
+    monkeypatch.setattr(baselines, "umap_layout", lambda h, seed: 1 / 0)
+    with caplog.at_level("INFO"):
+        assert not baselines.run_baselines(h, knn(torch.from_numpy(h), 8), only=["UMAP"])
+    assert "UMAP left out: 60 cells, run on 50 at most" in caplog.text
+
+
 @pytest.mark.slow
 def test_umap_leaves_threads_as_they_were():
     """Numba shares OpenMP with torch; a run after it would have taken every core."""

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, information_limit, knn
+from benchmarks import compare, information_limit, knn, size_transfer
 from ipar_sparse import simulate as simulate_module
+from ipar_sparse.config import load_config
+from ipar_sparse.train.trainer import fit
 
 
 def test_small_sizes_are_measured_and_reported(tmp_path, capsys):
@@ -128,3 +130,39 @@ def test_the_program_behind_a_tissue_is_the_simulators(name):
     found = information_limit.decode(program, counts, batch, dropout, low, high).numpy()
     spread = np.square(truth - truth.mean(0)).mean(0)
     assert (np.square(found - truth).mean(0) < 0.7 * spread).all()
+
+
+def test_a_model_meets_the_same_tissue_at_every_size(tmp_path, monkeypatch, capsys):
+    slides = simulate_module.simulate("cortex", slides=1, spots=120, genes=80, seed=3)
+    small = [
+        "encoder.steps=4", "encoder.hidden=[24]", "encoder.out=16", "model.dim=16",
+        "model.channels=16", "model.heads=2", "model.head_channels=8", "model.recycles=2",
+        "train.minisets=4", "train.miniset_min=40", "train.miniset_max=60", "train.epochs=1",
+        "train.gate_steps=2", "graph.k=12", "data.max_genes=60", "model.start=pca",
+    ]  # fmt: skip
+    (tmp_path / "run").mkdir()
+    config = load_config(None, small)
+    config.save(tmp_path / "run")
+    fit(slides, [], config, tmp_path / "run")
+    met = []
+    predict = size_transfer.Predictor.predict
+    monkeypatch.setattr(
+        size_transfer.Predictor, "predict", lambda self, s: met.append(s) or predict(self, s)
+    )
+    simulate = simulate_module.simulate
+    monkeypatch.setattr(
+        size_transfer, "simulate", lambda *a, **given: simulate(*a, genes=80, **given)
+    )
+    out = tmp_path / "out"
+    size_transfer.main([str(tmp_path / "run"), "--sizes", "70,200", "--out", str(out)])
+    few, many = met
+    assert (few.num_cells, many.num_cells) == (70, 200)
+    np.testing.assert_array_equal(few.pos, many.pos[:70])
+    assert (few.expression != many.expression[:70]).nnz == 0
+    rows = json.loads((out / "size_transfer.json").read_text())
+    assert [(row["n"], row["method"]) for row in rows] == [
+        (n, method) for n in (70, 200) for method in ("model", "PCA", "ridge")
+    ]
+    assert all(-1 <= row["distance_spearman"] <= 1 and row["procrustes"] > 0 for row in rows)
+    assert (out / "size_transfer.png").stat().st_size > 10_000
+    assert "| 200 | ridge |" in capsys.readouterr().out

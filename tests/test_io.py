@@ -488,6 +488,19 @@ def test_slide_checks_its_shapes():
     assert repr(slide) == "Slide('a', 2 cells, 2 genes (counts), without positions)"
 
 
+def test_cells_taken_from_a_slide_bring_all_that_is_theirs():
+    matrix = sparse.csr_matrix([[0, 1.0], [0, 0], [2, 0]])
+    slide = Slide(
+        "a", matrix, np.array(["g", "h"]), np.array(["x", "y", "z"]), pos=np.eye(3)[:, :2],
+        obs={"layer": np.array([4, 5, 6])},
+    )  # fmt: skip
+    part = slide.take(np.array([2, 1]))
+    assert list(part.cell_names) == ["z", "y"] and list(part.rows) == [2, 1]
+    assert part.expression.toarray().tolist() == [[2, 0], [0, 0]] and part.embedding is None
+    assert part.pos.tolist() == [[0, 0], [0, 1]] and list(part.obs["layer"]) == [6, 5]
+    assert list(part.empty) == [False, True] and slide.num_cells == 3
+
+
 def write_10x_matrix(path, counts, genes, barcodes):
     """As Space Ranger and Xenium write it: features x barcodes, CSC."""
     with h5py.File(path, "w") as f:

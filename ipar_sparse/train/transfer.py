@@ -608,13 +608,4 @@ def _sample(slide: Slide) -> Slide:
     n = slide.num_cells
     if n <= _CELLS:
         return slide
-    rows = np.sort(np.random.default_rng(0).choice(n, _CELLS, replace=False))
-
-    def take(values):
-        return None if values is None else values[rows]
-
-    return replace(
-        slide, expression=take(slide.expression), cell_names=slide.cell_names[rows],
-        pos=take(slide.pos), embedding=take(slide.embedding), empty=slide.empty[rows],
-        obs={}, rows=slide.rows[rows],
-    )  # fmt: skip
+    return slide.take(np.sort(np.random.default_rng(0).choice(n, _CELLS, replace=False)))
