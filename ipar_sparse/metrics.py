@@ -94,18 +94,79 @@ METRICS: dict[str, MetricInfo] = {
     ),
 }
 
-_BY_LOWER_NAME = {name.lower(): info for name, info in METRICS.items()}
-_SUFFIX = {"hgate": "gated candidates", "tedge": "true neighbours"}
+MEASURES: dict[str, MetricInfo] = {
+    "candidate_recall_chance": MetricInfo(
+        "Candidate recall by chance", "", None, "What as many random candidates would reach.",
+    ),
+    "candidate_recall_lift": MetricInfo(
+        "Candidate recall over chance", "", None, "1 if expression told nothing of neighbours.",
+    ),
+    "candidate_precision": MetricInfo(
+        "Candidate precision", "", None, "Share of a cell's candidates that are true neighbours.",
+    ),
+    "gate_precision": MetricInfo(
+        "Gate precision", "", None,
+        "Share of true neighbours among the candidates that the gate favours.",
+    ),
+    "gate_recall": MetricInfo(
+        "Gate recall", "", None, "Share of the true neighbours that are among those.",
+    ),
+    "gate_lift": MetricInfo(
+        "Gate lift", "", None, "Gate precision over candidate precision; 1 if it chose at random.",
+    ),
+    "embedding_hit": MetricInfo(
+        "Neighbour hit of the embedding", "", None,
+        "Share of a cell's nearest cells in the embedding that are its nearest in the tissue.",
+    ),
+    "boundary_mass": MetricInfo(
+        "Cells at the boundary", "", None,
+        "Share of cells in the outer tenth of the map's radius: 0.2 of a full disc, 1 of a ring.",
+    ),
+    "density_correlation": MetricInfo(
+        "Density correlation", "", None,
+        "Do cells that lie close together on the map do so in the tissue?",
+    ),
+    "uncertainty_error_spearman": MetricInfo(
+        "Uncertainty against error", "", None,
+        "Rank correlation over cells; 0 if the uncertainty told nothing.",
+    ),
+    "uncertainty_error_ratio": MetricInfo(
+        "Uncertainty over error", "", None, "Root mean squares; 1 if it is as large as the error.",
+    ),
+    "uncertainty_error_ratio_low": MetricInfo(
+        "Uncertainty over error, least uncertain", "", None, "Of that fifth of the cells.",
+    ),
+    "uncertainty_error_ratio_high": MetricInfo(
+        "Uncertainty over error, most uncertain", "", None, "Of that fifth of the cells.",
+    ),
+    "uncertainty_coverage": MetricInfo(
+        "Uncertainty coverage", "", None,
+        "Share of cells no further off than it says; 0.63 if errors are Gaussian.",
+    ),
+}
+"""Of a model or its graph, where METRICS are of any layout."""
+
+_BY_LOWER_NAME = {name.lower(): info for name, info in (METRICS | MEASURES).items()}
+_SUFFIX = {
+    "hgate": "gated candidates",
+    "tedge": "true neighbours",
+    "nogate": "without the gate",
+    "unexpected": "without expected distances",
+    "unrefined": "without the last step",
+    "first": "first layout",
+    "floor": "true coordinates",
+}
 
 
 def metric_info(name: str) -> MetricInfo:
-    """The reading of a metric by its flat name; ``@k``, ``_hgate`` and ``_tedge`` are understood.
+    """The reading of a metric or measure by its flat name; ``@k`` and what it was computed on,
+    as ``_hgate``, are understood.
 
     Args:
         name: for example ``"neighbor_hit@15"`` or ``"E_geo_hgate"``.
     """
     stem, _, k = name.partition("@")
-    match = re.fullmatch(r"(.+)_(hgate|tedge)", stem)
+    match = re.fullmatch(rf"(.+)_({'|'.join(_SUFFIX)})", stem)
     base = _BY_LOWER_NAME.get((match[1] if match else stem).lower())
     if base is None:
         return MetricInfo(name, "", None, "")

@@ -232,4 +232,6 @@ def test_every_reported_metric_can_be_read():
     assert metric_info("E_geo_hgate").better == "lower"
     assert "gated" in metric_info("E_geo_hgate").label
     assert metric_info("neighbor_hit@15").label.endswith("@15")
+    assert metric_info("E_geo_nogate").label == "E_geo, without the gate"
+    assert metric_info("embedding_hit@15").label == "Neighbour hit of the embedding @15"
     assert metric_info("something_else").label == "something_else"

@@ -17,7 +17,7 @@ from ipar_sparse.expected import expected_layout
 from ipar_sparse.expression import Expression, match_genes
 from ipar_sparse.gauge import gauge_fix, leading_components, principal_plane
 from ipar_sparse.graph import knn, pooled_candidates
-from ipar_sparse.metrics import align, distance_metrics, evaluate_layout
+from ipar_sparse.metrics import align, distance_metrics, evaluate_layout, metric_info
 from ipar_sparse.nearness import Nearness
 from ipar_sparse.nn import SharedEncoder
 from ipar_sparse.refine import refine_layout
@@ -307,6 +307,8 @@ def test_evaluation_writes_metrics_and_report(run, slides, tmp_path):
     assert "ridge/distance_spearman" in saved and "no gate/distance_spearman" in saved
     page = (tmp_path / "report.html").read_text()
     assert slides[3].name in page and "http://" not in page.split("<body")[1]
+    told = [name for name in saved if "/" not in name and not name.endswith("_se")]
+    assert not [name for name in told if not metric_info(name).explanation]
 
 
 def test_a_slide_of_the_training_set_is_recognised(run, slides, tmp_path):
