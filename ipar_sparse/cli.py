@@ -238,6 +238,7 @@ _LAST_STEPS_TRIED = {
     "middle": "half whitened",
     "whitened": "whitened",
     "leading": "by leading components",
+    "narrow": "along the first axis alone",
     "loose": "loose",
     "firm": "firm",
     "close": "close",  # of runs before
@@ -1226,7 +1227,7 @@ def _last_step(settings: RefineConfig) -> str:
     """How a run takes the last two steps, if it does."""
     text = f"refine.expected {settings.expected}, refine.steps {settings.steps}"
     if settings.steps:
-        for name in ("neighbors", "anchor", "whiten", "power"):
+        for name in ("neighbors", "anchor", "whiten", "power", "narrow"):
             if (value := getattr(settings, name)) is not None:
                 text += f", refine.{name} {value:g}"
     return text

@@ -408,16 +408,20 @@ class RefineConfig(Section):
     neighbors: Positive | None = None
     """nearest candidates that attract a cell; none = 15"""
     anchor: Weight | None = None
-    """what it costs to leave the layout so far; none = 5, or 2 or 12 if donors left out are placed
-    better so and neighbors, whiten and power are none too"""
+    """what it costs to leave the layout so far; none = 5, or 2, 12 or 20 if donors left out are
+    placed better so and neighbors, whiten, power and narrow are none too"""
     whiten: Weight | None = None
     """power by which what neighbours on the training slides differ in counts less where a cell's
     nearest are sought, 1 = they differ as much in all directions; none = 0.5, or 0 or 1 if donors
     left out are placed better so and the others are none too"""
     power: Weight | None = None
     """of their standard deviation, by which components of the embedding count where a cell's
-    nearest are sought; none = 0, or 1 if donors left out are placed better so and the others are
-    none too"""
+    nearest are sought; none = 0, or 1 or 2 if donors left out are placed better so and the others
+    are none too"""
+    narrow: Weight | None = None
+    """width of the second axis of a layout whose first is kept and whose second is replaced by what
+    tells neighbours, in standard deviations of the first; 0 = the layout as it is; none = 0, or
+    0.05 if donors left out are placed better so and the others are none too"""
     enough: Weight = 0.5
     """share of nearest candidates that are neighbours in the layout already from which on it is
     left as it is"""

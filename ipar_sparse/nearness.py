@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .gauge import leading_components
+from .gauge import gauge_fix, leading_components, principal_plane
 from .graph import knn
 
 _AROUND = 15  # nearest cells in the tissue
@@ -93,3 +93,43 @@ def compared(h: Tensor, nearness: Nearness | None, whiten: float, power: float) 
     if nearness is not None:
         h = nearness(h, whiten)
     return leading_components(h, power) if power else h
+
+
+@torch.no_grad()
+def narrowed(pos: Tensor, h: Tensor, nearness: Nearness | None, width: float) -> Tensor:
+    r"""A layout that keeps its long axis, and tells across it which cells are near.
+
+    .. math::
+        \mathbf{x}_i \mapsto (u_i,\ \omega\, v_i)
+
+    with u the layout's first principal component and v the first of the embedding less what u says
+    of it, where what true neighbours differ in counts least (:class:`Nearness`, power 1), both of
+    unit variance. Where units of a tissue repeat and a trend runs through them, the trend is all
+    that can be known of the place, and a second axis that guesses moves cells for nothing; how far
+    along its unit a cell lies can be told, says nothing of where in the tissue that is, and is
+    shared with the cells around. A narrow axis costs distances hardly anything and is wide enough:
+    neighbours are few.
+
+    Args:
+        pos: layout (n, 2), any scale.
+        h: embeddings (n, d).
+        nearness: of the training slides; None takes the embedding as it is.
+        width: :math:`\omega`, of the second axis; 0 returns ``pos`` as it is.
+
+    Returns:
+        Layout (n, 2) in the unit-RMS gauge.
+    """
+    if not width or len(pos) < 3 or not pos.isfinite().all():
+        return pos
+    u = _unit(principal_plane(pos)[:, :1])
+    rest = h if nearness is None else nearness(h, 1.0)
+    rest = rest - rest.mean(0)
+    rest = rest - u.to(rest) @ (u.to(rest).T @ rest) / len(rest)
+    v = _unit(principal_plane(rest)[:, :1])
+    return gauge_fix(torch.cat([u, width * v.to(u)], dim=1))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """A coordinate (n, 1) with mean 0 and variance 1."""
+    x = x - x.mean(0)
+    return x / x.square().mean().sqrt().clamp(min=1e-12)

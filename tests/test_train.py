@@ -18,7 +18,7 @@ from ipar_sparse.expression import Expression, match_genes
 from ipar_sparse.gauge import gauge_fix, leading_components, principal_plane
 from ipar_sparse.graph import knn, pooled_candidates
 from ipar_sparse.metrics import align, distance_metrics, evaluate_layout, metric_info
-from ipar_sparse.nearness import Nearness
+from ipar_sparse.nearness import Nearness, narrowed
 from ipar_sparse.nn import SharedEncoder
 from ipar_sparse.refine import refine_layout
 from ipar_sparse.simulate import simulate
@@ -711,6 +711,21 @@ def test_the_last_step_may_go_by_leading_components(run, slides):
     own = refine_layout(before, expected, **asked, seed=predictor.config.train.seed)
     np.testing.assert_allclose(found.pos, own.double(), atol=1e-4)
     assert not np.allclose(found.pos, plain.pos, atol=1e-2)
+
+
+def test_the_last_step_may_leave_the_first_axis_alone(run, slides):
+    predictor = Predictor.load(run)
+    asked = {"steps": 20, "neighbors": 5, "anchor": 3.0, "enough": 2.0}
+    predictor.config = predictor.config.replace(
+        refine=asked | {"whiten": 0.0, "power": 0.0, "expected": 0, "narrow": 0.1}
+    )
+    found = predictor.predict(slides[3])
+    recycled, h = torch.from_numpy(found.trajectory[-1]).float(), torch.from_numpy(found.embedding)
+    narrow = narrowed(recycled, h, predictor.nearness, 0.1)
+    own = refine_layout(narrow, found.candidates, **asked, seed=predictor.config.train.seed)
+    np.testing.assert_allclose(found.pos, own.double(), atol=1e-3)
+    predictor.config = predictor.config.replace(refine={"steps": 0})  # the whole of it, or none
+    np.testing.assert_allclose(predictor.predict(slides[3]).pos, found.trajectory[-1], atol=1e-6)
 
 
 def test_the_last_step_goes_by_what_neighbours_of_the_training_slides_differ_in(run, slides):

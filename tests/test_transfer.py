@@ -144,6 +144,8 @@ def test_a_run_stopped_before_the_choice_cannot_predict():
 
 
 MIDDLE, PLAIN, LEADING = (transfer.REFINE[way] for way in ("middle", "plain", "leading"))
+NARROW = transfer.REFINE["narrow"]
+PARTS = "steps", "neighbors", "anchor", "whiten", "power", "narrow"
 LOOSE, FIRM = (MIDDLE | {"anchor": anchor} for anchor in transfer.ANCHORS.values())
 FOUND = Transfer(
     "atlas", 1.0, 0.0, "spatial", {"atlas": MIDDLE | {"steps": 0}, "pca": FIRM}
@@ -151,7 +153,7 @@ FOUND = Transfer(
 
 
 def last_step(config):
-    return config.refine.model_dump(include={"steps", "neighbors", "anchor", "whiten", "power"})
+    return config.refine.model_dump(include=set(PARTS))
 
 
 def test_what_is_left_open_is_settled_and_nothing_else():
@@ -171,12 +173,13 @@ def test_what_is_left_open_is_settled_and_nothing_else():
 
 @pytest.mark.parametrize(
     "asked",
-    [{"steps": 30}, {"neighbors": 7}, {"anchor": 0.5}, {"whiten": 0.2}, {"power": 0.5}],
+    [{"steps": 30}, {"neighbors": 7}, {"anchor": 0.5}, {"whiten": 0.2}, {"power": 0.5},
+     {"narrow": 0.1}],
 )
 def test_the_last_step_that_is_asked_for_is_taken(asked):
     config = RunConfig().replace(model={"start": "pca"}, refine=asked)
     found = last_step(settle(config, {TRANSFER: FOUND}))
-    nothing = dict.fromkeys(("steps", "neighbors", "anchor", "whiten", "power"))
+    nothing = dict.fromkeys(PARTS)
     assert found == (nothing if "steps" in asked else FIRM) | asked
 
 
@@ -434,6 +437,9 @@ def test_what_is_near_is_settled_first_and_then_how_far_places_are_kept(monkeypa
         assert found.refine["pca"] == way | {"anchor": 12.0, "expected": 0}
     found = _choose([[Refined(*states, leading=(0.5, 0.34))]], AS_IT_IS, Transfer(), {})
     assert found.refine["pca"] == LEADING | {"expected": 0}
+    found = _choose([[Refined(*states, narrow=(0.5, 0.34))]], AS_IT_IS, Transfer(), {})
+    assert found.refine["pca"] == NARROW | {"expected": 0}  # which has an anchor of its own
+    assert not transfer.ANCHORS.keys() & found.scores.keys()
 
 
 def test_leading_components_serve_where_the_others_are_noise():
@@ -448,6 +454,29 @@ def test_leading_components_serve_where_the_others_are_noise():
     assert found.refine["pca"]["power"] == 1 and found.refine["pca"]["steps"]
     others = [way for way in transfer.REFINE if way != "leading"]
     assert found.scores["leading"] > max(found.scores[way] for way in others)
+
+
+def test_a_narrow_layout_serves_where_units_repeat_along_a_trend():
+    """One axis of the place can be told, badly; and how far along its unit a cell lies, well."""
+    rng = np.random.default_rng(0)
+
+    def made(seed):
+        rng = np.random.default_rng(seed)
+        pos = rng.uniform(-1, 1, (1500, 2))
+        phase = 0.5 + 0.25 * (np.sin(9 * pos[:, 0]) + np.sin(9 * pos[:, 1]))
+        h = np.column_stack([pos[:, 0] + 0.3 * rng.standard_normal(1500),
+                             5 * phase + 0.3 * rng.standard_normal(1500),
+                             0.3 * rng.standard_normal((1500, 8))])  # fmt: skip
+        return torch.from_numpy(h).float(), pos
+
+    (h, pos), known = made(0), [made(1), made(2)]
+    nearness = Nearness(10).fit(known)
+    guessed = np.column_stack([h[:, 0].numpy(), 0.3 * rng.standard_normal(1500)])
+    left = _Left(h, pos, dict.fromkeys(STARTS, guessed), nearness=nearness)
+    found = _choose([[left]], AS_IT_IS, Transfer(), {})
+    assert found.refine["pca"]["narrow"] and found.refine["pca"]["steps"]
+    others = [way for way in transfer.REFINE if way != "narrow"]
+    assert found.scores["narrow"] > 1.02 * max(found.scores[way] for way in others)
 
 
 def test_whitening_serves_where_neighbours_differ_more_in_some_directions():

@@ -293,7 +293,7 @@ def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> d
         layouts["no gate"] = predictor.finished(layout, h, prediction.doubt, prediction.nearest)
     recycled = torch.from_numpy(prediction.trajectory[-1]).to(h)
     if predictor.config.refine.expected or "expected" in predictor.spared:
-        layouts["not expected"] = predictor.refined(recycled, prediction.nearest)
+        layouts["not expected"] = predictor.refined(recycled, h, prediction.nearest)
     if predictor.config.refine.steps or "steps" in predictor.spared:
         layouts["not refined"] = predictor.expected(recycled, h, prediction.doubt)
     layouts = {name: layout.double().cpu().numpy() for name, layout in layouts.items()}
@@ -326,7 +326,7 @@ def _finished(predictor: Predictor, layouts: dict, h: Tensor, prediction: Predic
             atlas = Atlas(h.size(1)).fit(_reference(predictor.run))
             doubt = share_of_variance(*atlas.moments(h))
         pos = predictor.expected(torch.from_numpy(layouts[name]), h, doubt, always=True)
-        found[f"{name}, refined"] = predictor.refined(pos, nearest, always=True).numpy()
+        found[f"{name}, refined"] = predictor.refined(pos, h, nearest, always=True).numpy()
     return found
 
 

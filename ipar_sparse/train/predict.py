@@ -19,7 +19,7 @@ from ..expression import match_genes
 from ..gauge import gauge_fix, principal_plane
 from ..graph import NeighborTable, knn_candidates, pooled_candidates
 from ..metrics import align
-from ..nearness import Nearness, compared
+from ..nearness import Nearness, compared, narrowed
 from ..nn import EdgeGateSoft, IPALiteModel
 from ..refine import refine_layout
 from ..slide import Slide
@@ -270,7 +270,7 @@ class Predictor:
             doubt: of the cells' places (n,), as :attr:`Prediction.doubt` has it, or None.
             nearest: candidates, nearest first, as :meth:`nearest` has them.
         """
-        return self.refined(self.expected(pos, h, doubt), nearest)
+        return self.refined(self.expected(pos, h, doubt), h, nearest)
 
     def expected(
         self, pos: Tensor, h: Tensor, doubt: Tensor | None, always: bool = False
@@ -290,11 +290,14 @@ class Predictor:
             steps = 0 if doubt is None else EXPECTED
         return expected_layout(pos, doubt, h, steps=steps, seed=self.config.train.seed)
 
-    def refined(self, pos: Tensor, nearest: NeighborTable, always: bool = False) -> Tensor:
+    def refined(
+        self, pos: Tensor, h: Tensor, nearest: NeighborTable, always: bool = False
+    ) -> Tensor:
         """A layout (n, 2) drawn to its nearest candidates, as the configuration says.
 
         Args:
             pos: layout.
+            h: embeddings (n, d).
             nearest: candidates, nearest first, as :meth:`nearest` has them.
             always: also where the run was found to be better without.
         """
@@ -304,6 +307,9 @@ class Predictor:
         del settings["whiten"], settings["power"]  # nearest were found by them
         if always and "steps" in self.spared:
             settings["steps"] = REFINE[MIDDLE]["steps"]
+        narrow = settings.pop("narrow")
+        if settings["steps"]:
+            pos = narrowed(pos, h, self.nearness, narrow)
         return refine_layout(pos, nearest, **settings, seed=self.config.train.seed)
 
     def start(self, h: Tensor, slide: Slide) -> tuple[Tensor | None, Tensor | None]:

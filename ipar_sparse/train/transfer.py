@@ -32,7 +32,7 @@ from ..expected import expected_layout, share_of_variance
 from ..gauge import principal_plane
 from ..graph import NeighborTable, knn
 from ..metrics import distance_metrics
-from ..nearness import Nearness, compared
+from ..nearness import Nearness, compared, narrowed
 from ..nn import SharedEncoder
 from ..refine import refine_layout
 from ..slide import Slide
@@ -50,18 +50,20 @@ from .stage_a import (
 EXPECTED = 200
 """Steps towards expected distances where they are taken, ``refine.expected``."""
 
-MIDDLE = "middle"
+MIDDLE, NARROW = "middle", "narrow"
+_LAST = {"steps": 400, "neighbors": 15, "anchor": 5.0, "whiten": 0.5, "power": 0.0, "narrow": 0.0}
 REFINE: dict[str, dict[str, int | float]] = {
-    MIDDLE: {"steps": 400, "neighbors": 15, "anchor": 5.0, "whiten": 0.5, "power": 0.0},
-    "plain": {"steps": 400, "neighbors": 15, "anchor": 5.0, "whiten": 0.0, "power": 0.0},
-    "whitened": {"steps": 400, "neighbors": 15, "anchor": 5.0, "whiten": 1.0, "power": 0.0},
-    "leading": {"steps": 400, "neighbors": 15, "anchor": 5.0, "whiten": 0.0, "power": 1.0},
+    MIDDLE: _LAST,
+    "plain": _LAST | {"whiten": 0.0},
+    "whitened": _LAST | {"whiten": 1.0},
+    "leading": _LAST | {"whiten": 0.0, "power": 1.0},
+    NARROW: _LAST | {"anchor": 20.0, "whiten": 1.0, "power": 2.0, "narrow": 0.05},
 }
 """The last step where it is taken, ``refine``, the usual first: by distances in which a cell's
-nearest are sought."""
+nearest are sought, and one that keeps no more of a layout than its first axis."""
 ANCHORS = {"loose": 2.0, "firm": 12.0}
-"""Tried beside the usual one with the best of those: the firmer, the more of the places is kept,
-and the fewer of the candidates become neighbours."""
+"""Tried beside the usual one with the best of those, if that has it: the firmer, the more of the
+places is kept, and the fewer of the candidates become neighbours."""
 _ERRORS = {"pca": (0.75, 0.0), "mlp": (0.75, 0.0), "atlas": (0.1, 1.1), "fields": (0.0, 1.0)}
 """Square error of a cell by its doubt, as on slides of other donors of four real sets."""
 
@@ -99,7 +101,7 @@ class Transfer:
         input: what the encoder reads, ``encoder.input``.
         kept: what the embedding keeps beside what it has learned, ``encoder.kept``.
         refine: the last two steps after each of the starts: ``expected``, and ``steps``,
-            ``neighbors``, ``anchor``, ``whiten`` and ``power`` of ``refine``.
+            ``neighbors``, ``anchor``, ``whiten``, ``power`` and ``narrow`` of ``refine``.
         errors: after each of the starts, how the square error of a cell follows what the start says
             of it: a and b of :func:`~ipar_sparse.calibration.fit_error_law`.
         donors: how many were left out in turn; with one donor nothing is tried.
@@ -109,10 +111,10 @@ class Transfer:
             to be expected. Neighbour hit @15: ``plane hit`` and ``plane refined`` (before and after
             the last step), and so for the others. Of last steps after the best, the geometric
             mean of distance Spearman and hit @15: ``middle``, ``plain``, ``whitened``, ``leading``,
-            ``loose`` and ``firm``. Of embeddings, that of the best distance Spearman and the hit
-            @15 of their nearest cells: ``spatial genes`` and ``all genes`` (spatial components
-            under either weights), ``counts`` (spatial components of those of counts) and, trained,
-            by what they keep, ``principal`` and ``spatial``.
+            ``narrow``, ``loose`` and ``firm``. Of embeddings, that of the best distance Spearman
+            and the hit @15 of their nearest cells: ``spatial genes`` and ``all genes`` (spatial
+            components under either weights), ``counts`` (spatial components of those of counts)
+            and, trained, by what they keep, ``principal`` and ``spatial``.
     """
 
     start: str = _STARTS[ATLAS]
@@ -306,8 +308,9 @@ def _choose(
         last = refine[start]
         logger.info(
             "refine.steps is %d, refine.neighbors %d, refine.anchor %g, refine.whiten %g, "
-            "refine.power %g",
+            "refine.power %g, refine.narrow %g",
             last["steps"], last["neighbors"], last["anchor"], last["whiten"], last["power"],
+            last["narrow"],
         )  # fmt: skip
     if tried:
         logger.info(
@@ -352,7 +355,7 @@ def _last_steps(
     What is found stands in ``scores`` afterwards.
     """
     own = config.refine.model_dump(
-        include={"neighbors", "anchor", "whiten", "power"}, exclude_none=True
+        include={"neighbors", "anchor", "whiten", "power", "narrow"}, exclude_none=True
     )
     ways = dict(REFINE)
     if own:
@@ -360,7 +363,7 @@ def _last_steps(
     after = {way: _refined(donors, best, settings) for way, settings in ways.items()}
     tried = {way: _balance(left, best) for way, left in after.items()}
     way = max(tried, key=tried.__getitem__)
-    if not own:
+    if not own and way != NARROW:
         ways |= {name: ways[way] | {"anchor": anchor} for name, anchor in ANCHORS.items()}
         for name in ANCHORS:
             after[name] = _refined(donors, best, ways[name])
@@ -457,6 +460,7 @@ class _Left:
         after = copy.copy(self)
         settings, graph = dict(settings), self.graph
         whiten, power = settings.pop("whiten"), settings.pop("power")
+        layout = narrowed(layout, self.h, self.nearness, settings.pop("narrow"))
         if whiten or power:
             graph = knn(compared(self.h, self.nearness, whiten, power), _NEIGHBORS)
         after.layouts = {name: refine_layout(layout, graph, **settings).double().numpy()}
