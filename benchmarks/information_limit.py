@@ -1,27 +1,34 @@
 """How much of a cell's place its counts hold, where the program behind them is known.
 
-Every cell of a simulated slide is placed by maximum a posteriori under the program that drew it:
-zero-inflated negative binomial counts, with the cell's kinds and depth fitted beside what the place
-decides. The slide's batch effects and dropout are learned from the true places, which is kinder
-than any method could hope for. What remains is the noise of single cells: a limit, up to the
-maximum standing in for the posterior mean.
+Every cell of a simulated slide is placed under the program that drew it: zero-inflated negative
+binomial counts, with the cell's kinds and depth fitted beside what the place decides. The slide's
+batch effects and dropout are learned from the true places, which is kinder than any method could
+hope for. What remains is the noise of single cells.
 
-On a cortex genes tell the place. On lobules they tell a trend along one axis, and how far a cell
-lies on the way from a vein to a border; which vein, nothing tells. The layout that is right at
-large is then the trend alone, and the one that has most neighbours the plane of both, each in units
-of its error.
+On a cortex genes tell the place, and it is found by maximum a posteriori: a limit, up to the
+maximum standing in for the posterior mean. On lobules they tell a trend along one axis, and how far
+a cell lies on the way from a vein to a border; which vein, nothing tells. There the posterior of
+both is found on a grid. The layout that is right at large is the mean of the trend alone; the zone,
+drawn narrowly across it, tells neighbours and hardly moves a cell. Which pairs are most likely
+neighbours bounds what any method can find, in a layout or not: two cells of one trend and one zone
+are, with one chance in so many as there are cells of that trend and zone.
 """
 
 import argparse
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
+from scipy.spatial import cKDTree
 
 from ipar_sparse import simulate as tissue
 from ipar_sparse.metrics import evaluate_layout
 
 _PART = 1000  # cells at once
 _GRID = 16, 12  # coarse, over the first and the second of what is fitted
+_FINE = 30, 24  # of their posterior
+_NARROW = 0.05, 0.1, 0.2  # widths of the second across the first, in standard deviations of it
+_NEIGHBORS = 15
 
 
 class Program:
@@ -44,8 +51,10 @@ class Program:
         """The two numbers of the cells of a slide (n, 2)."""
         raise NotImplementedError
 
-    def layouts(self, at, error):
-        """Name to the best layout (n, 2) of its kind, of numbers (n, 2) with errors (n, 2)."""
+    repeats = False  # whether one pair of numbers is found in many places
+
+    def layouts(self, at):
+        """Name to the best layout (n, 2) of its kind, of numbers (n, 2)."""
         raise NotImplementedError
 
     def log_prior(self, at):
@@ -84,7 +93,7 @@ class CortexProgram(Program):
     def truth(self, slide):
         return np.column_stack([slide.obs["tissue_x"], slide.obs["tissue_y"]])
 
-    def layouts(self, at, error):
+    def layouts(self, at):
         return {"the place": at}
 
 
@@ -104,10 +113,13 @@ class LobulesProgram(Program):
     def log_prior(self, at):
         return -((at[:, 0] / 0.7) ** 2).sum() / 2  # as the tissue spreads
 
-    def layouts(self, at, error):
+    repeats = True
+
+    def layouts(self, at):
+        at = (at - at.mean(0)) / at.std(0)
         return {
-            "the trend": np.column_stack([at[:, 0], np.zeros(len(at))]),
-            "the trend and the zone": at / error.std(0),
+            f"the trend, and across it {width:g} of the zone": at * (1, width)
+            for width in (0, *_NARROW, 1)
         }
 
 
@@ -130,8 +142,10 @@ def fit_batch(program, counts, at):
 
 
 def decode(program, counts, batch, dropout, low, high):
-    """What decides the counts of cells (n, 2): the likeliest of a coarse grid, then Adam on it,
-    kinds and depth."""
+    """What decides the counts of cells (n, 2), their kinds (n, 3) and log depths (n,).
+
+    The likeliest of a coarse grid, then Adam on all of it.
+    """
     across, down = (torch.linspace(low[i], high[i], _GRID[i]) for i in (0, 1))
     grid = torch.cartesian_prod(across, down)
     expected = (1 - dropout) * (program.log_rate(grid) + batch).exp()
@@ -154,7 +168,36 @@ def decode(program, counts, batch, dropout, low, high):
         optimizer.zero_grad()
         (-value).backward()
         optimizer.step()
-    return at.detach()
+    return at.detach(), kinds.detach().softmax(1), depth.detach()
+
+
+@torch.no_grad()
+def posterior(program, counts, batch, dropout, kinds, depth, truth):
+    """Of what decides the counts of cells: a grid (m, 2), how cells are spread over it in truth
+    (m,), and the posterior of each (n, m), given its kinds and depth."""
+    edges = [
+        np.linspace(low, high, count + 1)
+        for low, high, count in zip(truth.min(0), truth.max(0), _FINE, strict=True)
+    ]
+    middles = [torch.from_numpy((e[1:] + e[:-1]) / 2).float() for e in edges]
+    grid = torch.cartesian_prod(*middles)
+    spread = gaussian_filter(np.histogram2d(*truth.T, bins=edges)[0], 1)
+    spread = torch.from_numpy(spread.ravel() / spread.sum())
+    features = program.log_rate(grid) - program.baseline
+    known = program.log_rate(grid.new_zeros(len(kinds), 2), kinds) - program.log_rate(
+        grid.new_zeros(1, 2)
+    )
+    known = known + program.baseline + batch + depth[:, None]
+    log_likelihood = torch.stack(
+        [program.log_likelihood(known + rate, counts, dropout).sum(1) for rate in features], dim=1
+    )
+    return grid.double(), spread, (log_likelihood.double() + spread.log()).softmax(1)
+
+
+def likeliest_pairs(spread, share):
+    """The 15 cells (n, 15) most likely to be neighbours of each, of posteriors (n, m)."""
+    score = share / spread @ share.T
+    return score.fill_diagonal_(-torch.inf).topk(_NEIGHBORS, dim=1).indices.numpy()
 
 
 def main() -> None:
@@ -174,14 +217,21 @@ def main() -> None:
     counts = torch.tensor(slide.expression.toarray(), dtype=torch.float32)
     batch, dropout = fit_batch(program, counts, torch.tensor(truth, dtype=torch.float32))
     bounds = (truth.min(0).tolist(), truth.max(0).tolist())
-    found = torch.cat(
-        [decode(program, part, batch, dropout, *bounds) for part in counts.split(_PART)]
-    ).double().numpy()  # fmt: skip
+    decoded = [decode(program, part, batch, dropout, *bounds) for part in counts.split(_PART)]
+    at, kinds, depth = (torch.cat(parts) for parts in zip(*decoded, strict=True))
+    found = at.double().numpy()
+    if program.repeats:
+        grid, spread, share = posterior(program, counts, batch, dropout, kinds, depth, truth)
+        found = (share @ grid).numpy()
+        true = cKDTree(slide.pos).query(slide.pos, _NEIGHBORS + 1)[1][:, 1:]
+        likely = likeliest_pairs(spread, share)
+        hit = (likely[:, :, None] == true[:, None, :]).any(2).mean()
+        print(f"the likeliest neighbours: neighbor_hit@{_NEIGHBORS} {hit:.4f}")
     error = found - truth
     print("root mean square errors", *np.sqrt(np.square(error).mean(0)).round(4))
     print("median error", np.median(np.linalg.norm(error, axis=1)).round(4))
     for at, known in ((found, "found"), (truth, "known")):
-        for name, layout in program.layouts(at, error).items():
+        for name, layout in program.layouts(at).items():
             scores = evaluate_layout(layout, slide.pos)
             metrics = "distance_spearman", "neighbor_hit@15", "procrustes"
             print(f"{name}, {known}:", *(f"{metric} {scores[metric]:.4f}" for metric in metrics))

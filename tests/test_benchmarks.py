@@ -127,9 +127,34 @@ def test_the_program_behind_a_tissue_is_the_simulators(name):
     counts = torch.tensor(slide.expression.toarray(), dtype=torch.float32)
     batch, dropout = information_limit.fit_batch(program, counts, torch.from_numpy(truth).float())
     low, high = truth.min(0).tolist(), truth.max(0).tolist()
-    found = information_limit.decode(program, counts, batch, dropout, low, high).numpy()
-    spread = np.square(truth - truth.mean(0)).mean(0)
-    assert (np.square(found - truth).mean(0) < 0.7 * spread).all()
+    at, kinds, depth = information_limit.decode(program, counts, batch, dropout, low, high)
+    error = np.square(at.numpy() - truth).mean(0)
+    variance = np.square(truth - truth.mean(0)).mean(0)
+    assert (error < 0.7 * variance).all()
+    if not program.repeats:
+        return
+    grid, spread, share = information_limit.posterior(
+        program, counts, batch, dropout, kinds, depth, truth
+    )
+    torch.testing.assert_close(share.sum(1), torch.ones(300, dtype=torch.float64))
+    near = torch.cdist(torch.from_numpy(truth), grid).argmin(1).bincount(minlength=len(grid))
+    assert np.corrcoef(near, spread)[0, 1] > 0.5
+    mean = (share @ grid).numpy()
+    assert (np.square(mean - truth).mean(0) < error).all()  # the mean is what errs least
+    layout = program.layouts(mean)["the trend, and across it 0.1 of the zone"]
+    np.testing.assert_allclose(layout.std(0), (1, 0.1))
+    likely = information_limit.likeliest_pairs(spread, share)
+    assert all(i not in row and len(set(row)) == 15 for i, row in enumerate(likely.tolist()))
+
+
+def test_the_likeliest_neighbours_share_what_few_cells_have():
+    """Of two cells that are as alike as two others, those of a rare kind are sooner neighbours."""
+    share = torch.zeros(60, 2, dtype=torch.float64)
+    share[:40, 0], share[40:, 1] = 1, 1
+    share[0] = torch.tensor([0.5, 0.5])
+    spread = torch.tensor([2 / 3, 1 / 3], dtype=torch.float64)
+    likely = information_limit.likeliest_pairs(spread, share)
+    assert (likely[0] >= 40).all() and (likely[1:40] < 40).all() and (likely[40:] >= 40).all()
 
 
 def test_a_model_meets_the_same_tissue_at_every_size(tmp_path, monkeypatch, capsys):
