@@ -435,6 +435,7 @@ def diagnose(
     pos=None,
     trajectory: Sequence[Tensor] | None = None,
     gate_logits: Tensor | None = None,
+    final=None,
     k: int = 30,
     true_k: int | None = None,
     seed: int = 0,
@@ -448,6 +449,8 @@ def diagnose(
         pos: true positions (n, 2), for the measures that need them.
         trajectory: layouts before the first and after each recycle.
         gate_logits: raw gate logits (E,) or (E, G).
+        final: the map (n, 2), where more follows the recycles; the last of ``trajectory`` if left
+            out.
         k: most attended nodes, and best-gated candidates, looked at.
         true_k: spatial neighbours that count as true; k if left out.
         seed: of drawn rows and pairs.
@@ -494,7 +497,8 @@ def diagnose(
         out.update(candidate_recall(graph, pos))
     if trajectory is not None:
         out.update({f"step_size/r{r}": size for r, size in enumerate(step_sizes(trajectory))})
-        final = trajectory[-1]
+        final = trajectory[-1] if final is None else final
+    if final is not None:
         out.update(collapse_diagnostics(final, seed=seed))
         out["boundary_mass"] = boundary_mass(final)
         if pos is not None and graph.num_nodes >= 3:

@@ -224,6 +224,11 @@ def test_diagnose_gathers_every_measure_with_a_healthy_range():
     assert got["beta/r1"] == 1.5 and got["offset_norm/r0/h1"] == 3.0
     assert any("offsets reach across" in line for line in health_warnings(got))
     assert all(isinstance(value, float) for value in got.values())
+    line = pos * torch.tensor([1.0, 0.01])
+    after = diagnose(graph, pos=pos, trajectory=[pos, pos], final=line)
+    assert after["lambda_ratio"] < 0.001 < 0.1 < got["lambda_ratio"] and after["step_size/r0"] == 0
+    assert after["boundary_mass"] == diagnostics.boundary_mass(line)
+    assert any("collapsed to a line" in text for text in health_warnings(after))
 
 
 def test_one_cell_and_no_edges_are_not_an_error():

@@ -12,6 +12,7 @@ from scipy import sparse
 from torch import nn
 
 from ipar_sparse.config import load_config
+from ipar_sparse.diagnostics import collapse_diagnostics
 from ipar_sparse.errors import UserError
 from ipar_sparse.expected import expected_layout
 from ipar_sparse.expression import Expression, match_genes
@@ -307,6 +308,15 @@ def test_evaluation_writes_metrics_and_report(run, slides, tmp_path):
     assert "ridge/distance_spearman" in saved and "no gate/distance_spearman" in saved
     page = (tmp_path / "report.html").read_text()
     assert slides[3].name in page and "http://" not in page.split("<body")[1]
+    # of the map that is handed out, not of the recycles' last
+    predictor = Predictor.load(run)
+    predictor.config = predictor.config.replace(
+        refine={"steps": 20, "anchor": 1.0, "enough": 2.0, "narrow": 0.05}
+    )
+    bundle = score_slide(predictor, slides[3], baselines=False)
+    model, shape = bundle.methods["model"], collapse_diagnostics(bundle.pred)
+    assert bundle.diagnostics["lambda_ratio"] == model["lambda_ratio"] == shape["lambda_ratio"]
+    assert shape["lambda_ratio"] != collapse_diagnostics(bundle.trajectory[-1])["lambda_ratio"]
     told = [name for name in saved if "/" not in name and not name.endswith("_se")]
     assert not [name for name in told if not metric_info(name).explanation]
 

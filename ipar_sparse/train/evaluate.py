@@ -369,7 +369,7 @@ def _attention(predictor, h, prediction, pos):
     trajectory = [torch.from_numpy(step) for step in prediction.trajectory]
     measures = diagnose(
         wide, records, pos=pos, trajectory=trajectory, gate_logits=logits,
-        seed=predictor.config.train.seed,
+        final=prediction.pos, seed=predictor.config.train.seed,
     )  # fmt: skip
     if not last or not graph.k:
         return measures, None, None
