@@ -34,12 +34,15 @@ class HealthyRange:
         high: largest healthy value.
         below: what a smaller value means.
         above: what a larger value means.
+        of_map: whether it is the map, or what the map is made of, that is not healthy then;
+            otherwise something inside the model, whose map may be good or bad.
     """
 
     low: float = -math.inf
     high: float = math.inf
     below: str = ""
     above: str = ""
+    of_map: bool = False
 
 
 HEALTHY: dict[str, HealthyRange] = {
@@ -64,15 +67,22 @@ HEALTHY: dict[str, HealthyRange] = {
     "offset_norm": HealthyRange(
         high=2.0, above="point offsets reach across the tissue and drown the positions"
     ),
-    "lambda_ratio": HealthyRange(low=0.01, below="the map has collapsed to a line"),
-    "median_distance": HealthyRange(low=0.01, below="the map has collapsed to a point"),
+    "lambda_ratio": HealthyRange(
+        low=0.01, below="the map has collapsed to a line", of_map=True
+    ),
+    "median_distance": HealthyRange(
+        low=0.01, below="the map has collapsed to a point", of_map=True
+    ),
     "boundary_mass": HealthyRange(
-        high=0.50, above="the cells have been pushed into a ring at the edge of the map"
+        high=0.50,
+        above="the cells have been pushed into a ring at the edge of the map",
+        of_map=True,
     ),
     "candidate_recall_lift": HealthyRange(
         low=2.0,
         below="candidate neighbours are hardly better than random cells, so the embedding does "
         "not know where cells are on this slide",
+        of_map=True,
     ),
     "gate_lift": HealthyRange(
         low=1.0, below="the gate ranks true neighbours below average candidates"
@@ -80,13 +90,14 @@ HEALTHY: dict[str, HealthyRange] = {
 }
 
 
-def health_warnings(measures: Mapping[str, float]) -> list[str]:
+def health_warnings(measures: Mapping[str, float], of_map: bool | None = None) -> list[str]:
     """Which measures are outside their healthy range, in words, worst place of each first.
 
     Args:
         measures: flat names to values; a place may follow the name (``logit_std/r0/h3``). Names
             without a range and NaN values are passed over, except that NaN in a measure with a
             range is itself reported.
+        of_map: measures of the map alone, or those inside the model alone; both by default.
 
     Returns:
         One line a measure, with the number of places it was found in. Names count recycles and
@@ -97,7 +108,7 @@ def health_warnings(measures: Mapping[str, float]) -> list[str]:
     for name, value in measures.items():
         measure, _, place = name.partition("/")
         healthy = HEALTHY.get(measure)
-        if healthy is None or value is None:
+        if healthy is None or value is None or of_map not in (None, healthy.of_map):
             continue
         seen[measure] = seen.get(measure, 0) + 1
         if math.isnan(value):

@@ -60,7 +60,8 @@ class ReportBundle:
         training: names of the slides the model was fitted on.
         validation: names of the slides that chose when to stop.
         held_out: whether this slide was out of every stage; None if that is not known.
-        warnings: lines that a reader must see; those of ``diagnostics`` are added.
+        warnings: lines that a reader must see; those of ``diagnostics`` that are about the map
+            are added, the others stand in the section on attention.
         notes: lines on how the input was read and on rows of ``methods``.
         settings: the run's configuration, flat or nested.
         versions: software name to version.
@@ -167,7 +168,8 @@ def summarize(bundle: ReportBundle) -> Answer:
 
     A difference counts only beyond two standard errors of the sampling, and beyond 0.005.
     """
-    warnings = [*bundle.warnings, *health_warnings(bundle.diagnostics or {})]
+    # what is wrong inside the model stands beside its attention: the map may be good all the same
+    warnings = [*bundle.warnings, *health_warnings(bundle.diagnostics or {}, of_map=True)]
     if bundle.held_out is False:
         warnings.insert(0, "This slide took part in training: its scores say nothing about new "
                            "slides.")  # fmt: skip
@@ -406,7 +408,8 @@ def _attention_section(bundle):
             draw_figure("diagnostics", (2.5 * len(panels), 2.7), draw_recycles,
                     "Measures of attention over recycles", dense=True)  # fmt: skip
         )
-    if not figures:
+    outside = health_warnings(bundle.diagnostics or {}, of_map=False)
+    if not figures and not outside:
         return _absent(bundle, "focus", "Attention")
     where = "predicted" if bundle.true is None else "measured"
     text = []
@@ -418,7 +421,11 @@ def _attention_section(bundle):
         text.append("Below, measures of attention by recycle and head; green is the healthy "
                     "range." if bundle.focus else "Measures of attention by recycle and head; "
                     "green is the healthy range.")  # fmt: skip
-    return _section("Attention", " ".join(text), figures)
+    if outside and "first layout" in bundle.methods:
+        ends = "not refined" if "not refined" in bundle.methods else bundle.model
+        text.append(f'What attention is worth on this slide is the difference between "{ends}" and '
+                    '"first layout" among the scores.')  # fmt: skip
+    return _section("Attention", " ".join(text), figures, outside)
 
 
 def _uncertainty_section(bundle):
@@ -475,8 +482,10 @@ _SECTIONS: tuple[Callable[[ReportBundle], dict | None], ...] = (
 )
 
 
-def _section(title: str, text: str, figures: list[dict]) -> dict:
-    return {"title": title, "text": text, "figures": figures}
+def _section(
+    title: str, text: str, figures: list[dict], warnings: Sequence[str] = ()
+) -> dict:
+    return {"title": title, "text": text, "figures": figures, "warnings": warnings}
 
 
 def _tall(bundle: ReportBundle, width: float) -> float:

@@ -1,3 +1,5 @@
+import dataclasses
+import html
 import json
 import math
 import re
@@ -156,10 +158,24 @@ def test_the_grade_follows_the_correlation(rho, words):
 
 
 def test_a_slide_that_was_trained_on_is_called_so():
-    bundle = full_bundle(held_out=False, diagnostics={"logit_std/r0/h0": 32.0})
+    bundle = full_bundle(held_out=False, diagnostics={"lambda_ratio": 0.001})
     warnings = summarize(bundle).warnings
     assert "took part in training" in warnings[0]
-    assert "one-hot" in warnings[1]
+    assert "collapsed to a line" in warnings[1]
+
+
+def test_what_is_wrong_inside_the_model_stands_beside_its_attention(tmp_path):
+    """The map may be good all the same, which is for its scores to say."""
+    bundle = full_bundle(diagnostics={"logit_std/r0/h0": 32.0, "lambda_ratio": 0.3})
+    assert not summarize(bundle).warnings
+    top, _, below = write_report(tmp_path, bundle).read_text().partition('<section id="attention"')
+    assert "one-hot" in below.partition("</section>")[0] and "one-hot" not in top
+    assert "Before you rely" not in top
+    methods = {**bundle.methods, "first layout": {"distance_spearman": 0.4}}
+    for more, ends in (({}, "model"), ({"not refined": {"distance_spearman": 0.5}}, "not refined")):
+        given = dataclasses.replace(bundle, methods=methods | more)
+        page = html.unescape(write_report(tmp_path, given).read_text())
+        assert f'the difference between "{ends}" and "first layout"' in page
 
 
 def test_the_table_marks_the_best_competitor_and_no_other():

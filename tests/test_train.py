@@ -734,7 +734,10 @@ def test_the_last_step_may_leave_the_first_axis_alone(run, slides):
     narrow = narrowed(recycled, h, predictor.nearness, 0.1)
     own = refine_layout(narrow, found.candidates, **asked, seed=predictor.config.train.seed)
     np.testing.assert_allclose(found.pos, own.double(), atol=1e-3)
+    (caution,) = score_slide(predictor, slides[3], baselines=False).warnings
+    assert caution.startswith("Only along its long axis") and "(refine.narrow 0.1)" in caution
     predictor.config = predictor.config.replace(refine={"steps": 0})  # the whole of it, or none
+    assert not predictor.cautions
     np.testing.assert_allclose(predictor.predict(slides[3]).pos, found.trajectory[-1], atol=1e-6)
 
 

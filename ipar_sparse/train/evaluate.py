@@ -192,6 +192,7 @@ def score_slide(
         training=[entry["name"] for entry in facts["slides"] if entry["role"] == "train"],
         validation=[entry["name"] for entry in facts["slides"] if entry["role"] == "val"],
         held_out=role is None,
+        warnings=predictor.cautions,
         notes=[*slide.notes, *_unchanged(layouts)],
         settings=predictor.config.model_dump(mode="json"),
         versions=_versions(),

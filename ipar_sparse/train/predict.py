@@ -147,6 +147,18 @@ class Predictor:
             errors=_errors(config.model.start, meta["facts"]),
         )
 
+    @property
+    def cautions(self) -> list[str]:
+        """What whoever reads this run's maps must know of them."""
+        settings = self.config.refine
+        if not (settings.narrow and settings.steps):
+            return []
+        return [
+            "Only along its long axis does this map say where cells lie; across it they stand "
+            "apart by how they differ, and the tissue is wider than it shows "
+            f"(refine.narrow {settings.narrow:g})"
+        ]
+
     def embed(self, slide: Slide) -> np.ndarray:
         """Embeddings (n, d) float32 of a slide's cells.
 
@@ -183,6 +195,8 @@ class Predictor:
             seeds: with more than one, that many layouts are also drawn under the noise of
                 training and aligned; cells that move more are the more uncertain.
         """
+        for caution in self.cautions:
+            logger.warning("%s: %s", slide.name, caution)
         h = torch.from_numpy(self.embed(slide)).to(self.device)
         candidates = self.candidates(h)
         graph = self.graph(h, candidates)
