@@ -35,6 +35,7 @@ class Program:
     """A simulator's program, differentiable in two numbers ``at`` that the place decides."""
 
     tissue: str
+    repeats = False  # whether one pair of numbers is found in many places
 
     def __init__(self, genes: int):
         code = list(tissue.TISSUES).index(self.tissue)
@@ -50,8 +51,6 @@ class Program:
     def truth(self, slide):
         """The two numbers of the cells of a slide (n, 2)."""
         raise NotImplementedError
-
-    repeats = False  # whether one pair of numbers is found in many places
 
     def layouts(self, at):
         """Name to the best layout (n, 2) of its kind, of numbers (n, 2)."""
@@ -101,6 +100,7 @@ class LobulesProgram(Program):
     """``at`` is the trend along the tissue, and the zone between a central vein and a border."""
 
     tissue = "lobules"
+    repeats = True
 
     def features(self, at):
         trend, zone = at[:, 0], at[:, 1].clamp(0, 1)
@@ -112,8 +112,6 @@ class LobulesProgram(Program):
 
     def log_prior(self, at):
         return -((at[:, 0] / 0.7) ** 2).sum() / 2  # as the tissue spreads
-
-    repeats = True
 
     def layouts(self, at):
         at = (at - at.mean(0)) / at.std(0)
@@ -183,14 +181,11 @@ def posterior(program, counts, batch, dropout, kinds, depth, truth):
     grid = torch.cartesian_prod(*middles)
     spread = gaussian_filter(np.histogram2d(*truth.T, bins=edges)[0], 1)
     spread = torch.from_numpy(spread.ravel() / spread.sum())
-    features = program.log_rate(grid) - program.baseline
-    known = program.log_rate(grid.new_zeros(len(kinds), 2), kinds) - program.log_rate(
-        grid.new_zeros(1, 2)
-    )
-    known = known + program.baseline + batch + depth[:, None]
+    beside = (kinds - 1 / 3) @ program.weight[-3:] + batch + depth[:, None]
     log_likelihood = torch.stack(
-        [program.log_likelihood(known + rate, counts, dropout).sum(1) for rate in features], dim=1
-    )
+        [program.log_likelihood(beside + rate, counts, dropout).sum(1)
+         for rate in program.log_rate(grid)], dim=1,
+    )  # fmt: skip
     return grid.double(), spread, (log_likelihood.double() + spread.log()).softmax(1)
 
 

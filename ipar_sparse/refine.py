@@ -35,6 +35,7 @@ def refine_layout(
     anchor: float = 5.0,
     enough: float = 0.5,
     seed: int = 0,
+    begin: Tensor | None = None,
 ) -> Tensor:
     r"""Draw a layout to its nearest candidates without leaving where it was.
 
@@ -64,6 +65,8 @@ def refine_layout(
             most) are among the 15 nearest cells already is not blurred, and left as it is;
             candidates know no better. More than 1 leaves none.
         seed: of the order and the shifts.
+        begin: where a layout that is blurred begins (n, 2), and what it is held to; ``pos`` if
+            left out.
 
     Returns:
         Layout (n, 2) in the unit-RMS gauge. Fewer than 4 k cells are left as they are.
@@ -80,7 +83,8 @@ def refine_layout(
     near = NeighborTable(graph.index[:, :k].contiguous(), padded=graph.padded).permute(order)
     source, mask = near.index.long().clamp(min=0), near.index >= 0
     rowptr, edge, _ = near.reverse()
-    unit, start = _UNIT * math.sqrt(k / n), gauge_fix(pos.float())[order]
+    unit, begin = _UNIT * math.sqrt(k / n), pos if begin is None else begin
+    start = gauge_fix(begin.float())[order]
     x, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     shifts = torch.randint(1, n, (steps, _SHIFTS), generator=generator).tolist()
     for step, shift in enumerate(shifts):

@@ -176,3 +176,15 @@ def test_on_the_gpu_it_is_the_same_layout(blurred):
     there = [refine_layout(blur.float().cuda(), graph.to("cuda")) for _ in range(2)]
     assert torch.equal(*there)
     assert float((there[0].cpu() - here).norm(dim=-1).median()) < 1e-2
+
+
+def test_a_blurred_layout_may_begin_elsewhere():
+    """Whether it is blurred is asked of the layout itself."""
+    torch.manual_seed(0)
+    true = torch.rand(200, 2)
+    graph, blur = knn(true, K), true + 0.3 * torch.randn(200, 2)
+    narrow = blur * torch.tensor([1.0, 0.05])
+    found = refine_layout(blur, graph, begin=narrow, anchor=50.0)
+    torch.testing.assert_close(found, refine_layout(narrow, graph, anchor=50.0))
+    assert not torch.allclose(found, refine_layout(blur, graph, anchor=50.0), atol=0.1)
+    assert refine_layout(true, graph, begin=narrow) is true

@@ -732,12 +732,18 @@ def test_the_last_step_may_leave_the_first_axis_alone(run, slides):
     found = predictor.predict(slides[3])
     recycled, h = torch.from_numpy(found.trajectory[-1]).float(), torch.from_numpy(found.embedding)
     narrow = narrowed(recycled, h, predictor.nearness, 0.1)
-    own = refine_layout(narrow, found.candidates, **asked, seed=predictor.config.train.seed)
+    own = refine_layout(
+        recycled, found.candidates, **asked, seed=predictor.config.train.seed, begin=narrow
+    )
     np.testing.assert_allclose(found.pos, own.double(), atol=1e-3)
     (caution,) = score_slide(predictor, slides[3], baselines=False).warnings
     assert caution.startswith("Only along its long axis") and "(refine.narrow 0.1)" in caution
     predictor.config = predictor.config.replace(refine={"steps": 0})  # the whole of it, or none
-    assert not predictor.cautions
+    assert not predictor.predict(slides[3]).cautions
+    predictor.config = predictor.config.replace(refine={"steps": 20, "enough": 0.0})
+    left = predictor.predict(slides[3])  # nothing to sharpen: as it is, and not narrow
+    np.testing.assert_allclose(left.pos, left.trajectory[-1], atol=1e-6)
+    assert not left.cautions
     np.testing.assert_allclose(predictor.predict(slides[3]).pos, found.trajectory[-1], atol=1e-6)
 
 

@@ -192,7 +192,7 @@ def score_slide(
         training=[entry["name"] for entry in facts["slides"] if entry["role"] == "train"],
         validation=[entry["name"] for entry in facts["slides"] if entry["role"] == "val"],
         held_out=role is None,
-        warnings=predictor.cautions,
+        warnings=prediction.cautions,
         notes=[*slide.notes, *_unchanged(layouts)],
         settings=predictor.config.model_dump(mode="json"),
         versions=_versions(),
@@ -291,7 +291,8 @@ def _variants(predictor: Predictor, h: Tensor, prediction: Prediction, pos) -> d
     layouts = {ORACLE: predictor.model(h, known.to(h.device), start=start)}
     if prediction.gate_logits is not None:
         layout = predictor.model(h, prediction.graph, start=start)
-        layouts["no gate"] = predictor.finished(layout, h, prediction.doubt, prediction.nearest)
+        layout = predictor.expected(layout, h, prediction.doubt)
+        layouts["no gate"] = predictor.refined(layout, h, prediction.nearest)
     recycled = torch.from_numpy(prediction.trajectory[-1]).to(h)
     if predictor.config.refine.expected or "expected" in predictor.spared:
         layouts["not expected"] = predictor.refined(recycled, h, prediction.nearest)

@@ -32,6 +32,10 @@ from .transfer import EXPECTED, MIDDLE, REFINE, Transfer
 logger = logging.getLogger(__name__)
 
 _AROUND = 15  # cells by which the last step tells whether a layout is blurred
+_NARROWED = (
+    "Only along its long axis does this map say where cells lie; across it they stand apart by how "
+    "they differ, and the tissue is wider than it shows"
+)
 
 
 @dataclass
@@ -49,11 +53,12 @@ class Prediction:
         doubt: mean square distance of a cell from where the atlas of the run places it (n,), as a
             share of that of all cells from the middle of the tissue; None without an atlas.
         trajectory: layouts before the first recycle and after each, each (n, 2); of the last,
-            :meth:`Predictor.finished` makes ``pos``.
+            :meth:`Predictor.expected` and :meth:`Predictor.refined` make ``pos``.
         uncertainty: how far a cell is to be expected from its place (n,), root mean square, in
             tissue radii (:func:`~ipar_sparse.calibration.expected_error`): by what the atlas of the
             run leaves open and by how far noise seeds move the cell, one or both, in the size of
             the errors on donors left out; None for one seed without an atlas.
+        cautions: lines that whoever reads the map must know.
     """
 
     pos: np.ndarray
@@ -65,6 +70,7 @@ class Prediction:
     doubt: Tensor | None = None
     trajectory: list[np.ndarray] = field(default_factory=list)
     uncertainty: np.ndarray | None = None
+    cautions: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -147,18 +153,6 @@ class Predictor:
             errors=_errors(config.model.start, meta["facts"]),
         )
 
-    @property
-    def cautions(self) -> list[str]:
-        """What whoever reads this run's maps must know of them."""
-        settings = self.config.refine
-        if not (settings.narrow and settings.steps):
-            return []
-        return [
-            "Only along its long axis does this map say where cells lie; across it they stand "
-            "apart by how they differ, and the tissue is wider than it shows "
-            f"(refine.narrow {settings.narrow:g})"
-        ]
-
     def embed(self, slide: Slide) -> np.ndarray:
         """Embeddings (n, d) float32 of a slide's cells.
 
@@ -195,8 +189,6 @@ class Predictor:
             seeds: with more than one, that many layouts are also drawn under the noise of
                 training and aligned; cells that move more are the more uncertain.
         """
-        for caution in self.cautions:
-            logger.warning("%s: %s", slide.name, caution)
         h = torch.from_numpy(self.embed(slide)).to(self.device)
         candidates = self.candidates(h)
         graph = self.graph(h, candidates)
@@ -204,8 +196,14 @@ class Predictor:
         start, doubt = self.start(h, slide)
         pos, trajectory = self.model(h, graph, edge_bias=bias, return_trajectory=True, start=start)
         nearest = self.nearest(h, candidates)
+        before = self.expected(pos, h, doubt)
+        after, cautions = self.refined(before, h, nearest), []
+        if self.config.refine.narrow and after is not before:
+            cautions.append(f"{_NARROWED} (refine.narrow {self.config.refine.narrow:g})")
+        for caution in cautions:
+            logger.warning("%s: %s", slide.name, caution)
         result = Prediction(
-            pos=self.finished(pos, h, doubt, nearest).double().cpu().numpy(),
+            pos=after.double().cpu().numpy(),
             embedding=h.cpu().numpy(),
             candidates=candidates,
             nearest=nearest,
@@ -213,6 +211,7 @@ class Predictor:
             gate_logits=logits,
             doubt=doubt,
             trajectory=[step.double().cpu().numpy() for step in trajectory],
+            cautions=cautions,
         )
         moved = self._moved(h, slide, start, result.trajectory[-1], seeds) if seeds > 1 else None
         said = None if doubt is None else doubt.double().cpu().numpy()
@@ -273,19 +272,6 @@ class Predictor:
             h, max(_AROUND, settings["neighbors"]), backend=self.config.graph.backend
         )
 
-    def finished(
-        self, pos: Tensor, h: Tensor, doubt: Tensor | None, nearest: NeighborTable
-    ) -> Tensor:
-        """What becomes of a layout (n, 2) after the recycles: both last steps.
-
-        Args:
-            pos: layout.
-            h: embeddings (n, d).
-            doubt: of the cells' places (n,), as :attr:`Prediction.doubt` has it, or None.
-            nearest: candidates, nearest first, as :meth:`nearest` has them.
-        """
-        return self.refined(self.expected(pos, h, doubt), h, nearest)
-
     def expected(
         self, pos: Tensor, h: Tensor, doubt: Tensor | None, always: bool = False
     ) -> Tensor:
@@ -321,10 +307,10 @@ class Predictor:
         del settings["whiten"], settings["power"]  # nearest were found by them
         if always and "steps" in self.spared:
             settings["steps"] = REFINE[MIDDLE]["steps"]
-        narrow = settings.pop("narrow")
-        if settings["steps"]:
-            pos = narrowed(pos, h, self.nearness, narrow)
-        return refine_layout(pos, nearest, **settings, seed=self.config.train.seed)
+        begin = narrowed(pos, h, self.nearness, settings.pop("narrow"))
+        return refine_layout(
+            pos, nearest, **settings, seed=self.config.train.seed, begin=begin
+        )
 
     def start(self, h: Tensor, slide: Slide) -> tuple[Tensor | None, Tensor | None]:
         """Where the recycles begin (n, 2): an atlas's layout, a plane, or None, which leaves it

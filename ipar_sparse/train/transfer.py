@@ -50,14 +50,14 @@ from .stage_a import (
 EXPECTED = 200
 """Steps towards expected distances where they are taken, ``refine.expected``."""
 
-MIDDLE, NARROW = "middle", "narrow"
+MIDDLE = "middle"
 _LAST = {"steps": 400, "neighbors": 15, "anchor": 5.0, "whiten": 0.5, "power": 0.0, "narrow": 0.0}
 REFINE: dict[str, dict[str, int | float]] = {
     MIDDLE: _LAST,
     "plain": _LAST | {"whiten": 0.0},
     "whitened": _LAST | {"whiten": 1.0},
     "leading": _LAST | {"whiten": 0.0, "power": 1.0},
-    NARROW: _LAST | {"anchor": 20.0, "whiten": 1.0, "power": 2.0, "narrow": 0.05},
+    "narrow": _LAST | {"anchor": 20.0, "whiten": 1.0, "power": 2.0, "narrow": 0.05},
 }
 """The last step where it is taken, ``refine``, the usual first: by distances in which a cell's
 nearest are sought, and one that keeps no more of a layout than its first axis."""
@@ -355,7 +355,7 @@ def _last_steps(
     What is found stands in ``scores`` afterwards.
     """
     own = config.refine.model_dump(
-        include={"neighbors", "anchor", "whiten", "power", "narrow"}, exclude_none=True
+        include=_LAST.keys() - {"steps"}, exclude_none=True
     )
     ways = dict(REFINE)
     if own:
@@ -363,7 +363,7 @@ def _last_steps(
     after = {way: _refined(donors, best, settings) for way, settings in ways.items()}
     tried = {way: _balance(left, best) for way, left in after.items()}
     way = max(tried, key=tried.__getitem__)
-    if not own and way != NARROW:
+    if not own and ways[way]["anchor"] == _LAST["anchor"]:
         ways |= {name: ways[way] | {"anchor": anchor} for name, anchor in ANCHORS.items()}
         for name in ANCHORS:
             after[name] = _refined(donors, best, ways[name])
@@ -460,7 +460,7 @@ class _Left:
         after = copy.copy(self)
         settings, graph = dict(settings), self.graph
         whiten, power = settings.pop("whiten"), settings.pop("power")
-        layout = narrowed(layout, self.h, self.nearness, settings.pop("narrow"))
+        settings["begin"] = narrowed(layout, self.h, self.nearness, settings.pop("narrow"))
         if whiten or power:
             graph = knn(compared(self.h, self.nearness, whiten, power), _NEIGHBORS)
         after.layouts = {name: refine_layout(layout, graph, **settings).double().numpy()}
