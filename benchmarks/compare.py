@@ -176,7 +176,7 @@ def _sheet(n: int, seed: int) -> Tensor:
 
 
 def _save_target(n: int, seed: int, path: str) -> str:
-    from ipar_sparse.targets import build_target
+    from ipar_sparse.supervision.targets import build_target
 
     torch.save(build_target(_sheet(n, seed), multiscale=False), path)
     return path
@@ -331,9 +331,12 @@ class _Workers:
         if self.process is None:
             command = [sys.executable, "-m", f"{__package__}.worker"]
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
                 text=True,
-            )  # fmt: skip
+            )
         try:
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()

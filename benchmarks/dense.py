@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ipar_sparse.gauge import gauge_fix
+from ipar_sparse.geometry.gauge import gauge_fix
 from ipar_sparse.graph import NeighborTable
 
 

@@ -194,9 +194,12 @@ class Bench:
                 model(h, graph, 2.0 * gate(h, graph))
 
         self.row(
-            section="inference", n=n, k=k, milliseconds=wall_time(step, 2),
+            section="inference",
+            n=n,
+            k=k,
+            milliseconds=wall_time(step, 2),
             peak_gib=torch.cuda.max_memory_allocated() / 2**30,
-        )  # fmt: skip
+        )
 
     def packed(self, n):
         qkv = torch.randn(n, 3, HEADS, CHANNELS, device="cuda", dtype=self.dtype)
@@ -239,18 +242,24 @@ class Bench:
                     continue
                 forward = times.pop("_forward_kernel")
                 self.row(
-                    section="gate", dtype=self.args.dtype, n=n, k=k, frozen=frozen,
-                    tile=tile or "default", forward_ms=forward,
+                    section="gate",
+                    dtype=self.args.dtype,
+                    n=n,
+                    k=k,
+                    frozen=frozen,
+                    tile=tile or "default",
+                    forward_ms=forward,
                     forward_tflops=n * k * 2 * HIDDEN * (2 * WIDTH + HIDDEN) / forward / 1e9,
-                    kernel_ms=times["_backward_kernel"], backward_ms=sum(times.values()),
-                )  # fmt: skip
+                    kernel_ms=times["_backward_kernel"],
+                    backward_ms=sum(times.values()),
+                )
         triton_gate._tile = default
 
     def walk(self):
         """The random-walk loss of 256 probe rows, forward and backward, on a sketched target."""
-        from ipar_sparse.losses import rw_kl_loss
         from ipar_sparse.ops import triton_walk
-        from ipar_sparse.targets import build_target
+        from ipar_sparse.supervision.losses import rw_kl_loss
+        from ipar_sparse.supervision.targets import build_target
 
         n = self.args.n
         target = build_target(torch.randn(n, 2), multiscale=False)
@@ -270,11 +279,15 @@ class Bench:
             for name, triton_walk._order in orders.items():
                 times = kernel_times(step, self.args.repeats, total=True)
                 self.row(
-                    section="walk", n=n, walks=walks or "default", rows=name,
-                    forward_ms=times["_step_kernel"], backward_ms=times["_step_backward_kernel"],
+                    section="walk",
+                    n=n,
+                    walks=walks or "default",
+                    rows=name,
+                    forward_ms=times["_step_kernel"],
+                    backward_ms=times["_step_backward_kernel"],
                     milliseconds=wall_time(step, self.args.repeats),
                     peak_gib=torch.cuda.max_memory_allocated() / 2**30,
-                )  # fmt: skip
+                )
         triton_walk._width, triton_walk._order = width, order
 
     def order(self):
@@ -288,10 +301,15 @@ class Bench:
             seconds = time.time() - start
             moved = graph.permute(perm)
             self.row(
-                section="order", method=name, n=self.args.n, seconds=seconds,
-                reuse_1024=source_reuse(moved), reuse_64=source_reuse(moved, 64),
-                before_1024=source_reuse(graph), before_64=source_reuse(graph, 64),
-            )  # fmt: skip
+                section="order",
+                method=name,
+                n=self.args.n,
+                seconds=seconds,
+                reuse_1024=source_reuse(moved),
+                reuse_64=source_reuse(moved, 64),
+                before_1024=source_reuse(graph),
+                before_64=source_reuse(graph, 64),
+            )
 
     def model(self):
         """Gate and recycles, forward and backward, as a user calls them."""
@@ -321,10 +339,13 @@ class Bench:
                         pos.square().mul(torch.arange(2, device="cuda")).sum().backward()
 
                     self.row(
-                        section="model", n=n, order=name, amp=amp,
+                        section="model",
+                        n=n,
+                        order=name,
+                        amp=amp,
                         milliseconds=wall_time(step, self.args.repeats),
                         peak_gib=torch.cuda.max_memory_allocated() / 2**30,
-                    )  # fmt: skip
+                    )
                     if self.args.tune and amp:
                         times = kernel_times(step, 2, total=True)
                         top = sorted(times.items(), key=lambda item: -item[1])[:14]

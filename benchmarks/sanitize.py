@@ -8,8 +8,8 @@ import torch
 
 from ipar_sparse import ops
 from ipar_sparse.graph import NeighborTable
-from ipar_sparse.losses import rw_kl_loss
-from ipar_sparse.targets import build_walk_target
+from ipar_sparse.supervision.losses import rw_kl_loss
+from ipar_sparse.supervision.targets import build_walk_target
 
 from .kernels import gate_weights
 

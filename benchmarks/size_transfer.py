@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ipar_sparse.metrics.layout import evaluate_layout
 
-from ipar_sparse.baselines import pca_layout, ridge_layout
+from ipar_sparse.data.simulation import TISSUES, simulate
+from ipar_sparse.estimators.regression import ridge_layout
+from ipar_sparse.evaluation.baselines import pca_layout
+from ipar_sparse.evaluation.scoring import _reference
 from ipar_sparse.files import atomic_write
-from ipar_sparse.metrics import evaluate_layout
-from ipar_sparse.simulate import TISSUES, simulate
-from ipar_sparse.train.evaluate import _reference
-from ipar_sparse.train.predict import Predictor
+from ipar_sparse.inference.predictor import Predictor
 
 METRICS = {
     "distance_spearman": "distance Spearman",
@@ -80,9 +81,13 @@ def figure(rows: list[dict], path: Path) -> None:
             mine = [row for row in rows if row["method"] == method]
             if mine:
                 axes.plot(
-                    [row["n"] for row in mine], [row[name] for row in mine], "o-",
-                    color=color, label=method, markersize=4,
-                )  # fmt: skip
+                    [row["n"] for row in mine],
+                    [row[name] for row in mine],
+                    "o-",
+                    color=color,
+                    label=method,
+                    markersize=4,
+                )
         if name.startswith("neighbor"):
             sizes = np.array(sorted({row["n"] for row in rows}))
             axes.plot(sizes, 15 / (sizes - 1), ":", color="#999999", label="chance")

@@ -12,8 +12,8 @@ import time
 import torch
 
 from ipar_sparse import EdgeGateSoft, IPALiteModel
-from ipar_sparse.losses import gate_loss, geometry_terms
-from ipar_sparse.targets import build_target, gate_target
+from ipar_sparse.supervision.losses import gate_loss, geometry_terms
+from ipar_sparse.supervision.targets import build_target, gate_target
 
 from .compare import load_graph, make_problem
 from .dense import DenseGate, DenseModel, dense_mask

@@ -21,9 +21,9 @@ _HOME = {
     "knn_candidates": "graph",
     "edge_attention": "ops",
     "edge_gate": "ops",
-    "build_target": "targets",
-    "gauge_fix": "gauge",
-    "refine_layout": "refine",
+    "build_target": "supervision",
+    "gauge_fix": "geometry",
+    "refine_layout": "layout",
     "UserError": "errors",
 }
 

@@ -3,17 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from ipar_sparse.metrics.layout import evaluate_layout
 from scipy.stats import spearmanr
 
-from ipar_sparse.atlas import Atlas, atlas_layout
-from ipar_sparse.baselines import align_slides, ridge_layout
 from ipar_sparse.config import load_config
-from ipar_sparse.expected import share_of_variance
-from ipar_sparse.metrics import align, evaluate_layout
-from ipar_sparse.simulate import simulate
-from ipar_sparse.train.evaluate import score_slide
-from ipar_sparse.train.predict import Predictor
-from ipar_sparse.train.trainer import fit
+from ipar_sparse.data.simulation import simulate
+from ipar_sparse.estimators.atlas import Atlas, atlas_layout
+from ipar_sparse.estimators.regression import ridge_layout
+from ipar_sparse.evaluation.scoring import score_slide
+from ipar_sparse.geometry.alignment import align, align_slides
+from ipar_sparse.inference.predictor import Predictor
+from ipar_sparse.layout.distance_correction import relative_variance
+from ipar_sparse.train.fit import fit
 
 
 def slide(seed, n=600, noise=0.05, turn=0.0):
@@ -72,8 +73,10 @@ def test_a_slide_counts_by_how_often_its_cells_are_the_nearest():
     atlas, h = Atlas(5).double().fit(train), h.double()
     nearest = torch.cdist(h, torch.cat([g for g, _ in train]).double()).argsort(1)[:, :15]
     ends = np.cumsum([0] + [len(g) for g, _ in train])
-    share = [((nearest >= a) & (nearest < b)).sum() / (b - a)
-             for a, b in zip(ends, ends[1:], strict=False)]  # fmt: skip
+    share = [
+        ((nearest >= a) & (nearest < b)).sum() / (b - a)
+        for a, b in zip(ends, ends[1:], strict=False)
+    ]
     weight = torch.stack(share).double().square()
     weight = weight / weight.sum()
     assert 1 / weight.square().sum() < 2.5  # of five
@@ -97,8 +100,10 @@ def test_a_slide_counts_by_how_often_its_cells_are_the_nearest():
 def test_slides_that_are_like_nothing_have_no_say():
     """A tumour of its own, along other genes: its cells lie elsewhere, and so do their places."""
     (h, _), sisters = slide(3, noise=0.15), [slide(0), slide(1, turn=2.0)]
-    other = [(5 + g[:, torch.randperm(5, generator=torch.Generator().manual_seed(i))], x)
-             for i, (g, x) in enumerate((slide(7), slide(8), slide(9)))]  # fmt: skip
+    other = [
+        (5 + g[:, torch.randperm(5, generator=torch.Generator().manual_seed(i))], x)
+        for i, (g, x) in enumerate((slide(7), slide(8), slide(9)))
+    ]
     atlas = Atlas(5).fit(sisters + other)
     assert atlas._likeness(atlas._neighbors(h))[:2].sum() > 0.999
     alone = Atlas(5).fit(sisters)(h).double().numpy()
@@ -214,12 +219,27 @@ def test_bad_inputs_are_told():
 
 def test_a_run_begins_from_it_and_its_checkpoint_holds_it(tmp_path):
     slides = simulate("cortex", slides=3, spots=150, genes=60)
-    config = load_config(None, [
-        "model.start=atlas", "train.minisets=6", "train.epochs=2", "train.ramp_epochs=1",
-        "train.gate_steps=3", "train.miniset_min=40", "train.miniset_max=60", "encoder.steps=8",
-        "encoder.hidden=[24]", "encoder.out=16", "model.dim=16", "model.recycles=2",
-        "model.channels=16", "model.head_channels=8", "graph.k=12", "train.device=cpu",
-    ])  # fmt: skip
+    config = load_config(
+        None,
+        [
+            "model.start=atlas",
+            "train.minisets=6",
+            "train.epochs=2",
+            "train.ramp_epochs=1",
+            "train.gate_steps=3",
+            "train.miniset_min=40",
+            "train.miniset_max=60",
+            "encoder.steps=8",
+            "encoder.hidden=[24]",
+            "encoder.out=16",
+            "model.dim=16",
+            "model.recycles=2",
+            "model.channels=16",
+            "model.head_channels=8",
+            "graph.k=12",
+            "train.device=cpu",
+        ],
+    )
     for name in ("whole", "again"):
         (tmp_path / name).mkdir()
         config.save(tmp_path / name)
@@ -230,7 +250,7 @@ def test_a_run_begins_from_it_and_its_checkpoint_holds_it(tmp_path):
     np.testing.assert_allclose(first, predictor.start(h, slides[2])[0].numpy(), atol=1e-5)
     one, more = (predictor.predict(slides[2], seeds=n).uncertainty for n in (1, 3))
     place, variance = predictor.atlas.moments(h)
-    (a, b), said = predictor.errors, share_of_variance(place, variance).numpy()
+    (a, b), said = predictor.errors, relative_variance(place, variance).numpy()
     np.testing.assert_allclose(np.square(one), a + b * said, atol=1e-5)
     assert not np.allclose(one, more) and more.mean() == pytest.approx(one.mean(), rel=0.1)
     known = [(torch.from_numpy(predictor.embed(s)), s.pos) for s in slides[:2]]

@@ -3,12 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from ipar_sparse.metrics.layout import evaluate_layout
 
-from ipar_sparse import baselines
-from ipar_sparse.baselines import BASELINES, align_slides, run_baselines
+from ipar_sparse.evaluation import baselines
+from ipar_sparse.evaluation.baselines import BASELINES, run_baselines
+from ipar_sparse.geometry.alignment import align, align_slides
+from ipar_sparse.geometry.neighborhoods import unit_gauge
 from ipar_sparse.graph import NeighborTable, knn
-from ipar_sparse.metrics import align, evaluate_layout
-from ipar_sparse.points import unit_gauge
 
 
 def slide(n, seed, noise=0.3, width=24):
@@ -21,9 +22,7 @@ def slide(n, seed, noise=0.3, width=24):
 
 
 def turned(pos, angle, flip, scale):
-    rotation = np.array(
-        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-    )
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     return scale * pos @ rotation * [1, -1 if flip else 1] + 9 * scale
 
 
@@ -84,8 +83,10 @@ def test_the_gauge_of_training_slides_does_not_change_the_prediction():
 
 def test_a_single_training_slide_is_enough():
     h, pos = slide(200, 5)
-    for layout in (baselines.ridge_layout(h, training()[:1]),
-                   baselines.mlp_layout(h, training()[:1])):
+    for layout in (
+        baselines.ridge_layout(h, training()[:1]),
+        baselines.mlp_layout(h, training()[:1]),
+    ):
         assert evaluate_layout(layout, pos)["distance_spearman"] > 0.85
 
 

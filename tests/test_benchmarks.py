@@ -7,19 +7,28 @@ import pytest
 import torch
 
 from benchmarks import compare, information_limit, knn, size_transfer
-from ipar_sparse import simulate as simulate_module
 from ipar_sparse.config import load_config
-from ipar_sparse.train.trainer import fit
+from ipar_sparse.data import simulation as simulate_module
+from ipar_sparse.train.fit import fit
 
 
 def test_small_sizes_are_measured_and_reported(tmp_path, capsys):
     rows = compare.run(
-        [60, 90], tmp_path, "cpu", k=8, works=["step"], repeats=1, train_up_to=60,
+        [60, 90],
+        tmp_path,
+        "cpu",
+        k=8,
+        works=["step"],
+        repeats=1,
+        train_up_to=60,
         implementations=["pyg", "chunked"],
-    )  # fmt: skip
+    )
     assert [(r["n"], r["implementation"], r["work"]) for r in rows] == [
-        (60, "pyg", "step"), (60, "chunked", "step"), (90, "pyg", "step"), (90, "chunked", "step"),
-    ]  # fmt: skip
+        (60, "pyg", "step"),
+        (60, "chunked", "step"),
+        (90, "pyg", "step"),
+        (90, "chunked", "step"),
+    ]
     assert all(r["seconds"] > 0 and r["peak_bytes"] >= 0 for r in rows[:2])
     assert all("only forward" in r["skipped"] for r in rows[2:])
     saved = json.loads((tmp_path / "benchmark.json").read_text())
@@ -56,9 +65,18 @@ def test_effective_bandwidth_counts_rows_in_the_given_precision():
 def test_a_worker_that_dies_is_replaced(tmp_path):
     with compare._Workers(torch.device("cpu")) as workers:
         assert "KeyError" in workers.ask({"device": "cpu"})["failed"]
-        job = {"implementation": "chunked", "work": "forward", "n": 40, "k": 5, "seed": 0,
-               "device": "cpu", "precision": "float32", "repeats": 1, "data": None,
-               "target": None}  # fmt: skip
+        job = {
+            "implementation": "chunked",
+            "work": "forward",
+            "n": 40,
+            "k": 5,
+            "seed": 0,
+            "device": "cpu",
+            "precision": "float32",
+            "repeats": 1,
+            "data": None,
+            "target": None,
+        }
         assert workers.ask(job)["seconds"] > 0
 
 
@@ -160,11 +178,23 @@ def test_the_likeliest_neighbours_share_what_few_cells_have():
 def test_a_model_meets_the_same_tissue_at_every_size(tmp_path, monkeypatch, capsys):
     slides = simulate_module.simulate("cortex", slides=1, spots=120, genes=80, seed=3)
     small = [
-        "encoder.steps=4", "encoder.hidden=[24]", "encoder.out=16", "model.dim=16",
-        "model.channels=16", "model.heads=2", "model.head_channels=8", "model.recycles=2",
-        "train.minisets=4", "train.miniset_min=40", "train.miniset_max=60", "train.epochs=1",
-        "train.gate_steps=2", "graph.k=12", "data.max_genes=60", "model.start=pca",
-    ]  # fmt: skip
+        "encoder.steps=4",
+        "encoder.hidden=[24]",
+        "encoder.out=16",
+        "model.dim=16",
+        "model.channels=16",
+        "model.heads=2",
+        "model.head_channels=8",
+        "model.recycles=2",
+        "train.minisets=4",
+        "train.miniset_min=40",
+        "train.miniset_max=60",
+        "train.epochs=1",
+        "train.gate_steps=2",
+        "graph.k=12",
+        "data.max_genes=60",
+        "model.start=pca",
+    ]
     (tmp_path / "run").mkdir()
     config = load_config(None, small)
     config.save(tmp_path / "run")

@@ -10,10 +10,11 @@ from rich.console import Console
 from scipy import sparse
 
 from ipar_sparse.config import load_config
-from ipar_sparse.losses import e_geo
+from ipar_sparse.progress import Progress
+from ipar_sparse.supervision.losses import e_geo
 from ipar_sparse.train import cache, logs
 from ipar_sparse.train.cache import cache_folder, cached, cached_record, content_key
-from ipar_sparse.train.logs import History, Progress, TensorBoard, read_history
+from ipar_sparse.train.history import History, TensorBoard, read_history
 
 
 class Builder:
@@ -190,7 +191,7 @@ def test_progress_shows_the_losses(monkeypatch, terminal):
 
 
 def test_targets_and_graphs_come_back_as_they_were(tmp_path, monkeypatch):
-    from ipar_sparse.train.units import Unit, build_unit
+    from ipar_sparse.train.batches import Unit, build_unit
 
     monkeypatch.setenv("IPAR_SPARSE_CACHE", str(tmp_path))
     config = load_config(None, ["graph.k=9", "graph.target_mode=sketch"])

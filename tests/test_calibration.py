@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from ipar_sparse.calibration import (
-    compare_errors,
-    expected_error,
-    fit_error_law,
+from ipar_sparse.config import RunConfig
+from ipar_sparse.inference.predictor import _errors
+from ipar_sparse.layout.uncertainty import (
+    calibration_metrics,
+    fit_error_model,
+    predict_rmse,
     square_errors,
 )
-from ipar_sparse.config import RunConfig
-from ipar_sparse.train import transfer
-from ipar_sparse.train.predict import _errors
-from ipar_sparse.train.transfer import Transfer, _choose, _Left
+from ipar_sparse.train import selection as transfer
+from ipar_sparse.train.selection import Transfer, _choose, _Left
 
 
 def drawn(n=4000, a=0.1, b=2.0, seed=0):
@@ -35,44 +35,44 @@ def test_square_errors_are_in_radii_whatever_the_units():
 
 
 def test_the_law_of_errors_is_found():
-    a, b = fit_error_law([[drawn(seed=0), drawn(seed=1)], [drawn(seed=2)]])
+    a, b = fit_error_model([[drawn(seed=0), drawn(seed=1)], [drawn(seed=2)]])
     assert (a, b) == pytest.approx((0.1, 2.0), abs=0.12)
     error, doubt = drawn()
-    assert fit_error_law([[(error, None)]]) == pytest.approx((error.mean(), 0.0))
+    assert fit_error_model([[(error, None)]]) == pytest.approx((error.mean(), 0.0))
     # errors that fall with what is said of them: nothing is said then
-    a, b = fit_error_law([[(error, -doubt)]])
+    a, b = fit_error_model([[(error, -doubt)]])
     assert b == 0 and a == pytest.approx(error.mean())
-    a, b = fit_error_law([[(error, torch.from_numpy(doubt))]])
+    a, b = fit_error_model([[(error, torch.from_numpy(doubt))]])
     assert a > 0 and b > 0
 
 
 def test_donors_count_alike_however_many_cells_and_slides_they_have():
     few, many = np.full(10, 1.0), np.full(1000, 3.0)
-    assert fit_error_law([[(few, None)], [(many, None), (many, None)]])[0] == pytest.approx(2.0)
-    assert fit_error_law([[(few, None), (many, None)]])[0] == pytest.approx(2.0)
+    assert fit_error_model([[(few, None)], [(many, None), (many, None)]])[0] == pytest.approx(2.0)
+    assert fit_error_model([[(few, None), (many, None)]])[0] == pytest.approx(2.0)
 
 
 def test_what_is_said_is_the_law_and_noise_orders_cells_without_changing_the_size():
     doubt = np.array([0.0, 0.5, 1.0])
-    np.testing.assert_allclose(expected_error((0.25, 2.0), doubt), np.sqrt([0.25, 1.25, 2.25]))
+    np.testing.assert_allclose(predict_rmse((0.25, 2.0), doubt), np.sqrt([0.25, 1.25, 2.25]))
     moved = np.array([0.0, 1.0, 2.0])
-    flat = expected_error((0.81, 0.0), None, moved)
+    flat = predict_rmse((0.81, 0.0), None, moved)
     assert (np.diff(flat) > 0).all() and np.square(flat).mean() == pytest.approx(0.81)
-    both = expected_error((0.25, 2.0), np.full(3, 0.5), moved)
+    both = predict_rmse((0.25, 2.0), np.full(3, 0.5), moved)
     np.testing.assert_allclose(both, flat * np.sqrt(1.25 / 0.81))
-    assert expected_error((0.25, 2.0), None) is None
-    np.testing.assert_allclose(expected_error((0.25, 0.0), None, np.zeros(3)), 0.5)
+    assert predict_rmse((0.25, 2.0), None) is None
+    np.testing.assert_allclose(predict_rmse((0.25, 0.0), None, np.zeros(3)), 0.5)
 
 
 def test_an_honest_uncertainty_is_as_large_as_the_error():
     error, doubt = drawn(20_000)
-    found = compare_errors(np.sqrt(0.1 + 2 * doubt), np.sqrt(error))
+    found = calibration_metrics(np.sqrt(0.1 + 2 * doubt), np.sqrt(error))
     for name in ("", "_low", "_high"):
         assert found[f"uncertainty_error_ratio{name}"] == pytest.approx(1.0, abs=0.03)
     assert found["uncertainty_coverage"] == pytest.approx(1 - np.exp(-1), abs=0.01)
-    raw = compare_errors(np.sqrt(doubt), np.sqrt(error))
+    raw = calibration_metrics(np.sqrt(doubt), np.sqrt(error))
     assert raw["uncertainty_error_ratio_low"] < 0.6
-    few = compare_errors(np.ones(3), np.ones(3))  # fewer cells than fifths
+    few = calibration_metrics(np.ones(3), np.ones(3))  # fewer cells than fifths
     assert few["uncertainty_error_ratio"] == few["uncertainty_coverage"] == 1.0
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ipar_sparse.errors import UserError
 from ipar_sparse.files import atomic_path, atomic_write
-from ipar_sparse.train.checkpoint import (
+from ipar_sparse.inference.checkpoint import (
     BEST,
     LAST,
     count_parameters,

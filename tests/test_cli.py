@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from ipar_sparse import cli
 from ipar_sparse.config import RunConfig
-from ipar_sparse.train import trainer
-from ipar_sparse.train.checkpoint import BEST, LAST, read_meta
-from ipar_sparse.train.logs import HISTORY, read_history
+from ipar_sparse.inference.checkpoint import BEST, LAST, read_meta
+from ipar_sparse.train import fit as trainer
+from ipar_sparse.train.history import HISTORY, read_history
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,9 +60,16 @@ def run(slides, tmp_path_factory):
 
 def train_argv(slides, out, *more):
     return [
-        "train", f"{slides}/cortex1.h5ad", "--val", f"{slides}/cortex2.h5ad",
-        "--out", str(out), "--config", f"{slides}/tiny.yaml", *map(str, more),
-    ]  # fmt: skip
+        "train",
+        f"{slides}/cortex1.h5ad",
+        "--val",
+        f"{slides}/cortex2.h5ad",
+        "--out",
+        str(out),
+        "--config",
+        f"{slides}/tiny.yaml",
+        *map(str, more),
+    ]
 
 
 @pytest.fixture
@@ -141,9 +148,16 @@ def test_a_bad_training_slide_stops_before_anything_is_made(
 ):
     path = broken(slides, tmp_path / "bad.h5ad", change)
     line = refused(
-        "train", slides / "cortex3.h5ad", path, "--val", slides / "cortex2.h5ad",
-        "--out", tmp_path / "run", "--config", slides / "tiny.yaml",
-    )  # fmt: skip
+        "train",
+        slides / "cortex3.h5ad",
+        path,
+        "--val",
+        slides / "cortex2.h5ad",
+        "--out",
+        tmp_path / "run",
+        "--config",
+        slides / "tiny.yaml",
+    )
     assert "bad" in line
     for word in words:
         assert word in line
@@ -179,8 +193,9 @@ def test_slides_that_are_not_there_or_not_slides(slides, tmp_path, refused):
     cut = (slides / "cortex1.h5ad").read_bytes()[:3000]
     (tmp_path / "cut.h5ad").write_bytes(cut)
     for name in ("none.h5ad", "text.h5ad", "cut.h5ad"):
-        line = refused("train", tmp_path / name, "--val", slides / "cortex2.h5ad",
-                       "--out", tmp_path / "run")  # fmt: skip
+        line = refused(
+            "train", tmp_path / name, "--val", slides / "cortex2.h5ad", "--out", tmp_path / "run"
+        )
         assert name in line
 
 
@@ -311,8 +326,15 @@ def test_slides_of_one_file_are_placed_apart(slides, run, tmp_path):
     both = anndata.concat(parts, label="section", keys=["one", "three"])
     order = np.random.default_rng(0).permutation(both.n_obs)
     both[order].copy().write_h5ad(tmp_path / "both.h5ad")
-    argv = ["predict", run, tmp_path / "both.h5ad", "--slide-key", "section",
-            "--out", tmp_path / "out.h5ad"]  # fmt: skip
+    argv = [
+        "predict",
+        run,
+        tmp_path / "both.h5ad",
+        "--slide-key",
+        "section",
+        "--out",
+        tmp_path / "out.h5ad",
+    ]
     assert cli.run_command(list(map(str, argv))) == 0
     out = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert set(out.uns["ipar"]["graphs"]) == {"both-one", "both-three"}

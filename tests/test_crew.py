@@ -22,8 +22,13 @@ def _errand(key):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_failing_job_takes_only_its_followers_with_it(processes, tmp_path):
     good, late = tmp_path / "good", tmp_path / "late"
-    jobs = [Job("bad"), Job("follows", "bad"), Job("follows on", "follows"),
-            Job(good), Job(late, good)]  # fmt: skip
+    jobs = [
+        Job("bad"),
+        Job("follows", "bad"),
+        Job("follows on", "follows"),
+        Job(good),
+        Job(late, good),
+    ]
     if processes > 1:
         jobs.insert(0, Job("dies"))
     ended = list(run_jobs(_errand, jobs, processes=processes, threads=1 if processes > 1 else None))

@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from ipar_sparse.metrics.diagnostics import HEALTHY, RecycleRecord, diagnose, health_warnings
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import entropy, spearmanr
 
-from ipar_sparse import diagnostics
-from ipar_sparse.diagnostics import HEALTHY, RecycleRecord, diagnose, health_warnings
 from ipar_sparse.graph import NeighborTable, knn
+from ipar_sparse.metrics import diagnostics
 
 
 def cells(n, seed=0):
@@ -105,9 +105,13 @@ def test_entropy_std_and_spearman_equal_scipy(padded):
     term = torch.randn(graph.num_edges, generator=generator, dtype=torch.float64) + logits[:, 0]
     attention = softmax(graph, logits)
     for h in range(2):
-        rows = [(a, t) for (_, a), (_, t) in zip(
-            rows_of(graph, attention[:, h]), rows_of(graph, term), strict=True
-        ) if len(a)]
+        rows = [
+            (a, t)
+            for (_, a), (_, t) in zip(
+                rows_of(graph, attention[:, h]), rows_of(graph, term), strict=True
+            )
+            if len(a)
+        ]
         expected = np.mean([entropy(a) for a, _ in rows])
         assert diagnostics.attention_entropy(attention, graph)[h] == pytest.approx(expected)
         expected = np.mean([entropy(a) / math.log(len(a)) for a, _ in rows])
@@ -212,9 +216,7 @@ def test_diagnose_gathers_every_measure_with_a_healthy_range():
     logits = torch.randn(graph.num_edges, 4)
     measures = {"beta": torch.tensor(1.5), "eta": 0.2, "offset_norm": torch.tensor([0.1, 3.0])}
     terms = {"gate": logits[:, 0], "qk": logits}
-    records = (
-        RecycleRecord(softmax(graph, logits), logits, terms, measures) for _ in range(2)
-    )
+    records = (RecycleRecord(softmax(graph, logits), logits, terms, measures) for _ in range(2))
     got = diagnose(
         graph, records, pos=pos, trajectory=[pos, pos + 0.1 * pos.flip(0)], gate_logits=logits[:, 0]
     )
@@ -233,8 +235,13 @@ def test_diagnose_gathers_every_measure_with_a_healthy_range():
 
 def test_one_cell_and_no_edges_are_not_an_error():
     graph = NeighborTable(torch.empty(1, 0, dtype=torch.int32))
-    got = diagnose(graph, [RecycleRecord(torch.empty(0, 2))], pos=torch.zeros(1, 2),
-                   trajectory=[torch.zeros(1, 2)] * 2, gate_logits=torch.empty(0))
+    got = diagnose(
+        graph,
+        [RecycleRecord(torch.empty(0, 2))],
+        pos=torch.zeros(1, 2),
+        trajectory=[torch.zeros(1, 2)] * 2,
+        gate_logits=torch.empty(0),
+    )
     assert all(math.isfinite(value) for value in got.values())
 
 

@@ -5,11 +5,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ipar_sparse.metrics.layout import distance_metrics
 from scipy.stats import spearmanr
 
-from ipar_sparse.expected import _expected_rank, expected_layout, share_of_variance
-from ipar_sparse.gauge import gauge_fix
-from ipar_sparse.metrics import align, distance_metrics
+from ipar_sparse.geometry.alignment import align
+from ipar_sparse.geometry.gauge import gauge_fix
+from ipar_sparse.layout.distance_correction import (
+    _expected_rank,
+    correct_distances,
+    relative_variance,
+)
 
 
 def test_the_expected_rank_is_the_mean_over_places_that_cells_may_have():
@@ -47,8 +52,8 @@ def mirrored(n=600, seed=0):
 
 def test_a_tissue_of_two_like_halves_is_better_laid_out_by_expected_distances():
     pos, mean, variance = mirrored()
-    doubt = share_of_variance(mean, variance)
-    found = expected_layout(mean, doubt)
+    doubt = relative_variance(mean, variance)
+    found = correct_distances(mean, doubt)
     before, after = (distance_metrics(x, pos)["distance_spearman"] for x in (mean, found))
     assert after > before + 0.04
     # what it is made to do: the correlation with the ranks that are to be expected has risen
@@ -63,7 +68,7 @@ def test_a_tissue_of_two_like_halves_is_better_laid_out_by_expected_distances():
 
 def test_places_that_are_certain_stay():
     pos = torch.rand(500, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([2.0, 1.0])
-    found = expected_layout(pos)
+    found = correct_distances(pos)
     aligned, _ = align(found, pos)
     scale = np.sqrt(np.square(pos.numpy() - pos.numpy().mean(0)).sum(1).mean())
     assert np.linalg.norm(aligned - pos.numpy(), axis=1).max() < 0.03 * scale
@@ -80,22 +85,22 @@ def test_the_embedding_has_its_say():
         layout = gauge_fix(layout)
         return abs(float(layout[side == 1, 1].mean() - layout[side == 0, 1].mean()))
 
-    assert apart(expected_layout(pos, h=h, similarity=0.5)) > 5 * apart(expected_layout(pos))
+    assert apart(correct_distances(pos, h=h, similarity=0.5)) > 5 * apart(correct_distances(pos))
     torch.testing.assert_close(
-        expected_layout(pos, h=h, similarity=0.0), expected_layout(pos), rtol=0, atol=0
+        correct_distances(pos, h=h, similarity=0.0), correct_distances(pos), rtol=0, atol=0
     )
 
 
 def test_neither_the_frame_nor_the_order_of_cells_matters():
     """A cell of either side may go to either, so layouts differ: what they are worth does not."""
     pos, mean, variance = mirrored(300)
-    doubt = share_of_variance(mean, variance)
+    doubt = relative_variance(mean, variance)
     turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
     order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
     found = [
-        (expected_layout(mean, doubt), pos),
-        (expected_layout(3 * mean @ turn + 1, doubt), pos),
-        (expected_layout(mean[order], doubt[order]), pos[order]),
+        (correct_distances(mean, doubt), pos),
+        (correct_distances(3 * mean @ turn + 1, doubt), pos),
+        (correct_distances(mean[order], doubt[order]), pos[order]),
     ]
     scores = [distance_metrics(x, p)["distance_spearman"] for x, p in found]
     assert np.ptp(scores) < 0.05
@@ -107,9 +112,9 @@ def test_neither_the_frame_nor_the_order_of_cells_matters():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_it_is_worth_as_much_on_a_gpu():
     pos, mean, variance = mirrored()
-    doubt = share_of_variance(mean, variance)
+    doubt = relative_variance(mean, variance)
     scores = [
-        distance_metrics(expected_layout(mean.to(d), doubt.to(d)).cpu(), pos)["distance_spearman"]
+        distance_metrics(correct_distances(mean.to(d), doubt.to(d)).cpu(), pos)["distance_spearman"]
         for d in ("cpu", "cuda")
     ]
     assert scores[0] == pytest.approx(scores[1], abs=0.01)
@@ -117,19 +122,19 @@ def test_it_is_worth_as_much_on_a_gpu():
 
 def test_variance_counts_as_a_share_of_the_tissue():
     place = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]) + 5
-    share = share_of_variance(place, torch.full((4,), 3.0))
+    share = relative_variance(place, torch.full((4,), 3.0))
     torch.testing.assert_close(share, torch.full((4,), 0.75))
-    torch.testing.assert_close(share_of_variance(7 * place, torch.full((4,), 147.0)), share)
-    assert share_of_variance(torch.zeros(3, 2), torch.zeros(3)).eq(0).all()
+    torch.testing.assert_close(relative_variance(7 * place, torch.full((4,), 147.0)), share)
+    assert relative_variance(torch.zeros(3, 2), torch.zeros(3)).eq(0).all()
 
 
 def test_no_steps_and_too_few_cells_leave_a_layout_as_it_is():
     pos = torch.rand(10, 2)
-    assert expected_layout(pos, steps=0) is pos
+    assert correct_distances(pos, steps=0) is pos
     for n in (0, 1, 2):
-        assert torch.equal(expected_layout(pos[:n]), pos[:n])
+        assert torch.equal(correct_distances(pos[:n]), pos[:n])
     odd = torch.full((10, 2), torch.nan)
-    assert expected_layout(odd) is odd
+    assert correct_distances(odd) is odd
 
 
 @settings(max_examples=30, deadline=None)
@@ -144,7 +149,11 @@ def test_odd_layouts_stay_finite(n, copies, level, seed):
     pos = torch.randn(n, 2, generator=generator)
     if copies:
         pos[: n // 2 + 1] = pos[0]
-    found = expected_layout(pos, torch.full((n,), level), torch.ones(n, 3), steps=20)
+    found = correct_distances(pos, torch.full((n,), level), torch.ones(n, 3), steps=20)
     assert found.isfinite().all() and found.shape == pos.shape
-    torch.testing.assert_close(found, expected_layout(
-        pos, torch.full((n,), level), torch.ones(n, 3), steps=20), rtol=0, atol=0)  # fmt: skip
+    torch.testing.assert_close(
+        found,
+        correct_distances(pos, torch.full((n,), level), torch.ones(n, 3), steps=20),
+        rtol=0,
+        atol=0,
+    )

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from ipar_sparse.errors import UserError
-from ipar_sparse.expression import (
+from ipar_sparse.data.expression import (
     Expression,
     gene_weights,
     log_normalize,
@@ -17,8 +16,9 @@ from ipar_sparse.expression import (
     normalized_expression,
     select_genes,
 )
-from ipar_sparse.simulate import simulate
-from ipar_sparse.slide import Slide
+from ipar_sparse.data.simulation import simulate
+from ipar_sparse.data.slide import Slide
+from ipar_sparse.errors import UserError
 
 
 def slide_of(counts, genes=None, name="a", normalized=False):

@@ -7,9 +7,9 @@ import torch
 
 from ipar_sparse import EdgeGateSoft, IPALiteModel
 from ipar_sparse.graph import NeighborTable, knn
-from ipar_sparse.losses import gate_loss, geometry_terms
 from ipar_sparse.nn.model import _ORDER_FROM
-from ipar_sparse.targets import build_target, gate_target
+from ipar_sparse.supervision.losses import gate_loss, geometry_terms
+from ipar_sparse.supervision.targets import build_target, gate_target
 
 pytestmark = pytest.mark.gpu
 WEIGHTS = {"rw_kl": 0.3, "stress_log": 0.1, "repulsion": 0.01, "entropy_reg": 0.01}
@@ -28,17 +28,29 @@ def sheet(n, width=32, seed=0, device="cuda"):
 def test_a_step_on_a_whole_slide_never_waits(tmp_path, monkeypatch, precision):
     pytest.importorskip("anndata")
     from ipar_sparse.config import load_config
-    from ipar_sparse.simulate import simulate
-    from ipar_sparse.train import trainer
+    from ipar_sparse.data.simulation import simulate
+    from ipar_sparse.train import fit as trainer
 
     config = load_config(
         None,
-        ["encoder.steps=2", "encoder.hidden=[24]", "train.unit=slide", "train.epochs=2",
-         "train.steps_per_epoch=3", "train.warmup_epochs=0", "train.ramp_epochs=0",
-         "train.gate_steps=2", "train.val_minisets=1", "train.probe_rows=64",
-         "train.lambda_long=0.1", "train.lambda_multiscale=0.1", "data.max_genes=60",
-         "train.device=cuda", f"train.precision={precision}"],
-    )  # fmt: skip
+        [
+            "encoder.steps=2",
+            "encoder.hidden=[24]",
+            "train.unit=slide",
+            "train.epochs=2",
+            "train.steps_per_epoch=3",
+            "train.warmup_epochs=0",
+            "train.ramp_epochs=0",
+            "train.gate_steps=2",
+            "train.val_minisets=1",
+            "train.probe_rows=64",
+            "train.lambda_long=0.1",
+            "train.lambda_multiscale=0.1",
+            "data.max_genes=60",
+            "train.device=cuda",
+            f"train.precision={precision}",
+        ],
+    )
     step, watched = trainer._Run._joint_step, []
 
     def watch(run, *args):
@@ -113,9 +125,14 @@ def test_large_graphs_run_in_another_order_and_come_back(saving):
     for reorder in (False, None):
         torch.manual_seed(0)
         model = IPALiteModel(
-            16, channels=32, heads=2, num_recycles=3, reorder=reorder, checkpoint_recycles=saving,
+            16,
+            channels=32,
+            heads=2,
+            num_recycles=3,
+            reorder=reorder,
+            checkpoint_recycles=saving,
             init_noise=0.0,
-        ).cuda()  # fmt: skip
+        ).cuda()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))

@@ -5,13 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipar_sparse.graph import (
-    NeighborTable,
-    knn,
-    knn_candidates,
-    pooled_candidates,
-    validate_table,
-)
+from ipar_sparse.graph import NeighborTable, knn, knn_candidates, pooled_candidates, validate_table
 from ipar_sparse.graph import knn as knn_fn
 
 

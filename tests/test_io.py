@@ -12,17 +12,17 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from ipar_sparse.errors import UserError
-from ipar_sparse.io import (
+from ipar_sparse.data.anndata_io import (
     check_output,
     in_file_order,
     read_slides,
     write_predictions,
     write_slide,
 )
-from ipar_sparse.keys import Keys
-from ipar_sparse.simulate import simulate
-from ipar_sparse.slide import Slide
+from ipar_sparse.data.keys import Keys
+from ipar_sparse.data.simulation import simulate
+from ipar_sparse.data.slide import Slide
+from ipar_sparse.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 N, G = 40, 12
@@ -92,7 +92,7 @@ def test_matrix_is_read_as_written(tmp_path, suffix, store, dtype):
 def test_blocks_smaller_than_the_matrix_change_nothing(tmp_path, monkeypatch):
     adata = make()
     expected = adata.X.toarray()
-    monkeypatch.setattr("ipar_sparse.io.BLOCK", 7)
+    monkeypatch.setattr("ipar_sparse.data.anndata_io.BLOCK", 7)
     for layer in (None, "counts"):
         (slide,) = read_slides(save(adata, tmp_path / "a.h5ad"), layer=layer)
         np.testing.assert_array_equal(slide.expression.toarray(), expected)
@@ -386,7 +386,7 @@ def test_interrupted_write_leaves_no_trace(tmp_path, monkeypatch, suffix, error)
     def stop(*_):
         raise error
 
-    monkeypatch.setattr("ipar_sparse.io._sync", stop)
+    monkeypatch.setattr("ipar_sparse.data.anndata_io._sync", stop)
     expected = KeyboardInterrupt if error is KeyboardInterrupt else UserError
     with pytest.raises(expected) as caught:
         write_predictions(source, out, pos=np.ones((N, 2)), overwrite=True)
@@ -406,7 +406,7 @@ def test_a_write_that_hits_the_limit_of_the_disk(tmp_path, suffix, limit):
 import resource, signal, sys
 import numpy as np
 from ipar_sparse.errors import UserError
-from ipar_sparse.io import write_predictions
+from ipar_sparse.data.anndata_io import write_predictions
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
@@ -446,7 +446,7 @@ def test_a_large_sparse_matrix_is_never_dense(tmp_path):
     save(adata, path)
     script = f"""
 import resource, sys
-import ipar_sparse.io as io
+import ipar_sparse.data.anndata_io as io
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 slide, = io.read_slides({str(path)!r})
 assert slide.expression.nnz == {n * per_cell}
@@ -491,9 +491,13 @@ def test_slide_checks_its_shapes():
 def test_cells_taken_from_a_slide_bring_all_that_is_theirs():
     matrix = sparse.csr_matrix([[0, 1.0], [0, 0], [2, 0]])
     slide = Slide(
-        "a", matrix, np.array(["g", "h"]), np.array(["x", "y", "z"]), pos=np.eye(3)[:, :2],
+        "a",
+        matrix,
+        np.array(["g", "h"]),
+        np.array(["x", "y", "z"]),
+        pos=np.eye(3)[:, :2],
         obs={"layer": np.array([4, 5, 6])},
-    )  # fmt: skip
+    )
     part = slide.take(np.array([2, 1]))
     assert list(part.cell_names) == ["z", "y"] and list(part.rows) == [2, 1]
     assert part.expression.toarray().tolist() == [[2, 0], [0, 0]] and part.embedding is None

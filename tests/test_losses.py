@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipar_sparse.gauge import gauge_fix
+from ipar_sparse.geometry.gauge import gauge_fix
 from ipar_sparse.graph import NeighborTable, knn
-from ipar_sparse.losses import (
+from ipar_sparse.supervision.losses import (
     e_geo,
     gate_loss,
     geometry_terms,
@@ -19,7 +19,7 @@ from ipar_sparse.losses import (
     rw_kl_loss,
     walk_entropy_loss,
 )
-from ipar_sparse.targets import build_target, build_walk_target, collate, gate_target
+from ipar_sparse.supervision.targets import build_target, build_walk_target, collate, gate_target
 
 SIZES = [24, 96, 200, 330]  # 3, 3, 4 and 5 steps
 
@@ -85,8 +85,8 @@ def test_probe_rows_are_exact_when_all_are_drawn(n, monkeypatch):
     walk = build_walk_target(points(n))
     pos = layout(n, true=walk.pos)
     value, grad = gradient(lambda x: rw_kl_loss(x, walk), pos)
-    monkeypatch.setattr("ipar_sparse.losses._DENSE_LIMIT", 0)
-    monkeypatch.setattr("ipar_sparse.losses._BLOCK_ELEMENTS", 7 * n)
+    monkeypatch.setattr("ipar_sparse.supervision.losses._DENSE_LIMIT", 0)
+    monkeypatch.setattr("ipar_sparse.supervision.losses._BLOCK_ELEMENTS", 7 * n)
     sparse_value, sparse_grad = gradient(lambda x: rw_kl_loss(x, walk, probe_rows=n), pos)
     torch.testing.assert_close(sparse_value, value, atol=1e-12, rtol=0)
     torch.testing.assert_close(sparse_grad, grad, atol=1e-12, rtol=0)
@@ -284,7 +284,7 @@ def test_batched_probe_rows_keep_each_graphs_steps(monkeypatch):
     batch = collate(targets)
     pos = torch.cat([layout(len(t.pos), true=t.pos) for t in targets])
     value, grad = gradient(lambda x: rw_kl_loss(x, batch.walk), pos)
-    monkeypatch.setattr("ipar_sparse.losses._DENSE_LIMIT", 0)
+    monkeypatch.setattr("ipar_sparse.supervision.losses._DENSE_LIMIT", 0)
     sparse_value, sparse_grad = gradient(lambda x: rw_kl_loss(x, batch.walk), pos)
     torch.testing.assert_close(sparse_value, value, atol=1e-12, rtol=0)
     torch.testing.assert_close(sparse_grad, grad, atol=1e-12, rtol=0)

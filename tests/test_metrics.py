@@ -5,13 +5,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ipar_sparse.metrics.layout import evaluate_layout, metric_info
 from scipy.spatial import procrustes as scipy_procrustes
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import pearsonr, spearmanr
 
-from ipar_sparse import metrics
-from ipar_sparse.metrics import align, evaluate_layout, metric_info
-from ipar_sparse.points import TrueNeighborhoods, unit_gauge
+from ipar_sparse.geometry.alignment import align
+from ipar_sparse.geometry.neighborhoods import TrueNeighborhoods, unit_gauge
+from ipar_sparse.metrics import layout as metrics
 
 
 def tissue(n, seed=0):
@@ -27,9 +28,7 @@ def noisy(pos, noise, seed=1):
 
 
 def turn(pos, angle=0.7, flip=True, scale=37.0, shift=(11.0, -4.0)):
-    rotation = np.array(
-        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-    )
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     if flip:
         rotation = rotation @ np.diag([1.0, -1.0])
     return scale * pos @ rotation + np.asarray(shift)

@@ -7,7 +7,7 @@ from torch_geometric.data import Batch, Data
 
 from benchmarks.dense import DenseBlock, DenseGate, DenseModel, dense_edges, dense_mask
 from ipar_sparse import EdgeGateSoft, IPALiteConv, IPALiteModel, SharedEncoder
-from ipar_sparse.gauge import gauge_fix, principal_plane
+from ipar_sparse.geometry.gauge import gauge_fix, principal_plane
 from ipar_sparse.graph import NeighborTable, knn_candidates
 from ipar_sparse.nn import LOGIT_TERMS
 from ipar_sparse.ops import chunked
@@ -366,8 +366,10 @@ def test_wrong_widths_are_named():
 def test_encoder_shapes_and_dropout():
     encoder = SharedEncoder(50)
     assert [tuple(p.shape) for p in encoder.parameters() if p.dim() == 2] == [
-        (512, 50), (256, 512), (128, 256),
-    ]  # fmt: skip
+        (512, 50),
+        (256, 512),
+        (128, 256),
+    ]
     x = torch.randn(7, 50)
     assert encoder(x).shape == (7, 128)
     assert not torch.equal(encoder(x), encoder(x))

@@ -47,9 +47,14 @@ def inputs(table, heads, channels, bias, generator, dtype=torch.float64):
 
 def run(table, given, backend):
     out = ops.edge_attention(
-        given["q"], given["k"], given["v"], (given["x_src"], given["x_dst"]), given.get("bias"),
-        table, backend=backend,
-    )  # fmt: skip
+        given["q"],
+        given["k"],
+        given["v"],
+        (given["x_src"], given["x_dst"]),
+        given.get("bias"),
+        table,
+        backend=backend,
+    )
     weights = [torch.linspace(-1, 2, o.numel(), dtype=o.dtype).view(o.shape) for o in out]
     terms = [
         (o.masked_fill(~torch.isfinite(o), 0) * w).sum() for o, w in zip(out, weights, strict=True)

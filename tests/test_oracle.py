@@ -7,8 +7,10 @@ import pytest
 import torch
 from scipy.spatial import cKDTree
 
-from ipar_sparse.gauge import gauge_fix
-from ipar_sparse.losses import (
+from ipar_sparse.data.simulation import simulate
+from ipar_sparse.evaluation.direct_optimization import WHOLE_SLIDE, minimize_layout, spectral_layout
+from ipar_sparse.geometry.gauge import gauge_fix
+from ipar_sparse.supervision.losses import (
     e_geo,
     geometry_terms,
     gram_loss,
@@ -16,9 +18,7 @@ from ipar_sparse.losses import (
     long_range_loss,
     rw_kl_loss,
 )
-from ipar_sparse.oracle import WHOLE_SLIDE, minimize_layout, spectral_layout
-from ipar_sparse.simulate import simulate
-from ipar_sparse.targets import (
+from ipar_sparse.supervision.targets import (
     build_stress_target,
     build_target,
     build_walk_target,

@@ -5,13 +5,7 @@ import torch
 
 from ipar_sparse import ops
 from ipar_sparse.graph import knn
-from ipar_sparse.graph.order import (
-    bisection_order,
-    kmeans_order,
-    rcm_order,
-    reorder,
-    source_reuse,
-)
+from ipar_sparse.graph.order import bisection_order, kmeans_order, rcm_order, reorder, source_reuse
 
 
 @pytest.mark.parametrize("find", [bisection_order, kmeans_order])

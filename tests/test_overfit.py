@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ipar_sparse.metrics.diagnostics import collapse_diagnostics
 
 from ipar_sparse import EdgeGateSoft, IPALiteModel, knn_candidates
-from ipar_sparse.diagnostics import collapse_diagnostics
-from ipar_sparse.losses import e_geo, gate_loss, log_stress_loss, long_range_loss
-from ipar_sparse.targets import build_target
+from ipar_sparse.supervision.losses import e_geo, gate_loss, log_stress_loss, long_range_loss
+from ipar_sparse.supervision.targets import build_target
 
 SLIDE = Path(__file__).parents[2] / "shared/data/mouse_embryo_seqfish/embryo1.h5ad"
 
@@ -47,8 +47,8 @@ def fit_one(h, pos, steps, lr=2e-3, seed=0):
 def test_one_real_miniset_is_fitted():
     from sklearn.decomposition import PCA
 
-    from ipar_sparse.expression import Expression, match_genes
-    from ipar_sparse.io import read_slides
+    from ipar_sparse.data.anndata_io import read_slides
+    from ipar_sparse.data.expression import Expression, match_genes
 
     slide = read_slides(SLIDE, require_pos=True)[0]
     rows = np.random.default_rng(0).permutation(slide.num_cells)[:200]

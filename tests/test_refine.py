@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from ipar_sparse.metrics.layout import evaluate_layout
 
-from ipar_sparse.gauge import gauge_fix
+from ipar_sparse.geometry.alignment import align
+from ipar_sparse.geometry.gauge import gauge_fix
 from ipar_sparse.graph import NeighborTable, knn
-from ipar_sparse.metrics import align, evaluate_layout
-from ipar_sparse.refine import _repulsion, refine_layout
+from ipar_sparse.layout.refinement import _repulsion, refine_layout
 
 K = 15
 

@@ -8,14 +8,21 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from ipar_sparse.metrics.diagnostics import AttentionFocus
+from ipar_sparse.metrics.layout import evaluate_layout
+from ipar_sparse.report.slide import (
+    SlideEvaluation,
+    metric_table,
+    summarize,
+    write_metrics,
+    write_report,
+)
 from matplotlib.figure import Figure
 
 from ipar_sparse import pl
-from ipar_sparse.metrics import align, evaluate_layout
-from ipar_sparse.pl import AttentionFocus
+from ipar_sparse.geometry.alignment import align
+from ipar_sparse.geometry.neighborhoods import unit_gauge
 from ipar_sparse.pl.style import MAX_POINTS
-from ipar_sparse.points import unit_gauge
-from ipar_sparse.report import ReportBundle, metric_table, summarize, write_metrics, write_report
 
 matplotlib.use("Agg")
 
@@ -31,11 +38,28 @@ def noisy(pos, noise, seed=1):
 def history():
     rows = [{"stage": "gate", "step": 0, "l_gate": 3.0}]
     for step in range(0, 100, 10):
-        rows.append({"stage": "joint", "step": step, "epoch": step // 20, "loss": 3 / (step + 1),
-                     "l_rw": "0.5", "l_gate": "", "best": None})
-        rows.append({"stage": "joint", "step": step, "epoch": step // 20, "best": int(step == 40),
-                     "val_hgate_e_geo": 2 / (step + 3), "val_tedge_e_geo": math.nan,
-                     "val_e_geo_floor": 0.01})
+        rows.append(
+            {
+                "stage": "joint",
+                "step": step,
+                "epoch": step // 20,
+                "loss": 3 / (step + 1),
+                "l_rw": "0.5",
+                "l_gate": "",
+                "best": None,
+            }
+        )
+        rows.append(
+            {
+                "stage": "joint",
+                "step": step,
+                "epoch": step // 20,
+                "best": int(step == 40),
+                "val_hgate_e_geo": 2 / (step + 3),
+                "val_tedge_e_geo": math.nan,
+                "val_e_geo_floor": 0.01,
+            }
+        )
     return rows
 
 
@@ -43,26 +67,44 @@ def full_bundle(n=300, **changes):
     true = cells(n)
     pred = noisy(true, 0.15)
     rng = np.random.default_rng(3)
-    layouts = {"model": pred, "no gate": noisy(true, 0.3), "PCA": noisy(true, 0.5),
-               "random": rng.normal(size=(n, 2)), "true coordinates": true}
+    layouts = {
+        "model": pred,
+        "no gate": noisy(true, 0.3),
+        "PCA": noisy(true, 0.5),
+        "random": rng.normal(size=(n, 2)),
+        "true coordinates": true,
+    }
     methods = {name: evaluate_layout(layout, true) for name, layout in layouts.items()}
     for name in ("model", "true coordinates"):
         methods[name]["E_geo"] = 0.4 if name == "model" else 0.01
-    diagnostics = {f"{name}/r{r}/h{h}": 0.5 + 0.1 * h
-                   for name in ("attn_recall@30", "logit_std") for r in range(3) for h in range(4)}
+    diagnostics = {
+        f"{name}/r{r}/h{h}": 0.5 + 0.1 * h
+        for name in ("attn_recall@30", "logit_std")
+        for r in range(3)
+        for h in range(4)
+    }
     diagnostics |= {f"step_size/r{r}": 0.3 / (r + 1) for r in range(3)}
     neighbors = rng.choice(n, 40, replace=False)
     fields = {
-        "slide": "slide C", "pred": pred, "true": true, "methods": methods,
-        "variants": ["no gate"], "metrics": {"E_geo_hgate": 0.4, "candidate_recall@15": 0.31},
-        "diagnostics": diagnostics, "trajectory": [noisy(true, s) for s in (1, 0.5, 0.3, 0.15)],
-        "history": history(), "gene": ("Reln", rng.poisson(1.0, n)),
+        "slide": "slide C",
+        "pred": pred,
+        "true": true,
+        "methods": methods,
+        "variants": ["no gate"],
+        "metrics": {"E_geo_hgate": 0.4, "candidate_recall@15": 0.31},
+        "diagnostics": diagnostics,
+        "trajectory": [noisy(true, s) for s in (1, 0.5, 0.3, 0.15)],
+        "history": history(),
+        "gene": ("Reln", rng.poisson(1.0, n)),
         "focus": [AttentionFocus(c, neighbors, rng.dirichlet(np.ones(40))) for c in range(4)],
-        "uncertainty": rng.gamma(2.0, 0.1, n), "training": ["slide A", "slide B"],
-        "held_out": True, "settings": {"train": {"lr": 5e-4}, "seed": 0},
-        "versions": {"torch": torch.__version__}, "command": "ipar-sparse evaluate run c.h5ad",
+        "uncertainty": rng.gamma(2.0, 0.1, n),
+        "training": ["slide A", "slide B"],
+        "held_out": True,
+        "settings": {"train": {"lr": 5e-4}, "seed": 0},
+        "versions": {"torch": torch.__version__},
+        "command": "ipar-sparse evaluate run c.h5ad",
     }
-    return ReportBundle(**{**fields, **changes})
+    return SlideEvaluation(**{**fields, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +120,17 @@ def test_the_page_holds_everything_itself(page):
     assert not re.search(r"(?:src|href)=\"(?!data:)", html)
     assert "url(" not in html and "@import" not in html and "<script" not in html
     figures = {p.stem for p in (path.parent / "figures").glob("*.png")}
-    assert figures == {"map", "gene", "methods", "distances", "uncertainty", "recycles",
-                       "attention", "diagnostics", "training"}
+    assert figures == {
+        "map",
+        "gene",
+        "methods",
+        "distances",
+        "uncertainty",
+        "recycles",
+        "attention",
+        "diagnostics",
+        "training",
+    }
     assert {p.name for p in path.parent.iterdir()} == {"report.html", "figures"}
 
 
@@ -95,9 +146,17 @@ def test_the_page_opens_with_the_answer(page):
 def test_text_of_the_user_is_escaped(tmp_path):
     evil = "<script>alert('x')</script>"
     bundle = full_bundle(
-        slide=evil, training=[evil], notes=[evil], warnings=[evil], settings={evil: evil},
-        command=evil, gene=(evil, np.ones(300)), absent={"focus": evil}, focus=None,
-        diagnostics=None, versions={evil: evil},
+        slide=evil,
+        training=[evil],
+        notes=[evil],
+        warnings=[evil],
+        settings={evil: evil},
+        command=evil,
+        gene=(evil, np.ones(300)),
+        absent={"focus": evil},
+        focus=None,
+        diagnostics=None,
+        versions={evil: evil},
         methods={"model": {"distance_spearman": 0.5}, evil: {"distance_spearman": 0.4}},
     )
     html = write_report(tmp_path, bundle).read_text()
@@ -106,7 +165,7 @@ def test_text_of_the_user_is_escaped(tmp_path):
 
 
 def test_what_is_missing_is_left_out_or_explained(tmp_path):
-    bundle = ReportBundle("cells", cells(60), absent={"history": "this run kept no history"})
+    bundle = SlideEvaluation("cells", cells(60), absent={"history": "this run kept no history"})
     html = write_report(tmp_path, bundle).read_text()
     assert "cannot be scored" in html
     assert "this run kept no history" in html
@@ -121,8 +180,12 @@ def test_arrays_of_other_cells_are_refused(tmp_path):
 
 
 def methods(model, rival, se=0.0, name="distance_spearman"):
-    return {"model": {name: model, f"{name}_se": se}, "ridge": {name: rival, f"{name}_se": se},
-            "no gate": {name: 2.0}, "true coordinates": {name: 3.0}}
+    return {
+        "model": {name: model, f"{name}_se": se},
+        "ridge": {name: rival, f"{name}_se": se},
+        "no gate": {name: 2.0},
+        "true coordinates": {name: 3.0},
+    }
 
 
 @pytest.mark.parametrize(
@@ -135,16 +198,18 @@ def methods(model, rival, se=0.0, name="distance_spearman"):
     ],
 )
 def test_the_answer_claims_only_what_exceeds_the_noise(model, rival, se, said, wins):
-    bundle = ReportBundle("s", cells(20), cells(20), methods(model, rival, se),
-                          variants=["no gate"])
+    bundle = SlideEvaluation(
+        "s", cells(20), cells(20), methods(model, rival, se), variants=["no gate"]
+    )
     answer = summarize(bundle)
     assert said in answer.facts[0]
     assert wins in answer.headline
 
 
 def test_lower_is_better_is_read_as_such():
-    bundle = ReportBundle("s", cells(20), cells(20), methods(0.3, 0.5, name="rssd"),
-                          variants=["no gate"])
+    bundle = SlideEvaluation(
+        "s", cells(20), cells(20), methods(0.3, 0.5, name="rssd"), variants=["no gate"]
+    )
     assert "the best baseline (ridge) reaches 0.50" in summarize(bundle).facts[0]
 
 
@@ -153,7 +218,7 @@ def test_lower_is_better_is_read_as_such():
     [(0.95, "recovered well"), (0.75, "mostly"), (0.5, "partly"), (0.2, "hardly"), (0.0, "not ")],
 )
 def test_the_grade_follows_the_correlation(rho, words):
-    bundle = ReportBundle("s", cells(20), cells(20), {"model": {"distance_spearman": rho}})
+    bundle = SlideEvaluation("s", cells(20), cells(20), {"model": {"distance_spearman": rho}})
     assert words in summarize(bundle).headline
 
 
@@ -179,12 +244,23 @@ def test_what_is_wrong_inside_the_model_stands_beside_its_attention(tmp_path):
 
 
 def test_the_table_marks_the_best_competitor_and_no_other():
-    table = metric_table(ReportBundle("s", cells(9), cells(9), {
-        "model": {"procrustes": 0.30, "distance_spearman": 0.7, "distance_spearman_se": 0.004},
-        "PCA": {"procrustes": 0.2, "distance_spearman": 0.70001},
-        "broken": {"procrustes": math.nan},
-        "true coordinates": {"procrustes": 0.0, "distance_spearman": 1.0},
-    }))
+    table = metric_table(
+        SlideEvaluation(
+            "s",
+            cells(9),
+            cells(9),
+            {
+                "model": {
+                    "procrustes": 0.30,
+                    "distance_spearman": 0.7,
+                    "distance_spearman_se": 0.004,
+                },
+                "PCA": {"procrustes": 0.2, "distance_spearman": 0.70001},
+                "broken": {"procrustes": math.nan},
+                "true coordinates": {"procrustes": 0.0, "distance_spearman": 1.0},
+            },
+        )
+    )
     assert [c["arrow"] for c in table["columns"]] == ["↑", "↓"]
     rows = {row["name"]: row for row in table["rows"]}
     assert [cell["best"] for cell in rows["model"]["cells"]] == [True, False]
@@ -196,20 +272,38 @@ def test_the_table_marks_the_best_competitor_and_no_other():
 
 
 def test_metrics_file_is_strict_json(tmp_path):
-    path = write_metrics(tmp_path / "metrics.json", {
-        "E_geo_hgate": np.float32(0.5), "nan": math.nan, "inf": np.inf, "n": np.int64(3),
-        "tensor": torch.tensor(2.0), "nested": {"x": [np.nan, 1.0]}, "name": "µ",
-    })
+    path = write_metrics(
+        tmp_path / "metrics.json",
+        {
+            "E_geo_hgate": np.float32(0.5),
+            "nan": math.nan,
+            "inf": np.inf,
+            "n": np.int64(3),
+            "tensor": torch.tensor(2.0),
+            "nested": {"x": [np.nan, 1.0]},
+            "name": "µ",
+        },
+    )
     got = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert got == {"E_geo_hgate": 0.5, "nan": None, "inf": None, "n": 3, "tensor": 2.0,
-                   "nested": {"x": [None, 1.0]}, "name": "µ"}
+    assert got == {
+        "E_geo_hgate": 0.5,
+        "nan": None,
+        "inf": None,
+        "n": 3,
+        "tensor": 2.0,
+        "nested": {"x": [None, 1.0]},
+        "name": "µ",
+    }
 
 
 def test_position_colors_stay_apart_for_colour_blind_readers():
     """Corners and edges stay distinct after simulated deuteranopia (Machado et al., 2009)."""
     deuteranopia = np.array(
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
-         [-0.011820, 0.042940, 0.968881]]
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
     )
     grid = np.stack(np.meshgrid([0.0, 0.5, 1.0], [0.0, 0.5, 1.0]), -1).reshape(-1, 2)
     rgb = pl.position_colors(np.repeat(grid, 50, axis=0))[::50]
@@ -256,10 +350,15 @@ def test_distance_density_of_a_perfect_map_lies_on_the_diagonal():
 
 
 def test_bars_leave_out_the_floor_and_show_standard_errors():
-    table = {"model": {"stress_1": 0.2, "stress_1_se": 0.01}, "PCA": {"stress_1": 0.4},
-             "none": {}, "true coordinates": {"stress_1": 0.0}}
-    ax = pl.metric_bars(table, "stress_1", model="model", floor="true coordinates",
-                        ax=Figure().subplots())
+    table = {
+        "model": {"stress_1": 0.2, "stress_1_se": 0.01},
+        "PCA": {"stress_1": 0.4},
+        "none": {},
+        "true coordinates": {"stress_1": 0.0},
+    }
+    ax = pl.metric_bars(
+        table, "stress_1", model="model", floor="true coordinates", ax=Figure().subplots()
+    )
     assert [label.get_text() for label in ax.get_yticklabels()] == ["model", "PCA"]
     assert [bar.get_width() for bar in ax.patches] == [0.2, 0.4]
     assert ax.lines[-1].get_xdata()[0] == 0.0
@@ -289,9 +388,14 @@ def test_calibration_of_honest_uncertainty_lies_on_the_line():
 def test_a_report_of_three_cells_with_constant_values(tmp_path):
     true = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     scores = evaluate_layout(np.ones((3, 2)), true)
-    bundle = ReportBundle(
-        "tiny", np.ones((3, 2)), true, {"model": scores, "PCA": scores}, gene=("g", np.zeros(3)),
-        uncertainty=np.zeros(3), trajectory=[np.zeros((3, 2)), np.ones((3, 2))],
+    bundle = SlideEvaluation(
+        "tiny",
+        np.ones((3, 2)),
+        true,
+        {"model": scores, "PCA": scores},
+        gene=("g", np.zeros(3)),
+        uncertainty=np.zeros(3),
+        trajectory=[np.zeros((3, 2)), np.ones((3, 2))],
     )
     assert "not recovered" in write_report(tmp_path, bundle).read_text()
 
@@ -300,5 +404,5 @@ def test_reports_do_not_pile_up_pyplot_figures(tmp_path):
     import matplotlib.pyplot as plt
 
     before = plt.get_fignums()
-    write_report(tmp_path, ReportBundle("s", cells(50), cells(50)))
+    write_report(tmp_path, SlideEvaluation("s", cells(50), cells(50)))
     assert plt.get_fignums() == before

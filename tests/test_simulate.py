@@ -8,8 +8,8 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
-from ipar_sparse.expression import Expression, select_genes
-from ipar_sparse.simulate import Region, _negative_binomial, simulate
+from ipar_sparse.data.expression import Expression, select_genes
+from ipar_sparse.data.simulation import Region, _negative_binomial, simulate
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,7 @@ def regress(slides):
     ridge = Ridge(1000.0).fit(train_x, train_y).predict(x[-1])
     near = KNeighborsRegressor(15).fit(pca.transform(train_x), train_y)
     predictions = [ridge, near.predict(pca.transform(x[-1]))]
-    return np.max(
-        [r2_score(y[-1], p, multioutput="raw_values") for p in predictions], axis=0
-    )
+    return np.max([r2_score(y[-1], p, multioutput="raw_values") for p in predictions], axis=0)
 
 
 def test_position_can_be_read_from_cortex(tissues):
@@ -167,7 +165,7 @@ def test_tiny_slides(spots):
 
 
 def test_chunks_do_not_change_what_a_slide_is(monkeypatch):
-    monkeypatch.setattr("ipar_sparse.simulate.CHUNK", 1000)
+    monkeypatch.setattr("ipar_sparse.data.simulation.CHUNK", 1000)
     slide = simulate("cortex", slides=1, spots=503, genes=100)[0]
     assert slide.expression.shape == (503, 100) and slide.expression.has_sorted_indices
     assert not slide.empty.any() and slide.expression.data.min() == 1

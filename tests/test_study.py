@@ -11,19 +11,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from ipar_sparse.report.study import answers
 from safetensors.torch import load_file
 
 from ipar_sparse import cli
-from ipar_sparse.comparison import Record, compare
 from ipar_sparse.config import load_config
+from ipar_sparse.data.anndata_io import write_slide
+from ipar_sparse.data.simulation import simulate
 from ipar_sparse.errors import UserError
-from ipar_sparse.io import write_slide
-from ipar_sparse.simulate import simulate
-from ipar_sparse.study_report import answers
-from ipar_sparse.train import study as study_module
-from ipar_sparse.train import trainer
-from ipar_sparse.train.checkpoint import BEST, LAST, read_meta
-from ipar_sparse.train.study import (
+from ipar_sparse.evaluation import study as study_module
+from ipar_sparse.evaluation.comparison import Record, compare
+from ipar_sparse.evaluation.study import (
     Study,
     find_donors,
     load_variants,
@@ -31,15 +29,31 @@ from ipar_sparse.train.study import (
     plan_study,
     run_study,
 )
-from ipar_sparse.train.trainer import fit
+from ipar_sparse.inference.checkpoint import BEST, LAST, read_meta
+from ipar_sparse.train import fit as trainer
+from ipar_sparse.train.fit import fit
 
 SMALL = {
-    "encoder.steps": 4, "encoder.hidden": [16], "encoder.out": 8, "model.dim": 8,
-    "model.channels": 8, "model.heads": 2, "model.head_channels": 4, "model.recycles": 2,
-    "train.minisets": 3, "train.miniset_min": 30, "train.miniset_max": 40, "train.epochs": 2,
-    "train.warmup_epochs": 0, "train.ramp_epochs": 1, "train.gate_steps": 2,
-    "train.val_minisets": 1, "train.lr": 5e-3, "graph.k": 10, "data.max_genes": 50,
-}  # fmt: skip
+    "encoder.steps": 4,
+    "encoder.hidden": [16],
+    "encoder.out": 8,
+    "model.dim": 8,
+    "model.channels": 8,
+    "model.heads": 2,
+    "model.head_channels": 4,
+    "model.recycles": 2,
+    "train.minisets": 3,
+    "train.miniset_min": 30,
+    "train.miniset_max": 40,
+    "train.epochs": 2,
+    "train.warmup_epochs": 0,
+    "train.ramp_epochs": 1,
+    "train.gate_steps": 2,
+    "train.val_minisets": 1,
+    "train.lr": 5e-3,
+    "graph.k": 10,
+    "data.max_genes": 50,
+}
 SETTINGS = [f"{key}={value}" for key, value in SMALL.items()]
 
 
@@ -100,10 +114,14 @@ def test_means_and_paired_differences_are_those_by_hand():
     theirs = np.array([[0.4, 0.4], [0.3, 0.2], [0.5, 0.8]])
     weak = np.zeros((3, 2))
     found = compare(
-        [*records(theirs, "ridge", "baseline"), *records(weak, "random", "baseline"),
-         *records(ours, "v1"), *records(ours - 0.5, "v2")],
+        [
+            *records(theirs, "ridge", "baseline"),
+            *records(weak, "random", "baseline"),
+            *records(ours, "v1"),
+            *records(ours - 0.5, "v2"),
+        ],
         "v1",
-    )  # fmt: skip
+    )
     own = found.of("distance_spearman", "v1")
     assert own.mean == pytest.approx(0.55)
     assert own.sd == pytest.approx(np.std([0.5, 0.6], ddof=1))  # of the means of each seed
@@ -123,11 +141,13 @@ def test_means_and_paired_differences_are_those_by_hand():
 def test_lower_is_better_where_it_is():
     low, high = np.full((3, 1), 0.2) + [[0], [0.01], [0.02]], np.full((3, 1), 0.6)
     found = compare(
-        [*records(low, "v1", metric="procrustes"),
-         *records(high, "a", "baseline", "procrustes"),
-         *records(high + 0.1, "b", "baseline", "procrustes")],
+        [
+            *records(low, "v1", metric="procrustes"),
+            *records(high, "a", "baseline", "procrustes"),
+            *records(high + 0.1, "b", "baseline", "procrustes"),
+        ],
         "v1",
-    )  # fmt: skip
+    )
     assert found.best_baseline["procrustes"] == "a"
     assert found.of("procrustes", "v1").vs_baseline.verdict == "better"
 
@@ -220,10 +240,16 @@ def test_donors_are_found_by_name_column_or_file(slides, tmp_path):
 
 def test_a_study_file_holds_variants(tmp_path):
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump({
-        "reference": "k60", "seeds": "0-1", "set": {"train.epochs": 4, "train.minisets": 7},
-        "variants": {"k60": {"graph.k": 60}, "short": {"train.epochs": 2}, "v1": None},
-    }))  # fmt: skip
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "reference": "k60",
+                "seeds": "0-1",
+                "set": {"train.epochs": 4, "train.minisets": 7},
+                "variants": {"k60": {"graph.k": 60}, "short": {"train.epochs": 2}, "v1": None},
+            }
+        )
+    )
     configs, said = load_variants([], [path], ["train.epochs=3", "train.gate_steps=9"])
     assert list(configs) == ["k60", "short", "v1"]
     assert said == {"reference": "k60", "seeds": "0-1"}
@@ -253,8 +279,9 @@ def test_a_study_file_holds_variants(tmp_path):
 def test_the_table_holds_every_run_once(done, plan):
     table = rows(done)
     scores = [r for r in table if r["metric"] == "distance_spearman"]
-    found = {(r["variant"], r["fold"], r["seed"], r["slide"]) for r in scores
-             if r["role"] == "variant"}  # fmt: skip
+    found = {
+        (r["variant"], r["fold"], r["seed"], r["slide"]) for r in scores if r["role"] == "variant"
+    }
     assert found == {(v, f, s, f) for v in ("base", "blind") for f in ("A1", "B2") for s in "01"}
     assert {r["donor"] for r in table if r["slide"] == "B2"} == {"B"}
     baselines = [r for r in scores if r["role"] == "baseline"]
@@ -269,8 +296,10 @@ def test_the_table_holds_every_run_once(done, plan):
 
 def test_the_summary_is_that_of_the_table(done):
     table = [r for r in rows(done) if r["metric"] == "procrustes" and r["role"] == "variant"]
-    of = {v: {(r["slide"], r["seed"]): float(r["value"]) for r in table if r["variant"] == v}
-          for v in ("base", "blind")}  # fmt: skip
+    of = {
+        v: {(r["slide"], r["seed"]): float(r["value"]) for r in table if r["variant"] == v}
+        for v in ("base", "blind")
+    }
     summary = json.loads((done / "summary.json").read_text())
     entry = summary["metrics"]["procrustes"]["blind"]
     assert entry["mean"] == pytest.approx(np.mean(list(of["blind"].values())))
@@ -292,8 +321,14 @@ def test_the_page_shows_variants_baselines_and_folds(done):
 
 def test_the_answer_names_the_best_baseline():
     ours = np.array([[0.5], [0.3], [0.7]])
-    found = compare([*records(ours, "v1"), *records(ours - 0.2, "ridge", "baseline"),
-                     *records(ours - 0.1, "v2")], "v1")  # fmt: skip
+    found = compare(
+        [
+            *records(ours, "v1"),
+            *records(ours - 0.2, "ridge", "baseline"),
+            *records(ours - 0.1, "v2"),
+        ],
+        "v1",
+    )
     first, second = answers(found)
     assert "0.500, better than the best baseline, ridge (0.300" in first
     assert second == "v2 against v1: worse on Distance correlation (Spearman)."
@@ -331,8 +366,9 @@ def test_nothing_of_a_held_out_slide_reaches_training(done, slides, files, plan,
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
-    scores = [json.loads((out / place / "metrics.json").read_text())
-              for out in (done, tmp_path / "out")]  # fmt: skip
+    scores = [
+        json.loads((out / place / "metrics.json").read_text()) for out in (done, tmp_path / "out")
+    ]
     assert scores[0]["validation_e_geo"] == scores[1]["validation_e_geo"]
     assert scores[0]["slides"] != scores[1]["slides"]
 
@@ -461,8 +497,18 @@ def test_mistakes_at_the_command_line_are_one_line(files, refused, tmp_path):
     assert "no such slide" in refused("experiment", "--hold-out", "Z", "--slides", *files, *out)
     assert "--seeds" in refused("experiment", "--seeds", "0..4", "--slides", *files, *out)
     assert "smaller first" in refused("experiment", "--seeds", "4-0", "--slides", *files, *out)
-    line = refused("experiment", "--hold-out", "donor", "--donor-pattern", "[0-9]$|.",
-                   "--donor-map", tmp_path, "--slides", *files, *out)  # fmt: skip
+    line = refused(
+        "experiment",
+        "--hold-out",
+        "donor",
+        "--donor-pattern",
+        "[0-9]$|.",
+        "--donor-map",
+        tmp_path,
+        "--slides",
+        *files,
+        *out,
+    )
     assert "one of --donor-key" in line
     assert "takes a run and a slide" in refused("evaluate", tmp_path, *out)
     line = refused("evaluate", tmp_path, files[0], "--jobs", "2", *out)
@@ -473,10 +519,21 @@ def test_mistakes_at_the_command_line_are_one_line(files, refused, tmp_path):
 def test_evaluate_by_protocol(files, tmp_path, capsys):
     sets = [word for text in SETTINGS for word in ("--set", text)]
     argv = [
-        "evaluate", "--protocol", "leave-one-donor-out", *map(str, files),
-        "--donor-pattern", "^.", "--out", str(tmp_path / "out"), "--seeds", "1", "--jobs", "1",
-        "--no-baselines", *sets,
-    ]  # fmt: skip
+        "evaluate",
+        "--protocol",
+        "leave-one-donor-out",
+        *map(str, files),
+        "--donor-pattern",
+        "^.",
+        "--out",
+        str(tmp_path / "out"),
+        "--seeds",
+        "1",
+        "--jobs",
+        "1",
+        "--no-baselines",
+        *sets,
+    ]
     assert cli.run_command(argv) == 0
     table = rows(tmp_path / "out")
     held = {(r["fold"], r["slide"]) for r in table}

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
-from ipar_sparse.gauge import gauge_fix
-from ipar_sparse.targets import (
+from ipar_sparse.geometry.gauge import gauge_fix
+from ipar_sparse.supervision.targets import (
     build_stress_target,
     build_target,
     build_walk_target,

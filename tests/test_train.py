@@ -8,39 +8,40 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from ipar_sparse.metrics.diagnostics import collapse_diagnostics
+from ipar_sparse.metrics.layout import distance_metrics, evaluate_layout, metric_info
 from scipy import sparse
 from torch import nn
 
 from ipar_sparse.config import load_config
-from ipar_sparse.diagnostics import collapse_diagnostics
+from ipar_sparse.data.expression import Expression, match_genes
+from ipar_sparse.data.simulation import simulate
+from ipar_sparse.data.slide import Slide
 from ipar_sparse.errors import UserError
-from ipar_sparse.expected import expected_layout
-from ipar_sparse.expression import Expression, match_genes
-from ipar_sparse.gauge import gauge_fix, leading_components, principal_plane
-from ipar_sparse.graph import knn, pooled_candidates
-from ipar_sparse.metrics import align, distance_metrics, evaluate_layout, metric_info
-from ipar_sparse.nearness import Nearness, narrowed
-from ipar_sparse.nn import SharedEncoder
-from ipar_sparse.refine import refine_layout
-from ipar_sparse.simulate import simulate
-from ipar_sparse.slide import Slide
-from ipar_sparse.train import components
-from ipar_sparse.train import trainer as trainer_module
-from ipar_sparse.train.checkpoint import BEST, LAST, load_checkpoint, read_meta
-from ipar_sparse.train.components import principal_axes, spatial_axes
-from ipar_sparse.train.evaluate import (
-    energies,
+from ipar_sparse.estimators import components
+from ipar_sparse.estimators.components import principal_axes, spatial_axes
+from ipar_sparse.estimators.relevant_components import RelevantComponents, narrowed
+from ipar_sparse.estimators.scaler import EmbeddingScaler
+from ipar_sparse.evaluation.scoring import (
+    e_geo_of_layouts,
     evaluate_slide,
     expression_plane,
     recycle_records,
     score_slide,
     spatial_gene,
 )
-from ipar_sparse.train.logs import HISTORY, read_history
-from ipar_sparse.train.predict import Predictor
-from ipar_sparse.train.stage_a import (
-    ContrastSlide,
-    EmbeddingScale,
+from ipar_sparse.geometry.alignment import align
+from ipar_sparse.geometry.gauge import gauge_fix, leading_components, principal_plane
+from ipar_sparse.graph import knn, pooled_candidates
+from ipar_sparse.inference.checkpoint import BEST, LAST, load_checkpoint, read_meta
+from ipar_sparse.inference.predictor import Predictor
+from ipar_sparse.layout.distance_correction import correct_distances
+from ipar_sparse.layout.refinement import refine_layout
+from ipar_sparse.nn import SharedEncoder
+from ipar_sparse.train import fit as trainer_module
+from ipar_sparse.train.batches import MinisetPool, TrainingSlide, build_unit, merge
+from ipar_sparse.train.encoder import (
+    ContrastiveSlide,
     _distance,
     _infonce,
     begin,
@@ -49,22 +50,31 @@ from ipar_sparse.train.stage_a import (
     finish,
     read_expression,
 )
-from ipar_sparse.train.trainer import fit, term_weights
-from ipar_sparse.train.transfer import weigh
-from ipar_sparse.train.units import (
-    MinisetPool,
-    TrainingSlide,
-    build_unit,
-    merge,
-)
+from ipar_sparse.train.fit import fit, term_weights
+from ipar_sparse.train.history import HISTORY, read_history
+from ipar_sparse.train.selection import weigh
 
 SMALL = [
-    "encoder.steps=6", "encoder.hidden=[24]", "encoder.out=16", "model.dim=16",
-    "model.channels=16", "model.heads=2", "model.head_channels=8", "model.recycles=2",
-    "train.minisets=4", "train.miniset_min=40", "train.miniset_max=60", "train.epochs=3",
-    "train.warmup_epochs=1", "train.ramp_epochs=1", "train.gate_steps=3", "train.val_minisets=2",
-    "graph.k=12", "data.max_genes=60", "model.start=pca",
-]  # fmt: skip
+    "encoder.steps=6",
+    "encoder.hidden=[24]",
+    "encoder.out=16",
+    "model.dim=16",
+    "model.channels=16",
+    "model.heads=2",
+    "model.head_channels=8",
+    "model.recycles=2",
+    "train.minisets=4",
+    "train.miniset_min=40",
+    "train.miniset_max=60",
+    "train.epochs=3",
+    "train.warmup_epochs=1",
+    "train.ramp_epochs=1",
+    "train.gate_steps=3",
+    "train.val_minisets=2",
+    "graph.k=12",
+    "data.max_genes=60",
+    "model.start=pca",
+]
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +234,17 @@ def test_validation_and_test_slides_change_no_trained_weight(run, slides, tmp_pa
 def test_whole_slides_train(slides, tmp_path, unit):
     config = load_config(
         None,
-        [*SMALL, f"train.unit={unit}", "train.steps_per_epoch=4", "train.probe_rows=16",
-         "graph.target_mode=sketch", "train.lambda_long=0.1", "train.lambda_multiscale=0.1",
-         "train.lambda_gram=0.1"],
-    )  # fmt: skip
+        [
+            *SMALL,
+            f"train.unit={unit}",
+            "train.steps_per_epoch=4",
+            "train.probe_rows=16",
+            "graph.target_mode=sketch",
+            "train.lambda_long=0.1",
+            "train.lambda_multiscale=0.1",
+            "train.lambda_gram=0.1",
+        ],
+    )
     if unit == "mixed":
         config = config.replace(train={"batch_size": 2})
     fit(slides[:2], slides[2:3], config, tmp_path)
@@ -269,9 +286,16 @@ def test_a_model_learns_where_cells_lie(tmp_path):
         slide.embedding = features.astype(np.float32)
     config = load_config(
         None,
-        [*SMALL, "data.embedding=obsm:x", "train.epochs=6", "train.minisets=30", "train.lr=2e-3",
-         "model.recycles=3", "train.gate_steps=20"],
-    )  # fmt: skip
+        [
+            *SMALL,
+            "data.embedding=obsm:x",
+            "train.epochs=6",
+            "train.minisets=30",
+            "train.lr=2e-3",
+            "model.recycles=3",
+            "train.gate_steps=20",
+        ],
+    )
     config.save(tmp_path)
     fit(made[:2], made[2:], config, tmp_path)
     prediction = Predictor.load(tmp_path).predict(made[2])
@@ -332,7 +356,7 @@ def test_a_slide_of_the_training_set_is_recognised(run, slides, tmp_path):
 def test_energies_are_zero_at_the_truth_and_not_elsewhere(slides):
     pos = slides[0].pos
     shuffled = pos[np.random.default_rng(0).permutation(len(pos))]
-    values = energies({"model": shuffled, "true coordinates": pos * 3 + 7}, pos, seed=0)
+    values = e_geo_of_layouts({"model": shuffled, "true coordinates": pos * 3 + 7}, pos, seed=0)
     assert values["true coordinates"]["E_geo"] == pytest.approx(0, abs=1e-9)
     model = values["model"]
     assert model["E_geo"] > 0.5
@@ -377,7 +401,7 @@ def test_minisets_are_balanced_random_subsets(units):
 
 
 def test_merged_minisets_have_the_losses_of_each(units):
-    from ipar_sparse.losses import gate_loss, rw_kl_loss
+    from ipar_sparse.supervision.losses import gate_loss, rw_kl_loss
 
     _, pool = units
     parts = [pool[0], pool[1]]
@@ -415,7 +439,7 @@ def test_dropped_edges_leave_one_a_cell(slides, tmp_path):
 
 def test_embedding_scale_keeps_neighbours():
     parts = [torch.randn(50, 6) * torch.tensor([9.0, 1, 1, 1, 1, 1]) + 4, torch.randn(30, 6)]
-    scale = EmbeddingScale(6).fit(parts)
+    scale = EmbeddingScaler(6).fit(parts)
     scaled = torch.cat([scale(p) for p in parts])
     ratio = torch.pdist(scaled) / torch.pdist(torch.cat(parts))
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
@@ -440,7 +464,7 @@ def test_infonce_is_its_formula():
 def test_encoder_loss_has_its_parts(slides, preset):
     config = load_config(None, SMALL, preset=preset)
     genes, _ = match_genes(slides)
-    data = ContrastSlide(Expression.from_slide(slides[0], genes), slides[0].pos, 15, 0.5)
+    data = ContrastiveSlide(Expression.from_slide(slides[0], genes), slides[0].pos, 15, 0.5)
     encoder = SharedEncoder(len(genes), (24,), 16, skip=preset == "v1")
     losses = encoder_loss(
         encoder, data, config.encoder, torch.Generator().manual_seed(0), torch.device("cpu")
@@ -645,9 +669,12 @@ def test_on_a_slide_larger_than_a_miniset_candidates_reach_as_far_as_in_one(run,
     h = torch.from_numpy(near.embedding)
     settings = predictor.config.graph
     sampled = pooled_candidates(
-        h, settings.k, 50, metric=settings.metric,
+        h,
+        settings.k,
+        50,
+        metric=settings.metric,
         generator=torch.Generator().manual_seed(predictor.config.train.seed),
-    )  # fmt: skip
+    )
     assert torch.equal(far.graph.index, sampled.index)
     assert torch.equal(far.candidates.index, near.candidates.index)
     for found in (near, far):  # both begin from the plane
@@ -674,7 +701,7 @@ def test_distances_are_as_expected_before_neighbors_are_drawn_together(run, slid
     recycled = torch.from_numpy(found.trajectory[-1]).float()
     h = torch.from_numpy(found.embedding)
     seed = predictor.config.train.seed
-    expected = expected_layout(recycled, None, h, steps=40, seed=seed)
+    expected = correct_distances(recycled, None, h, steps=40, seed=seed)
     np.testing.assert_allclose(found.pos, expected.double(), atol=1e-4)
     assert not np.allclose(found.pos, plain.pos, atol=1e-3)
     drawn = {"steps": 20, "neighbors": 5, "anchor": 3.0, "enough": 2.0}
@@ -750,9 +777,10 @@ def test_the_last_step_may_leave_the_first_axis_alone(run, slides):
 def test_the_last_step_goes_by_what_neighbours_of_the_training_slides_differ_in(run, slides):
     predictor = Predictor.load(run)
     known = [(torch.from_numpy(predictor.embed(s)), s.pos) for s in slides[:2]]
-    expected = Nearness(known[0][0].size(1)).fit(known)
-    torch.testing.assert_close(predictor.nearness.covariance, expected.covariance, rtol=1e-3,
-                               atol=1e-5)  # fmt: skip
+    expected = RelevantComponents(known[0][0].size(1)).fit(known)
+    torch.testing.assert_close(
+        predictor.nearness.covariance, expected.covariance, rtol=1e-3, atol=1e-5
+    )
     h = torch.from_numpy(predictor.embed(slides[3]))
     candidates = predictor.candidates(h)
     for asked in (1.0, 0.5):

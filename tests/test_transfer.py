@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from ipar_sparse.config import RunConfig, load_config
+from ipar_sparse.data.simulation import simulate
+from ipar_sparse.data.slide import Slide
 from ipar_sparse.errors import UserError
-from ipar_sparse.expected import share_of_variance
-from ipar_sparse.nearness import Nearness
-from ipar_sparse.simulate import simulate
-from ipar_sparse.slide import Slide
-from ipar_sparse.train import transfer
-from ipar_sparse.train.checkpoint import LAST, read_meta
-from ipar_sparse.train.predict import Predictor
-from ipar_sparse.train.trainer import TRANSFER, build_encoder, fit, fit_encoder, settle
-from ipar_sparse.train.transfer import (
+from ipar_sparse.estimators.relevant_components import RelevantComponents
+from ipar_sparse.inference.checkpoint import LAST, read_meta
+from ipar_sparse.inference.predictor import Predictor
+from ipar_sparse.layout.distance_correction import relative_variance
+from ipar_sparse.train import selection as transfer
+from ipar_sparse.train.fit import TRANSFER, build_encoder, fit, fit_encoder, settle
+from ipar_sparse.train.selection import (
     ATLAS,
     FIELDS,
     MAP,
@@ -32,11 +32,22 @@ CPU = torch.device("cpu")
 STARTS = PLANE, MAP, ATLAS
 OWN = RunConfig().replace(data={"embedding": "obsm:H"}, model={"dim": 8})
 SMALL = [
-    "train.minisets=6", "train.epochs=2", "train.ramp_epochs=1", "train.gate_steps=3",
-    "train.miniset_min=40", "train.miniset_max=60", "encoder.steps=8", "encoder.hidden=[24]",
-    "encoder.out=16", "model.dim=16", "model.recycles=2", "model.channels=16",
-    "model.head_channels=8", "graph.k=12", "train.device=cpu",
-]  # fmt: skip
+    "train.minisets=6",
+    "train.epochs=2",
+    "train.ramp_epochs=1",
+    "train.gate_steps=3",
+    "train.miniset_min=40",
+    "train.miniset_max=60",
+    "encoder.steps=8",
+    "encoder.hidden=[24]",
+    "encoder.out=16",
+    "model.dim=16",
+    "model.recycles=2",
+    "model.channels=16",
+    "model.head_channels=8",
+    "graph.k=12",
+    "train.device=cpu",
+]
 
 
 def slide(name, dims, seed, nuisance=0.0, n=300):
@@ -68,8 +79,9 @@ def test_where_every_donor_is_its_own_the_plane_is():
 
 def test_slides_of_one_donor_are_left_out_together():
     """Sections of one donor agree, which says nothing of the next donor."""
-    pairs = [slide(f"{d}{i}", [2 * j, 2 * j + 1], 2 * j + i) for j, d in enumerate("ab")
-             for i in (1, 2)]  # fmt: skip
+    pairs = [
+        slide(f"{d}{i}", [2 * j, 2 * j + 1], 2 * j + i) for j, d in enumerate("ab") for i in (1, 2)
+    ]
     donors = {s.name: s.name[0] for s in pairs}
     assert tried(pairs, donors).scores[MAP] < 0.5 < tried(pairs).scores[MAP]
     assert tried(pairs, donors).donors == 2
@@ -99,11 +111,16 @@ def test_the_encoder_is_tried_too_and_the_same_every_time(slides):
     steps = []
     found = [
         try_transfer(
-            slides, None, config, lambda asked: build_encoder(asked, len(genes)), genes, CPU,
+            slides,
+            None,
+            config,
+            lambda asked: build_encoder(asked, len(genes)),
+            genes,
+            CPU,
             lambda: steps.append(1),
         )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     assert found[0] == found[1]
     assert found[0].input == "counts"  # so the fields of genes are tried as well
     starts = *STARTS, FIELDS
@@ -137,9 +154,10 @@ def test_a_run_stopped_before_the_choice_cannot_predict():
     with pytest.raises(UserError, match="stopped before its training began"):
         settle(RunConfig(), {"genes": 10})
     settled = RunConfig().replace(
-        model={"start": "mlp"}, refine={"steps": 200},
+        model={"start": "mlp"},
+        refine={"steps": 200},
         encoder={"standardize": 0.5, "spatial_genes": 0.0, "kept": "spatial"},
-    )  # fmt: skip
+    )
     assert settle(settled, {}) is settled
 
 
@@ -173,8 +191,14 @@ def test_what_is_left_open_is_settled_and_nothing_else():
 
 @pytest.mark.parametrize(
     "asked",
-    [{"steps": 30}, {"neighbors": 7}, {"anchor": 0.5}, {"whiten": 0.2}, {"power": 0.5},
-     {"narrow": 0.1}],
+    [
+        {"steps": 30},
+        {"neighbors": 7},
+        {"anchor": 0.5},
+        {"whiten": 0.2},
+        {"power": 0.5},
+        {"narrow": 0.1},
+    ],
 )
 def test_the_last_step_that_is_asked_for_is_taken(asked):
     config = RunConfig().replace(model={"start": "pca"}, refine=asked)
@@ -183,11 +207,14 @@ def test_the_last_step_that_is_asked_for_is_taken(asked):
     assert found == (nothing if "steps" in asked else FIRM) | asked
 
 
-@pytest.mark.parametrize("unused", [
-    {"data": {"embedding": "obsm:H"}},
-    {"encoder": {"standardize": 1.0, "spatial_genes": 0.0, "keep": 0.0}},
-    {"encoder": {"standardize": 1.0, "spatial_genes": 0.0, "skip": False}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "unused",
+    [
+        {"data": {"embedding": "obsm:H"}},
+        {"encoder": {"standardize": 1.0, "spatial_genes": 0.0, "keep": 0.0}},
+        {"encoder": {"standardize": 1.0, "spatial_genes": 0.0, "skip": False}},
+    ],
+)
 def test_what_a_run_does_not_use_is_not_tried(unused):
     config = RunConfig().replace(model={"start": "pca"}, refine={"steps": 0})
     with pytest.raises(UserError, match="stopped before its training began"):
@@ -261,10 +288,13 @@ def noise(fold):
     """Embedding and layouts of the slides left out that say nothing of the place."""
     rng = np.random.default_rng(0)
     return [
-        _Left(torch.from_numpy(rng.standard_normal((s.num_cells, 4))).float(), s.pos,
-              {name: rng.standard_normal((s.num_cells, 2)) for name in STARTS})
+        _Left(
+            torch.from_numpy(rng.standard_normal((s.num_cells, 4))).float(),
+            s.pos,
+            {name: rng.standard_normal((s.num_cells, 2)) for name in STARTS},
+        )
         for s in fold.test
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("better", ["principal", "spatial"])
@@ -332,8 +362,12 @@ def test_ways_to_read_expression_that_are_tried(slides, monkeypatch, settings, n
     monkeypatch.setattr(transfer._Fold, "trained", lambda fold, *_: {"principal": noise(fold)})
     found = try_transfer(
         [replace(s, normalized=normalized) for s in slides],
-        None, config, lambda asked: build_encoder(asked, len(genes)), genes, CPU,
-    )  # fmt: skip
+        None,
+        config,
+        lambda asked: build_encoder(asked, len(genes)),
+        genes,
+        CPU,
+    )
     assert found.scores.keys() & {"spatial genes", "all genes", "counts"} == ways
     if len(ways) < 3:
         assert found.input == ("counts" if "encoder.input=counts" in settings else "log")
@@ -446,8 +480,9 @@ def test_leading_components_serve_where_the_others_are_noise():
     """One donor's cells lie by two strong components; in the other forty there is nothing."""
     rng = np.random.default_rng(0)
     pos = rng.uniform(-1, 1, (600, 2))
-    h = np.concatenate([pos + 0.1 * rng.standard_normal(pos.shape),
-                        0.15 * rng.standard_normal((600, 40))], 1)  # fmt: skip
+    h = np.concatenate(
+        [pos + 0.1 * rng.standard_normal(pos.shape), 0.15 * rng.standard_normal((600, 40))], 1
+    )
     blurred = pos + 0.25 * rng.standard_normal(pos.shape)
     left = _Left(torch.from_numpy(h).float(), pos, dict.fromkeys(STARTS, blurred))
     found = _choose([[left]], AS_IT_IS, Transfer(), {})
@@ -464,13 +499,17 @@ def test_a_narrow_layout_serves_where_units_repeat_along_a_trend():
         rng = np.random.default_rng(seed)
         pos = rng.uniform(-1, 1, (1500, 2))
         phase = 0.5 + 0.25 * (np.sin(9 * pos[:, 0]) + np.sin(9 * pos[:, 1]))
-        h = np.column_stack([pos[:, 0] + 0.3 * rng.standard_normal(1500),
-                             5 * phase + 0.3 * rng.standard_normal(1500),
-                             0.3 * rng.standard_normal((1500, 8))])  # fmt: skip
+        h = np.column_stack(
+            [
+                pos[:, 0] + 0.3 * rng.standard_normal(1500),
+                5 * phase + 0.3 * rng.standard_normal(1500),
+                0.3 * rng.standard_normal((1500, 8)),
+            ]
+        )
         return torch.from_numpy(h).float(), pos
 
     (h, pos), known = made(0), [made(1), made(2)]
-    nearness = Nearness(10).fit(known)
+    nearness = RelevantComponents(10).fit(known)
     guessed = np.column_stack([h[:, 0].numpy(), 0.3 * rng.standard_normal(1500)])
     left = _Left(h, pos, dict.fromkeys(STARTS, guessed), nearness=nearness)
     found = _choose([[left]], AS_IT_IS, Transfer(), {})
@@ -486,16 +525,15 @@ def test_whitening_serves_where_neighbours_differ_more_in_some_directions():
     def made(seed):
         rng = np.random.default_rng(seed)
         pos = rng.uniform(-1, 1, (600, 2))
-        h = np.concatenate([0.1 * rng.standard_normal((600, 8)),
-                            0.5 * rng.standard_normal((600, 2))], 1)  # fmt: skip
+        h = np.concatenate(
+            [0.1 * rng.standard_normal((600, 8)), 0.5 * rng.standard_normal((600, 2))], 1
+        )
         h[:, :2] += 0.5 * pos
         return torch.from_numpy(h).float(), pos
 
     (h, pos), known = made(0), [made(1), made(2)]
     blurred = pos + 0.25 * rng.standard_normal(pos.shape)
-    left = _Left(
-        h, pos, dict.fromkeys(STARTS, blurred), nearness=Nearness(10).fit(known)
-    )
+    left = _Left(h, pos, dict.fromkeys(STARTS, blurred), nearness=RelevantComponents(10).fit(known))
     found = _choose([[left]], AS_IT_IS, Transfer(), {})
     assert found.refine["pca"]["whiten"] == 1 and found.refine["pca"]["steps"]
     assert found.scores["whitened"] > found.scores["middle"] > found.scores["plain"]
@@ -506,9 +544,12 @@ def test_after_fields_the_last_step_must_gain(monkeypatch, after, taken):
     """They find neighbours that the embedding does not."""
     monkeypatch.setattr(transfer, "_Left", Refined)
     found = _choose(
-        [[Refined((0.5, 0.3), (0.5, after))]], AS_IT_IS, Transfer(), {},
+        [[Refined((0.5, 0.3), (0.5, after))]],
+        AS_IT_IS,
+        Transfer(),
+        {},
         (*STARTS, FIELDS),
-    )  # fmt: skip
+    )
     assert bool(found.refine["fields"]["steps"]) == taken
 
 
@@ -520,7 +561,7 @@ def halves(known=1 / 3, n=700, seed=0):
     mean = np.where(told[:, None], pos, pos * [0.0, 1.0])
     variance = torch.from_numpy(np.where(told, 0.0, pos[:, 0] ** 2)).float()
     h = torch.from_numpy(np.abs(pos)).float()
-    atlas = share_of_variance(torch.from_numpy(mean).float(), variance)
+    atlas = relative_variance(torch.from_numpy(mean).float(), variance)
     worse = mean + 0.3 * rng.standard_normal(pos.shape)
     placed = {"plane": worse, "map": worse, "atlas": mean}
     return _Left(h, pos, placed, {"atlas": atlas})

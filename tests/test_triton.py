@@ -12,10 +12,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from ipar_sparse import ops  # noqa: E402
-from ipar_sparse.graph import NeighborTable  # noqa: E402
-from ipar_sparse.graph.order import reorder  # noqa: E402
-from ipar_sparse.ops import triton_attention, triton_gate  # noqa: E402
+from ipar_sparse import ops
+from ipar_sparse.graph import NeighborTable
+from ipar_sparse.graph.order import reorder
+from ipar_sparse.ops import triton_attention, triton_gate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -58,9 +58,12 @@ def make_bias(kind, table, heads):
 def attention(tensors, bias, table, grads, backend):
     leaves = [t.detach().requires_grad_() for t in (*tensors, *([] if bias is None else [bias]))]
     out = ops.edge_attention(
-        *leaves[:3], tuple(leaves[3:5]), leaves[5] if len(leaves) > 5 else None, table,
+        *leaves[:3],
+        tuple(leaves[3:5]),
+        leaves[5] if len(leaves) > 5 else None,
+        table,
         backend=backend,
-    )  # fmt: skip
+    )
     finite = [o.masked_fill(~torch.isfinite(o), 0) for o in out]
     total = sum((o * g.to(o.dtype)).double().sum() for o, g in zip(finite, grads, strict=True))
     return [*out, *torch.autograd.grad(total, leaves)]
@@ -85,8 +88,10 @@ def compare_attention(table, heads, channels, bias_kind, dtype):
     tensors = attention_inputs(table, heads, channels, dtype)
     bias = make_bias(bias_kind, table, heads)
     n = table.num_nodes
-    grads = [torch.randn(shape).to(DEVICE, dtype) for shape in
-             ((n, heads, channels), (n, heads, 2), (n, heads))]  # fmt: skip
+    grads = [
+        torch.randn(shape).to(DEVICE, dtype)
+        for shape in ((n, heads, channels), (n, heads, 2), (n, heads))
+    ]
     got = attention(tensors, bias, table, grads, "triton")
     wide = [t.double() for t in tensors], None if bias is None else bias.double()
     want = attention(*wide, table, [g.double() for g in grads], "reference")
@@ -145,9 +150,11 @@ def test_attention_reads_packed_and_strided_rows_in_place():
 
 @pytest.mark.parametrize("n,k", [(0, 0), (5, 0)])
 def test_attention_without_edges(n, k):
-    table = make_table(n, k) if k else NeighborTable(
-        torch.empty(n, 0, dtype=torch.int32, device=DEVICE)
-    )  # fmt: skip
+    table = (
+        make_table(n, k)
+        if k
+        else NeighborTable(torch.empty(n, 0, dtype=torch.int32, device=DEVICE))
+    )
     q = torch.randn(n, 2, 16, device=DEVICE, requires_grad=True)
     x = torch.randn(n, 2, device=DEVICE)
     out, displacement, lse = ops.edge_attention(q, q, q, x, None, table, backend="triton")
@@ -159,9 +166,12 @@ def test_attention_without_edges(n, k):
 
 @pytest.mark.parametrize(
     "channels,dtype,width,match",
-    [(24, torch.float32, 2, "channels"), (16, torch.float64, 2, "float32"),
-     (16, torch.float32, 3, "two dimensions")],
-)  # fmt: skip
+    [
+        (24, torch.float32, 2, "channels"),
+        (16, torch.float64, 2, "float32"),
+        (16, torch.float32, 3, "two dimensions"),
+    ],
+)
 def test_attention_refuses_what_it_cannot_run(channels, dtype, width, match):
     q = torch.randn(4, 2, channels, device=DEVICE, dtype=dtype)
     with pytest.raises(ValueError, match=match):

@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from ipar_sparse.graph import knn  # noqa: E402
-from ipar_sparse.graph.triton_knn import search  # noqa: E402
+from ipar_sparse.graph import knn
+from ipar_sparse.graph.triton_knn import search
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

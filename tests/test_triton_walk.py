@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from ipar_sparse.losses import _probe_kl, rw_kl_loss  # noqa: E402
-from ipar_sparse.ops import triton_walk  # noqa: E402
-from ipar_sparse.targets import build_walk_target, collate_walks  # noqa: E402
+from ipar_sparse.ops import triton_walk
+from ipar_sparse.supervision.losses import _probe_kl, rw_kl_loss
+from ipar_sparse.supervision.targets import build_walk_target, collate_walks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -28,8 +28,9 @@ def walk_of(kind):
     if kind == "one step":
         return build_walk_target(points(N), K, steps=1)
     if kind == "batch":
-        return collate_walks([build_walk_target(points(n), K, steps) for n, steps in
-                              ((N // 2, 2), (N, 4))])  # fmt: skip
+        return collate_walks(
+            [build_walk_target(points(n), K, steps) for n, steps in ((N // 2, 2), (N, 4))]
+        )
     if kind == "duplicates":
         return build_walk_target(points(N).round(), K)
     return build_walk_target(points(N), K, steps=5)

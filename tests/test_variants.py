@@ -6,26 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from ipar_sparse.metrics.diagnostics import diagnose
 from torch.nn.functional import gelu, layer_norm, linear, softplus
 
 from benchmarks.dense import dense_edges, dense_mask
 from ipar_sparse import ops
 from ipar_sparse.config import PRESETS, Term, load_config
-from ipar_sparse.diagnostics import diagnose
+from ipar_sparse.data.simulation import simulate
 from ipar_sparse.errors import UserError
-from ipar_sparse.gauge import gauge_fix
+from ipar_sparse.evaluation.scoring import recycle_records
+from ipar_sparse.evaluation.study import load_variants
+from ipar_sparse.geometry.gauge import gauge_fix
 from ipar_sparse.graph import NeighborTable, knn_candidates
+from ipar_sparse.inference.checkpoint import BEST, load_checkpoint, read_meta, save_checkpoint
+from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.nn import LOGIT_TERMS, EdgeGateSoft, IPALiteConv, IPALiteModel, PairBias
 from ipar_sparse.nn import model as model_module
 from ipar_sparse.ops import edges as edges_module
-from ipar_sparse.simulate import simulate
-from ipar_sparse.targets import gate_target
-from ipar_sparse.train import trainer
-from ipar_sparse.train.checkpoint import BEST, load_checkpoint, read_meta, save_checkpoint
-from ipar_sparse.train.evaluate import recycle_records
-from ipar_sparse.train.predict import Predictor
-from ipar_sparse.train.study import load_variants
-from ipar_sparse.train.units import build_unit, draw_candidates, merge
+from ipar_sparse.supervision.targets import gate_target
+from ipar_sparse.train import fit as trainer
+from ipar_sparse.train.batches import build_unit, merge, subsample_edges
 
 N, K, D, C, HEADS, HC = 30, 8, 10, 24, 4, 8
 SIZES = {"channels": C, "heads": HEADS, "head_channels": HC}
@@ -45,10 +45,16 @@ VARIANTS = {
     "pair, unshared": {"pair_hidden": (16, 8), "shared": False},
     "pair, one hidden layer": {"pair_hidden": (16,), "shared": False},
     "ipa-r": {
-        "shared": False, "qk_norm": True, "qk_range": (1.0, 10.0), "betas": (0.5, 1.5, 2.0),
-        "pair_hidden": (64,), "terms": ("point_ipa",), "geo_schedule": (3,), "step_gate": 0.2,
+        "shared": False,
+        "qk_norm": True,
+        "qk_range": (1.0, 10.0),
+        "betas": (0.5, 1.5, 2.0),
+        "pair_hidden": (64,),
+        "terms": ("point_ipa",),
+        "geo_schedule": (3,),
+        "step_gate": 0.2,
     },
-}  # fmt: skip
+}
 
 
 def scramble(module, std=0.3, seed=0):
@@ -343,11 +349,20 @@ def count(module):
 
 
 COUNTS = {
-    "v1": 154_674, "v1-mono": 154_678, "v1-rbf": 154_738, "v1-point-ipa": 156_214,
-    "v1-pair": 193_874, "v1-qk-norm": 154_675, "v1-qk-norm-geo": 154_679, "no-qk": 130_098,
+    "v1": 154_674,
+    "v1-mono": 154_678,
+    "v1-rbf": 154_738,
+    "v1-point-ipa": 156_214,
+    "v1-pair": 193_874,
+    "v1-qk-norm": 154_675,
+    "v1-qk-norm-geo": 154_679,
+    "no-qk": 130_098,
     # on record
-    "v2-3r": 352_277, "v2-3r-geo-last": 352_281, "v2-5r": 549_879, "ipa-r": 389_119,
-}  # fmt: skip
+    "v2-3r": 352_277,
+    "v2-3r-geo-last": 352_281,
+    "v2-5r": 549_879,
+    "ipa-r": 389_119,
+}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -390,12 +405,24 @@ def test_normalised_attention_has_logits_of_the_stated_spread():
 
 
 SMALL = [
-    "encoder.steps=2", "encoder.hidden=[24]", "encoder.out=16", "model.dim=16",
-    "model.channels=16", "model.heads=4", "model.head_channels=8", "train.minisets=2",
-    "train.miniset_min=40", "train.miniset_max=60", "train.epochs=1", "train.warmup_epochs=0",
-    "train.ramp_epochs=0", "train.gate_steps=2", "train.val_minisets=1", "graph.k=12",
+    "encoder.steps=2",
+    "encoder.hidden=[24]",
+    "encoder.out=16",
+    "model.dim=16",
+    "model.channels=16",
+    "model.heads=4",
+    "model.head_channels=8",
+    "train.minisets=2",
+    "train.miniset_min=40",
+    "train.miniset_max=60",
+    "train.epochs=1",
+    "train.warmup_epochs=0",
+    "train.ramp_epochs=0",
+    "train.gate_steps=2",
+    "train.val_minisets=1",
+    "graph.k=12",
     "data.max_genes=60",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -497,7 +524,7 @@ def test_drawn_candidates_are_the_nearest_and_mutual(slides):
     generator = torch.Generator().manual_seed(0)
     n, seen = slides[0].num_cells, set()
     for _ in range(40):
-        drawn = draw_candidates(unit, config.train, generator)
+        drawn = subsample_edges(unit, config.train, generator)
         assert torch.equal(drawn.graph.index, unit.graph.index[:, : drawn.graph.k])
         seen.add(drawn.graph.k)
     assert min(seen) == round(0.12 * n) and max(seen) == round(0.18 * n)
@@ -505,13 +532,13 @@ def test_drawn_candidates_are_the_nearest_and_mutual(slides):
     assert bool(((rows - 1).abs() < 1e-5).logical_or(rows == 0).all())
 
     config = load_config(overrides=[*SMALL, "train.mutual_share=0.999"])
-    drawn = draw_candidates(unit, config.train, generator).graph
+    drawn = subsample_edges(unit, config.train, generator).graph
     mask = dense_mask(unit.graph)
     expected = mask & mask.T
     expected[torch.arange(n), unit.graph.index[:, 0].long()] = True
     assert torch.equal(dense_mask(drawn), expected)
     assert drawn.padded and drawn.num_edges == int(expected.sum())
-    assert draw_candidates(unit, load_config(overrides=SMALL).train, generator) is unit
+    assert subsample_edges(unit, load_config(overrides=SMALL).train, generator) is unit
 
 
 def test_drawn_candidates_of_a_batch_follow_each_graphs_size(slides):
@@ -520,7 +547,7 @@ def test_drawn_candidates_of_a_batch_follow_each_graphs_size(slides):
         config = load_config(overrides=[*SMALL, "graph.k=20", "train.k_range=[0.2, 0.2001]"])
         pos = torch.from_numpy(slides[0].pos[:rows])
         parts.append(build_unit(random(rows, 16).float(), pos, config, 0))
-    drawn = draw_candidates(merge(parts), config.train, torch.Generator().manual_seed(0))
+    drawn = subsample_edges(merge(parts), config.train, torch.Generator().manual_seed(0))
     degree = (drawn.graph.index >= 0).sum(1)
     assert degree[:30].unique().tolist() == [6]
     assert degree[30:].unique().tolist() == [16]
@@ -568,7 +595,7 @@ def test_augmentation_levels_vary_around_their_value(slides):
         ("train.gate_walk=[0,1] model.beta=0", "supervises the gate"),
         ("train.k_range=[0.2,0.1]", "k_range must rise"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_combined_is_refused_in_one_line(overrides, words):
     with pytest.raises(UserError) as caught:
         load_config(overrides=overrides.replace(", ", ",").split(" "))

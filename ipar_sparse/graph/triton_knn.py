@@ -136,22 +136,54 @@ def _search_block(cloud: _Cloud, position: Tensor, k: int, capacity: int) -> tup
     def narrow(kept: int) -> None:
         """Rank the candidates, of which the first are ranked already, and keep k."""
         _distance_kernel[(num,)](
-            cloud.point, cloud.number, position, buffer, fill, kept,
-            CAPACITY=capacity, D=width, R=max(1, 4096 // width),
-        )  # fmt: skip
+            cloud.point,
+            cloud.number,
+            position,
+            buffer,
+            fill,
+            kept,
+            CAPACITY=capacity,
+            D=width,
+            R=max(1, 4096 // width),
+        )
         _rank_kernel[(triton.cdiv(num, ranked),)](
-            cloud.half, cloud.error, position, buffer, fill, overflow, bound, reach,
-            num, k, cloud.margin, CAPACITY=capacity, LOG=capacity.bit_length() - 1, ROWS=ranked,
+            cloud.half,
+            cloud.error,
+            position,
+            buffer,
+            fill,
+            overflow,
+            bound,
+            reach,
+            num,
+            k,
+            cloud.margin,
+            CAPACITY=capacity,
+            LOG=capacity.bit_length() - 1,
+            ROWS=ranked,
             num_warps=max(1, capacity // 512),
-        )  # fmt: skip
+        )
 
     narrow(kept=0)
     tile = _tile(width)
     for stop in _parts(end, n):
         _filter_kernel[(triton.cdiv(num, tile["M"]),)](
-            cloud.code, cloud.half, cloud.tile_error, position, bound, reach, buffer, fill,
-            num, end, stop, CAPACITY=capacity, D=width, TILE=_COLUMNS, **tile,
-        )  # fmt: skip
+            cloud.code,
+            cloud.half,
+            cloud.tile_error,
+            position,
+            bound,
+            reach,
+            buffer,
+            fill,
+            num,
+            end,
+            stop,
+            CAPACITY=capacity,
+            D=width,
+            TILE=_COLUMNS,
+            **tile,
+        )
         narrow(kept=k)
         end = stop
     return (buffer[:, :k] & 0xFFFFFFFF).int(), overflow
@@ -176,10 +208,23 @@ def _tile(width: int) -> dict:
 
 @triton.jit(do_not_specialize=["num"])
 def _filter_kernel(
-    code_ptr, half_ptr, tile_error_ptr, position_ptr, bound_ptr, reach_ptr, buffer_ptr, fill_ptr,
-    num, begin, end,
-    CAPACITY: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
+    code_ptr,
+    half_ptr,
+    tile_error_ptr,
+    position_ptr,
+    bound_ptr,
+    reach_ptr,
+    buffer_ptr,
+    fill_ptr,
+    num,
+    begin,
+    end,
+    CAPACITY: tl.constexpr,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
     """Append the columns that may be nearer than a row's bound to the row's candidates.
 
     A program has its rows to itself, so that slots are counted in registers and candidates stand
@@ -232,9 +277,16 @@ def _filter_kernel(
 
 @triton.jit(do_not_specialize=["kept"])
 def _distance_kernel(
-    point_ptr, number_ptr, position_ptr, buffer_ptr, fill_ptr, kept,
-    CAPACITY: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
+    point_ptr,
+    number_ptr,
+    position_ptr,
+    buffer_ptr,
+    fill_ptr,
+    kept,
+    CAPACITY: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+):
     """Replace a row's new candidates by (squared distance, number) in one sortable integer."""
     row = tl.program_id(0).to(tl.int64)
     inner = tl.arange(0, D)
@@ -260,9 +312,21 @@ def _distance_kernel(
 
 @triton.jit(do_not_specialize=["num", "k"])
 def _rank_kernel(
-    half_ptr, error_ptr, position_ptr, buffer_ptr, fill_ptr, overflow_ptr, bound_ptr, reach_ptr,
-    num, k, margin, CAPACITY: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    half_ptr,
+    error_ptr,
+    position_ptr,
+    buffer_ptr,
+    fill_ptr,
+    overflow_ptr,
+    bound_ptr,
+    reach_ptr,
+    num,
+    k,
+    margin,
+    CAPACITY: tl.constexpr,
+    LOG: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Keep a row's k nearest candidates, sorted, and say what a nearer column must satisfy.
 
     It has |a_i - a_j| <= reach_i + error_j for the float16 copies a, that is

@@ -1,7 +1,6 @@
 """Modules to import into a PyG model."""
 
 from .conv import IPALiteConv
-from .counts import CountComponents
 from .encoder import SharedEncoder
 from .gate import EdgeGateSoft
 from .model import IPALiteModel
@@ -9,7 +8,6 @@ from .terms import LOGIT_TERMS, PairBias
 
 __all__ = [
     "LOGIT_TERMS",
-    "CountComponents",
     "EdgeGateSoft",
     "IPALiteConv",
     "IPALiteModel",

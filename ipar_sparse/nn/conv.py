@@ -182,9 +182,12 @@ class IPALiteConv(MessagePassing):
             )
             attention, _ = ops.segment_softmax(logits, edge_index[1], size[1])
             total = self.propagate(
-                edge_index, value=(value, None), pos=(pos_src, pos_dst), attention=attention,
+                edge_index,
+                value=(value, None),
+                pos=(pos_src, pos_dst),
+                attention=attention,
                 size=size,
-            )  # fmt: skip
+            )
             out, displacement = total.split([self.head_channels, self.pos_channels], dim=-1)
             displacement = displacement.to(pos_dst.dtype)
 
@@ -208,9 +211,13 @@ class IPALiteConv(MessagePassing):
         return attention.unsqueeze(-1).to(dtype) * carried
 
     def logit_terms(
-        self, s: Tensor, pos: Tensor, edge_index: Tensor, batch: Tensor | None = None,
+        self,
+        s: Tensor,
+        pos: Tensor,
+        edge_index: Tensor,
+        batch: Tensor | None = None,
         use_terms: bool = True,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """What this layer adds to the edge bias to make its logits, by name.
 
         Args:
@@ -264,8 +271,9 @@ class IPALiteConv(MessagePassing):
         # Autocast would keep a float32 copy of half-precision states; sums are float32 anyway.
         with torch.autocast(s.device.type, enabled=False):
             weight, bias = self.norm.weight.to(s.dtype), self.norm.bias.to(s.dtype)
-            return nn.functional.layer_norm(s, self.norm.normalized_shape, weight, bias,
-                                            self.norm.eps)  # fmt: skip
+            return nn.functional.layer_norm(
+                s, self.norm.normalized_shape, weight, bias, self.norm.eps
+            )
 
     def _with_terms(self, bias, *ends) -> Tensor:
         if bias is not None and bias.dim() == 1:
@@ -278,11 +286,15 @@ class IPALiteConv(MessagePassing):
     def _messages_are_watched(self) -> bool:
         """Whether an explainer or a hook wants to see what a fused path never forms."""
         hooks = (
-            self._propagate_forward_pre_hooks, self._propagate_forward_hooks,
-            self._message_forward_pre_hooks, self._message_forward_hooks,
-            self._aggregate_forward_pre_hooks, self._aggregate_forward_hooks,
-            self._edge_update_forward_pre_hooks, self._edge_update_forward_hooks,
-        )  # fmt: skip
+            self._propagate_forward_pre_hooks,
+            self._propagate_forward_hooks,
+            self._message_forward_pre_hooks,
+            self._message_forward_hooks,
+            self._aggregate_forward_pre_hooks,
+            self._aggregate_forward_hooks,
+            self._edge_update_forward_pre_hooks,
+            self._edge_update_forward_hooks,
+        )
         return bool(self.explain) or any(hooks)
 
     def __repr__(self) -> str:

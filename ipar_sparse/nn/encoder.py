@@ -4,8 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import inits
 
-from .counts import CountComponents
-
 SMOOTH_CHANNELS = 30
 """Principal components in which cells are compared for smoothing."""
 
@@ -17,7 +15,7 @@ class SharedEncoder(nn.Module):
         H = x A + \mathrm{MLP}(x)
 
     Genes -> 512 -> 256 -> 128, each hidden layer followed by LayerNorm, ReLU and dropout. The
-    linear path starts as principal components (:meth:`start_from`) and the MLP from zero, so that
+    linear path starts as principal components (:meth:`init_linear`) and the MLP from zero, so that
     training begins where principal components are and leaves them only as far as it pays.
 
     Args:
@@ -30,12 +28,10 @@ class SharedEncoder(nn.Module):
             that a cell is averaged with before it comes here (default: 0).
         prepare: whether to carry how counts become its input, as buffers ``target_sum``, the total
             that a cell is scaled to, and ``gene_weight`` (genes,) (default: False: 1e4, none).
-        counts: components of counts that are its input in place of genes, carried along as a
-            module; ``in_channels`` is then theirs (default: None).
 
     Shapes:
         - **input:** expression (n, genes): normalised per cell, log1p, weighted, mean-centred per
-          gene within the slide; or components of counts (n, in_channels)
+          gene within the slide
         - **output:** embedding (n, out_channels)
     """
 
@@ -48,7 +44,6 @@ class SharedEncoder(nn.Module):
         skip: bool = False,
         smooth: int = 0,
         prepare: bool = False,
-        counts: CountComponents | None = None,
     ):
         super().__init__()
         self.in_channels = in_channels
@@ -62,7 +57,6 @@ class SharedEncoder(nn.Module):
         layers.append(nn.Linear(width, out_channels))
         self.mlp = nn.Sequential(*layers)
         self.linear = nn.Linear(in_channels, out_channels, bias=False) if skip else None
-        self.counts = counts
         self.smooth = smooth
         axes = torch.zeros(in_channels, min(SMOOTH_CHANNELS, in_channels))
         self.register_buffer("axes", axes if smooth else None)
@@ -79,7 +73,7 @@ class SharedEncoder(nn.Module):
             nn.init.zeros_(self.mlp[-1].bias)
 
     @torch.no_grad()
-    def start_from(self, axes: Tensor, scale: float = 1.0) -> None:
+    def init_linear(self, axes: Tensor, scale: float = 1.0) -> None:
         """Begin from components of the expression: the linear path, and what cells are compared by.
 
         Args:
@@ -97,7 +91,7 @@ class SharedEncoder(nn.Module):
             self.axes[:, : taken.size(1)] = taken
 
     @torch.no_grad()
-    def recombine(self, own: Tensor, added: Tensor) -> None:
+    def rotate_output(self, own: Tensor, added: Tensor) -> None:
         """Replace the embedding H of expression x by H @ own + x @ added, in the weights.
 
         Args:

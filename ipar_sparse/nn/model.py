@@ -11,7 +11,7 @@ from torch_geometric.nn import inits
 from torch_geometric.typing import Adj
 
 from .. import ops
-from ..gauge import gauge_fix
+from ..geometry.gauge import gauge_fix
 from ..graph import NeighborTable
 from ..graph.order import reorder
 from .conv import IPALiteConv, as_edge_index
@@ -113,10 +113,15 @@ class IPALiteModel(nn.Module):
             raise ValueError(f"betas needs one value for each of {num_recycles} recycles: {betas}")
         self.geo_schedule = tuple(sorted(scheduled)) if terms else ()
         block = {
-            "channels": channels, "heads": heads, "head_channels": head_channels,
-            "qk": qk, "qk_norm": qk_norm, "qk_scale": qk_scale, "qk_range": qk_range,
+            "channels": channels,
+            "heads": heads,
+            "head_channels": head_channels,
+            "qk": qk,
+            "qk_norm": qk_norm,
+            "qk_scale": qk_scale,
+            "qk_range": qk_range,
             "backend": backend,
-        }  # fmt: skip
+        }
         self.blocks = nn.ModuleList(
             IPALiteConv(**block, terms=terms if shared or r + 1 in scheduled else ())
             for r in range(1 if shared else num_recycles)
@@ -154,7 +159,7 @@ class IPALiteModel(nn.Module):
             return_trajectory: also return the positions before the first recycle and after each.
             return_attention_weights: also return ``(edge_index, attention)`` of each recycle.
             start: positions (n, 2) to begin from, in any gauge, for instance
-                :func:`~ipar_sparse.gauge.principal_plane` of ``h``; the model's own MLP of ``h``
+                :func:`~ipar_sparse.geometry.gauge.principal_plane` of ``h``; the model's own MLP of ``h``
                 if left out.
 
         Raises:
@@ -229,9 +234,12 @@ class IPALiteModel(nn.Module):
         if not (self.checkpoint_recycles and torch.is_grad_enabled()):
             return function(*given)
         return checkpoint(
-            function, *given, use_reentrant=False, preserve_rng_state=False,
+            function,
+            *given,
+            use_reentrant=False,
+            preserve_rng_state=False,
             context_fn=ops.keep_attention,
-        )  # fmt: skip
+        )
 
     def _orders(self, graph: NeighborTable | Adj) -> bool:
         """Whether cells are renumbered on the way: where neighbours do not fit the GPU's cache."""

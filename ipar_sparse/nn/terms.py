@@ -87,9 +87,13 @@ class RadialBasis(nn.Module):
     """
 
     def __init__(
-        self, channels: int, heads: int, pos_channels: int = 2, centers: int = 16,
+        self,
+        channels: int,
+        heads: int,
+        pos_channels: int = 2,
+        centers: int = 16,
         b_max: float = 5.0,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.centers, self.b_max = centers, b_max
         self.weight = nn.Parameter(torch.empty(heads, centers))

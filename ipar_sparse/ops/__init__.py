@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..graph import NeighborTable
 from . import chunked, reference
-from .edges import map_edges
-from .keep import keep_attention
+from .edges import apply_edges
 from .segment import scatter_sum, segment_softmax
+from .selective_checkpoint import keep_attention
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -26,7 +26,7 @@ __all__ = [
     "edge_attention",
     "edge_gate",
     "keep_attention",
-    "map_edges",
+    "apply_edges",
     "resolve_backend",
     "scatter_sum",
     "segment_softmax",

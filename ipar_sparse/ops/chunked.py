@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..graph import NeighborTable
-from .keep import kept_or
 from .reference import accumulate_dtype
+from .selective_checkpoint import kept_or
 
 _BLOCK_VALUES = 1 << 24  # edge values held at once by an attention pass: 64 MiB in float32
 _GATHER_VALUES = 1 << 25  # gathered node values held at once where they must be gathered

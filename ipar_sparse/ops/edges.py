@@ -10,7 +10,7 @@ _EDGES = 1 << 16  # edges worked on at once: some MiB, near the caches
 _CUDA_FACTOR = 16  # a GPU wants more of them
 
 
-def map_edges(
+def apply_edges(
     function: Callable[..., Tensor],
     edge_index: Tensor,
     sources: Sequence[Tensor],

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ..graph import NeighborTable
 from ..graph.order import local_order
-from .keep import kept_or
+from .selective_checkpoint import kept_or
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Edges a lane holds in registers, two 16-byte reads each in flight: few where the registers left
@@ -82,9 +82,7 @@ def edge_attention(
     bias = None if bias is None else tensors[5].flatten(0, 1)
     out, displacement, lse = _EdgeAttention.apply(*tensors[:5], bias, graph)
     if order is not None:
-        out, displacement, lse = (
-            Reorder.apply(t, inverse, perm) for t in (out, displacement, lse)
-        )
+        out, displacement, lse = (Reorder.apply(t, inverse, perm) for t in (out, displacement, lse))
     return out, displacement.to(dtype), lse
 
 
@@ -127,10 +125,24 @@ class _EdgeAttention(torch.autograd.Function):
         if n:
             shape = _Shape.of(q, bias)
             _forward_kernel[(n,)](
-                q, k, v, x_src, x_dst, graph.index, bias, out, displacement, lse, norm,
-                graph.k, q.stride(0), k.stride(0), v.stride(0), channels**-0.5,
+                q,
+                k,
+                v,
+                x_src,
+                x_dst,
+                graph.index,
+                bias,
+                out,
+                displacement,
+                lse,
+                norm,
+                graph.k,
+                q.stride(0),
+                k.stride(0),
+                v.stride(0),
+                channels**-0.5,
                 **shape.tile,
-            )  # fmt: skip
+            )
         return out, displacement, lse, norm
 
     @staticmethod
@@ -153,32 +165,79 @@ class _EdgeAttention(torch.autograd.Function):
         d_out = _rows(d_out)
         if n:
             _prepare_kernel[(triton.cdiv(n, shape.prepare["ROWS"]),)](
-                d_out, out, d_displacement.contiguous(), displacement, d_lse.contiguous(),
-                norm, x_dst, info, d_x_dst,
-                n, d_out.stride(0), INFO=shape.info, **shape.prepare,
-            )  # fmt: skip
+                d_out,
+                out,
+                d_displacement.contiguous(),
+                displacement,
+                d_lse.contiguous(),
+                norm,
+                x_dst,
+                info,
+                d_x_dst,
+                n,
+                d_out.stride(0),
+                INFO=shape.info,
+                **shape.prepare,
+            )
             _backward_dst_kernel[(n,)](
-                q, k, v, x_src, graph.index, bias, d_out, info, d_q, d_bias,
-                graph.k, q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), scale,
-                INFO=shape.info, NEED_BIAS=d_bias is not None, **shape.tile,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                x_src,
+                graph.index,
+                bias,
+                d_out,
+                info,
+                d_q,
+                d_bias,
+                graph.k,
+                q.stride(0),
+                k.stride(0),
+                v.stride(0),
+                d_out.stride(0),
+                scale,
+                INFO=shape.info,
+                NEED_BIAS=d_bias is not None,
+                **shape.tile,
+            )
         if k.size(0) and any(ctx.needs_input_grad[1:4]):
             plan = SourcePlan.of(graph)
             partial = torch.empty(
                 plan.num_partials, 2 * heads * channels + 2, dtype=torch.float32, device=device
             )
             _backward_src_kernel[(plan.num_tasks,)](
-                q, k, v, x_src, plan.edge, bias, d_out, info, plan.task,
-                d_k, d_v, d_x_src, partial, *division(max(graph.k, 1)),
-                q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), scale,
-                INFO=shape.info, **{**shape.tile, "R": _SOURCE_DEPTH},
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                x_src,
+                plan.edge,
+                bias,
+                d_out,
+                info,
+                plan.task,
+                d_k,
+                d_v,
+                d_x_src,
+                partial,
+                *division(max(graph.k, 1)),
+                q.stride(0),
+                k.stride(0),
+                v.stride(0),
+                d_out.stride(0),
+                scale,
+                INFO=shape.info,
+                **{**shape.tile, "R": _SOURCE_DEPTH},
+            )
             if plan.num_heavy:
                 _combine_kernel[(plan.num_heavy,)](
-                    partial, plan.heavy, d_k, d_v, d_x_src,
+                    partial,
+                    plan.heavy,
+                    d_k,
+                    d_v,
+                    d_x_src,
                     WIDTH=heads * channels,
                     BLOCK=triton.next_power_of_2(heads * channels),
-                )  # fmt: skip
+                )
         return d_q, d_k, d_v, d_x_src, d_x_dst, d_bias, None
 
 
@@ -320,12 +379,29 @@ def _fold(x, R: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=["K"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, x_src_ptr, x_dst_ptr, table_ptr, bias_ptr,
-    out_ptr, displacement_ptr, lse_ptr, norm_ptr,
-    K, q_stride, k_stride, v_stride, scale,
-    HEADS: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, P: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    x_src_ptr,
+    x_dst_ptr,
+    table_ptr,
+    bias_ptr,
+    out_ptr,
+    displacement_ptr,
+    lse_ptr,
+    norm_ptr,
+    K,
+    q_stride,
+    k_stride,
+    v_stride,
+    scale,
+    HEADS: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    BIAS: tl.constexpr,
+):
     EDGES: tl.constexpr = R * P
     W: tl.constexpr = H * C
     row = tl.program_id(0).to(tl.int64)
@@ -404,11 +480,23 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _prepare_kernel(
-    d_out_ptr, out_ptr, d_displacement_ptr, displacement_ptr, d_lse_ptr, norm_ptr, x_dst_ptr,
-    info_ptr, d_x_dst_ptr,
-    N, d_out_stride,
-    HEADS: tl.constexpr, H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, INFO: tl.constexpr,
-):  # fmt: skip
+    d_out_ptr,
+    out_ptr,
+    d_displacement_ptr,
+    displacement_ptr,
+    d_lse_ptr,
+    norm_ptr,
+    x_dst_ptr,
+    info_ptr,
+    d_x_dst_ptr,
+    N,
+    d_out_stride,
+    HEADS: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    INFO: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < N
     heads = tl.arange(0, H)
@@ -446,12 +534,31 @@ def _prepare_kernel(
 
 @triton.jit(do_not_specialize=["K"])
 def _backward_dst_kernel(
-    q_ptr, k_ptr, v_ptr, x_src_ptr, table_ptr, bias_ptr, d_out_ptr, info_ptr,
-    d_q_ptr, d_bias_ptr,
-    K, q_stride, k_stride, v_stride, d_out_stride, scale,
-    HEADS: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
-    BIAS: tl.constexpr, INFO: tl.constexpr, NEED_BIAS: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    x_src_ptr,
+    table_ptr,
+    bias_ptr,
+    d_out_ptr,
+    info_ptr,
+    d_q_ptr,
+    d_bias_ptr,
+    K,
+    q_stride,
+    k_stride,
+    v_stride,
+    d_out_stride,
+    scale,
+    HEADS: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    BIAS: tl.constexpr,
+    INFO: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+):
     EDGES: tl.constexpr = R * P
     W: tl.constexpr = H * C
     row = tl.program_id(0).to(tl.int64)
@@ -509,12 +616,34 @@ def _backward_dst_kernel(
 
 @triton.jit(do_not_specialize=["multiplier", "shift"])
 def _backward_src_kernel(
-    q_ptr, k_ptr, v_ptr, x_src_ptr, edge_ptr, bias_ptr, d_out_ptr, info_ptr, task_ptr,
-    d_k_ptr, d_v_ptr, d_x_src_ptr, partial_ptr,
-    multiplier, shift, q_stride, k_stride, v_stride, d_out_stride, scale,
-    HEADS: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
-    BIAS: tl.constexpr, INFO: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    x_src_ptr,
+    edge_ptr,
+    bias_ptr,
+    d_out_ptr,
+    info_ptr,
+    task_ptr,
+    d_k_ptr,
+    d_v_ptr,
+    d_x_src_ptr,
+    partial_ptr,
+    multiplier,
+    shift,
+    q_stride,
+    k_stride,
+    v_stride,
+    d_out_stride,
+    scale,
+    HEADS: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    BIAS: tl.constexpr,
+    INFO: tl.constexpr,
+):
     EDGES: tl.constexpr = R * P
     W: tl.constexpr = H * C
     task = task_ptr + tl.program_id(0).to(tl.int64) * 4
@@ -586,9 +715,14 @@ def _backward_src_kernel(
 
 @triton.jit
 def _combine_kernel(
-    partial_ptr, heavy_ptr, d_k_ptr, d_v_ptr, d_x_src_ptr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    partial_ptr,
+    heavy_ptr,
+    d_k_ptr,
+    d_v_ptr,
+    d_x_src_ptr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     heavy = heavy_ptr + tl.program_id(0) * 3
     source = tl.load(heavy).to(tl.int64)
     first = tl.load(heavy + 1).to(tl.int64)

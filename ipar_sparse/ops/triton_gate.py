@@ -78,10 +78,21 @@ class _EdgeGate(torch.autograd.Function):
             tile = _tile(h.dtype, exact=exact, large=wide or graph.k <= 64)
             programs = min(graph.num_nodes, _multiprocessors(h.device) * (16 // tile["num_warps"]))
             _forward_kernel[(programs,)](
-                h, parts.own(0), graph.index, parts.first, parts.second, b1, parts.last, b2,
-                logits, graph.num_nodes, graph.k, programs,
-                **parts.shape, **tile,
-            )  # fmt: skip
+                h,
+                parts.own(0),
+                graph.index,
+                parts.first,
+                parts.second,
+                b1,
+                parts.last,
+                b2,
+                logits,
+                graph.num_nodes,
+                graph.k,
+                programs,
+                **parts.shape,
+                **tile,
+            )
         ctx.save_for_backward(h, w0, b0, w1, b1, w2)
         ctx.graph, ctx.exact = graph, exact
         return logits
@@ -94,8 +105,12 @@ class _EdgeGate(torch.autograd.Function):
         need_h = ctx.needs_input_grad[0]
         n, d = h.shape
         if not d_logits.numel():
-            return (torch.zeros_like(h), None, *map(torch.zeros_like, (w0, b0, w1, b1, w2)),
-                    w2.new_zeros(w2.size(0)))  # fmt: skip
+            return (
+                torch.zeros_like(h),
+                None,
+                *map(torch.zeros_like, (w0, b0, w1, b1, w2)),
+                w2.new_zeros(w2.size(0)),
+            )
         d_b2 = d_logits.sum((0, 1))
         d_logits = d_logits.contiguous()
         scale = None
@@ -164,11 +179,29 @@ class _Parts:
             plan.num_partials if by_source else 0, width, dtype=torch.float32, device=device
         )
         _backward_kernel[(programs,)](
-            h, self.own(int(by_source)), plan.edge if by_source else graph.index,
-            plan.task if by_source else None, self.first, self.second, b1, self.last, d_logits,
-            centre, partial, sums, tasks, graph.k, *division(max(graph.k, 1)), programs, total,
-            **self.shape, **tile, WIDTH=width, BY_SOURCE=by_source, NEED_H=need_h,
-        )  # fmt: skip
+            h,
+            self.own(int(by_source)),
+            plan.edge if by_source else graph.index,
+            plan.task if by_source else None,
+            self.first,
+            self.second,
+            b1,
+            self.last,
+            d_logits,
+            centre,
+            partial,
+            sums,
+            tasks,
+            graph.k,
+            *division(max(graph.k, 1)),
+            programs,
+            total,
+            **self.shape,
+            **tile,
+            WIDTH=width,
+            BY_SOURCE=by_source,
+            NEED_H=need_h,
+        )
         if by_source and plan.num_heavy:
             _combine_kernel[(plan.num_heavy,)](
                 partial, plan.heavy, centre, WIDTH=width, BLOCK=triton.next_power_of_2(width)
@@ -176,9 +209,7 @@ class _Parts:
         return centre, sums.sum(0)
 
 
-def _tile(
-    dtype: torch.dtype, *, exact: bool, backward: bool = False, large: bool = False
-) -> dict:
+def _tile(dtype: torch.dtype, *, exact: bool, backward: bool = False, large: bool = False) -> dict:
     """Edges a tile, the precision of its products, warps and stages of a program.
 
     Small tiles in the backward pass leave its registers to the weights' gradients. float32
@@ -204,9 +235,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def _hidden(
-    centre, other, own, gap_w, mixed_w, second_w, second_b, PRECISION: tl.constexpr
-):
+def _hidden(centre, other, own, gap_w, mixed_w, second_w, second_b, PRECISION: tl.constexpr):
     """Both layers of a tile of edges: |h_c - h_o|, z_1 and z_2."""
     gap = tl.abs(centre[None, :] - other.to(tl.float32)).to(other.dtype)
     low = tl.dot(other, mixed_w, input_precision=PRECISION)
@@ -218,11 +247,26 @@ def _hidden(
 
 @triton.jit(do_not_specialize=["N", "K", "programs"])
 def _forward_kernel(
-    h_ptr, own_ptr, table_ptr, first_ptr, second_ptr, b1_ptr, w2_ptr, b2_ptr, logits_ptr,
-    N, K, programs,
-    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, M2: tl.constexpr, G: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    h_ptr,
+    own_ptr,
+    table_ptr,
+    first_ptr,
+    second_ptr,
+    b1_ptr,
+    w2_ptr,
+    b2_ptr,
+    logits_ptr,
+    N,
+    K,
+    programs,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    M2: tl.constexpr,
+    G: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     inner = tl.arange(0, DP)
     inner_mask = inner < D
     cols = tl.arange(0, M)
@@ -258,17 +302,37 @@ def _forward_kernel(
                 tl.store(at + g, logit.to(logits_ptr.dtype.element_ty), mask=slot < K)
 
 
-@triton.jit(
-    do_not_specialize=["tasks", "K", "multiplier", "shift", "programs", "total"]
-)
+@triton.jit(do_not_specialize=["tasks", "K", "multiplier", "shift", "programs", "total"])
 def _backward_kernel(
-    h_ptr, own_ptr, list_ptr, task_ptr, first_ptr, second_ptr, b1_ptr, w2_ptr, d_logits_ptr,
-    centre_ptr, partial_ptr, sums_ptr,
-    tasks, K, multiplier, shift, programs, total,
-    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, M2: tl.constexpr, G: tl.constexpr,
-    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    BY_SOURCE: tl.constexpr, NEED_H: tl.constexpr,
-):  # fmt: skip
+    h_ptr,
+    own_ptr,
+    list_ptr,
+    task_ptr,
+    first_ptr,
+    second_ptr,
+    b1_ptr,
+    w2_ptr,
+    d_logits_ptr,
+    centre_ptr,
+    partial_ptr,
+    sums_ptr,
+    tasks,
+    K,
+    multiplier,
+    shift,
+    programs,
+    total,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    M2: tl.constexpr,
+    G: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BY_SOURCE: tl.constexpr,
+    NEED_H: tl.constexpr,
+):
     OTHER: tl.constexpr = 0 if BY_SOURCE else 1
     GP: tl.constexpr = 1 if G == 1 else 16
     outputs = tl.arange(0, GP)[:, None]
@@ -393,9 +457,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _combine_kernel(
-    partial_ptr, heavy_ptr, centre_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
+def _combine_kernel(partial_ptr, heavy_ptr, centre_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     heavy = heavy_ptr + tl.program_id(0) * 3
     node = tl.load(heavy).to(tl.int64)
     first = tl.load(heavy + 1).to(tl.int64)

@@ -20,7 +20,7 @@ _STATE_BYTES = 3 << 30  # states of all steps held at once
 
 
 def transition(pos: Tensor, walk) -> Tensor:
-    """See :meth:`ipar_sparse.targets.WalkTarget.transition`; float32 positions on CUDA."""
+    """See :meth:`ipar_sparse.supervision.targets.WalkTarget.transition`; float32 positions on CUDA."""
     return _Transition.apply(pos, walk)
 
 
@@ -33,7 +33,7 @@ def probe_divergence(values: Tensor, walk, rows: Tensor, weight: Tensor) -> Tens
 
     Args:
         values: entries of the predicted T (2P,), float32.
-        walk: the :class:`~ipar_sparse.targets.WalkTarget` whose pattern and reference are used.
+        walk: the :class:`~ipar_sparse.supervision.targets.WalkTarget` whose pattern and reference are used.
         rows: distinct rows r (m,).
         weight: weights w (steps, m), float32.
 
@@ -64,10 +64,13 @@ class _Transition(torch.autograd.Function):
         pos = pos.contiguous()
         values = torch.empty(walk.col.numel(), dtype=torch.float32, device=pos.device)
         bias, precision = (
-            _cached(walk, f"entry_{name}",
-                    lambda name=name: getattr(walk, name).float()[walk.entry_pair])
+            _cached(
+                walk,
+                f"entry_{name}",
+                lambda name=name: getattr(walk, name).float()[walk.entry_pair],
+            )
             for name in ("log_multiplicity", "precision")
-        )  # fmt: skip
+        )
         _transition_kernel[(walk.num_nodes,)](
             pos, walk.rowptr, _columns(walk), bias, precision, values, BLOCK=64, num_warps=1
         )
@@ -83,9 +86,7 @@ class _Transition(torch.autograd.Function):
         d_logit, d_pos = torch.empty_like(values), torch.empty_like(pos)
         tile = {"BLOCK": 64, "num_warps": 1}
         rows = (walk.num_nodes,)
-        _softmax_backward_kernel[rows](
-            walk.rowptr, values, d_values.contiguous(), d_logit, **tile
-        )
+        _softmax_backward_kernel[rows](walk.rowptr, values, d_values.contiguous(), d_logit, **tile)
         _transition_backward_kernel[rows](
             pos, walk.rowptr, _columns(walk), precision, walk.transposed, d_logit, d_pos, **tile
         )
@@ -110,10 +111,12 @@ class _ProbeDivergence(torch.autograd.Function):
         partial = torch.zeros(n, dtype=torch.float32, device=values.device)
         first = torch.empty(rows.numel(), dtype=torch.float32, device=values.device)
         held = [
-            (torch.empty(n, 2, width, dtype=torch.float32, device=values.device),
-             torch.empty(n, dtype=torch.uint8, device=values.device))
+            (
+                torch.empty(n, 2, width, dtype=torch.float32, device=values.device),
+                torch.empty(n, dtype=torch.uint8, device=values.device),
+            )
             for _ in range(steps if learns else min(steps, 2))
-        ]  # fmt: skip
+        ]
         states = [held[s % len(held)] for s in range(steps)]
         for start in range(0, rows.numel(), width):
             part = rows[start : start + width]
@@ -122,21 +125,50 @@ class _ProbeDivergence(torch.autograd.Function):
             for buffer in states[0]:
                 buffer.zero_()
             _start_kernel[(len(part),)](
-                part, rowptr, col, values, reference, *states[0], w, first[start:],
-                WIDTH=width, LAST=steps == 1 and learns, BLOCK=64, num_warps=1,
-            )  # fmt: skip
+                part,
+                rowptr,
+                col,
+                values,
+                reference,
+                *states[0],
+                w,
+                first[start:],
+                WIDTH=width,
+                LAST=steps == 1 and learns,
+                BLOCK=64,
+                num_warps=1,
+            )
             for s in range(1, steps):
                 _step_kernel[(n,)](
-                    order, *states[s - 1], *states[s], partial, rowptr, col, turned,
-                    turned_reference, w[s], WIDTH=width, LAST=s == steps - 1, LEARNS=learns, **tile,
-                )  # fmt: skip
+                    order,
+                    *states[s - 1],
+                    *states[s],
+                    partial,
+                    rowptr,
+                    col,
+                    turned,
+                    turned_reference,
+                    w[s],
+                    WIDTH=width,
+                    LAST=s == steps - 1,
+                    LEARNS=learns,
+                    **tile,
+                )
             if not learns:
                 continue
             for s in range(steps - 1, 0, -1):
                 _step_backward_kernel[(n,)](
-                    order, *states[s - 1], *states[s], rowptr, col, values, d_values, w[s - 1],
-                    WIDTH=width, **grad_tile,
-                )  # fmt: skip
+                    order,
+                    *states[s - 1],
+                    *states[s],
+                    rowptr,
+                    col,
+                    values,
+                    d_values,
+                    w[s - 1],
+                    WIDTH=width,
+                    **grad_tile,
+                )
             _end_kernel[(len(part),)](
                 part, rowptr, col, states[0][0], d_values, WIDTH=width, BLOCK=64, num_warps=1
             )
@@ -152,8 +184,9 @@ class _ProbeDivergence(torch.autograd.Function):
 def _width(n: int, steps: int, count: int) -> int:
     """Walks carried at once: as many as the memory for their states allows, 16 to 128."""
     width = 128
-    while width > 16 and (width // 2 >= count or (width > 32 and 8 * n * steps * width
-                                                  > _STATE_BYTES)):  # fmt: skip
+    while width > 16 and (
+        width // 2 >= count or (width > 32 and 8 * n * steps * width > _STATE_BYTES)
+    ):
         width //= 2
     return width
 
@@ -177,9 +210,7 @@ def _transition_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
         entry = start + tl.arange(0, BLOCK)
-        logit = _logit(
-            pos_ptr, col_ptr, bias_ptr, precision_ptr, entry, entry < end, x0, x1
-        )
+        logit = _logit(pos_ptr, col_ptr, bias_ptr, precision_ptr, entry, entry < end, x0, x1)
         new_top = tl.maximum(top, logit)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp(top - shift) + tl.exp(logit - shift)
@@ -190,9 +221,7 @@ def _transition_kernel(
     norm = tl.where(norm == 0.0, 1.0, norm)
     for start in range(begin, end, BLOCK):
         entry = start + tl.arange(0, BLOCK)
-        logit = _logit(
-            pos_ptr, col_ptr, bias_ptr, precision_ptr, entry, entry < end, x0, x1
-        )
+        logit = _logit(pos_ptr, col_ptr, bias_ptr, precision_ptr, entry, entry < end, x0, x1)
         tl.store(values_ptr + entry, tl.exp(logit - highest) / norm, mask=entry < end)
 
 
@@ -228,9 +257,15 @@ def _softmax_backward_kernel(
 
 @triton.jit
 def _transition_backward_kernel(
-    pos_ptr, rowptr_ptr, col_ptr, precision_ptr, transposed_ptr, d_logit_ptr, d_pos_ptr,
+    pos_ptr,
+    rowptr_ptr,
+    col_ptr,
+    precision_ptr,
+    transposed_ptr,
+    d_logit_ptr,
+    d_pos_ptr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     begin = tl.load(rowptr_ptr + row)
     end = tl.load(rowptr_ptr + row + 1)
@@ -267,9 +302,19 @@ def _slope(expected, predicted, weight):
 
 @triton.jit
 def _start_kernel(
-    rows_ptr, rowptr_ptr, col_ptr, values_ptr, reference_ptr, state_ptr, reached_ptr, weight_ptr,
-    loss_ptr, WIDTH: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rows_ptr,
+    rowptr_ptr,
+    col_ptr,
+    values_ptr,
+    reference_ptr,
+    state_ptr,
+    reached_ptr,
+    weight_ptr,
+    loss_ptr,
+    WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     probe = tl.program_id(0)
     row = tl.load(rows_ptr + probe)
     begin = tl.load(rowptr_ptr + row)
@@ -294,11 +339,23 @@ def _start_kernel(
 
 @triton.jit
 def _step_kernel(
-    order_ptr, before_ptr, before_reached_ptr, state_ptr, reached_ptr, partial_ptr,
-    rowptr_ptr, col_ptr, values_ptr, reference_ptr, weight_ptr,
-    WIDTH: tl.constexpr, LAST: tl.constexpr, LEARNS: tl.constexpr,
-    R: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+    order_ptr,
+    before_ptr,
+    before_reached_ptr,
+    state_ptr,
+    reached_ptr,
+    partial_ptr,
+    rowptr_ptr,
+    col_ptr,
+    values_ptr,
+    reference_ptr,
+    weight_ptr,
+    WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
+    LEARNS: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+):
     EDGES: tl.constexpr = R * P
     row = tl.load(order_ptr + tl.program_id(0)).to(tl.int64)
     begin = tl.load(rowptr_ptr + row)
@@ -314,8 +371,9 @@ def _step_kernel(
         expected = tl.load(reference_ptr + entry, mask=valid, other=0.0)
         state = tl.load(
             before_ptr + node[:, None] * (2 * WIDTH) + both[None, :],
-            mask=valid[:, None], other=0.0,
-        )  # fmt: skip
+            mask=valid[:, None],
+            other=0.0,
+        )
         state *= tl.where(both[None, :] < WIDTH, predicted[:, None], expected[:, None])
         total += tl.sum(tl.reshape(state, [R, P, 2 * WIDTH]), 0)
     sides = tl.reshape(tl.sum(total, 0), [2, WIDTH])
@@ -340,10 +398,20 @@ def _step_kernel(
 
 @triton.jit
 def _step_backward_kernel(
-    order_ptr, state_ptr, reached_ptr, after_ptr, after_reached_ptr,
-    rowptr_ptr, col_ptr, values_ptr, d_values_ptr, weight_ptr,
-    WIDTH: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+    order_ptr,
+    state_ptr,
+    reached_ptr,
+    after_ptr,
+    after_reached_ptr,
+    rowptr_ptr,
+    col_ptr,
+    values_ptr,
+    d_values_ptr,
+    weight_ptr,
+    WIDTH: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+):
     EDGES: tl.constexpr = R * P
     row = tl.load(order_ptr + tl.program_id(0)).to(tl.int64)
     if tl.load(reached_ptr + row) > 0:
@@ -361,8 +429,9 @@ def _step_backward_kernel(
             value = tl.load(values_ptr + entry, mask=valid, other=0.0)
             grad = tl.load(
                 after_ptr + node[:, None] * (2 * WIDTH) + WIDTH + one[None, :],
-                mask=valid[:, None], other=0.0,
-            )  # fmt: skip
+                mask=valid[:, None],
+                other=0.0,
+            )
             share = tl.sum(grad * predicted[None, :], 1)
             share += tl.load(d_values_ptr + entry, mask=valid, other=0.0)
             tl.store(d_values_ptr + entry, share, mask=valid)
@@ -373,9 +442,14 @@ def _step_backward_kernel(
 
 @triton.jit
 def _end_kernel(
-    rows_ptr, rowptr_ptr, col_ptr, state_ptr, d_values_ptr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rows_ptr,
+    rowptr_ptr,
+    col_ptr,
+    state_ptr,
+    d_values_ptr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     probe = tl.program_id(0)
     row = tl.load(rows_ptr + probe)
     begin = tl.load(rowptr_ptr + row)

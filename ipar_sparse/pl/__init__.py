@@ -4,9 +4,9 @@ Colours stay apart for colour-blind readers, aspect is equal wherever axes are t
 function works from 50 cells to millions: beyond 200,000 a random part is drawn, and it says so.
 """
 
+from ..metrics.diagnostics import AttentionFocus
 from .curves import loss_curves, recycle_curves
 from .layouts import (
-    AttentionFocus,
     attention_focus,
     layout,
     layout_pair,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..diagnostics import HEALTHY
+from ..metrics.diagnostics import HEALTHY
 from .style import CYCLE, INK, MUTED, new_axes, new_row, tidy
 
 _TRAINING = {
@@ -62,9 +62,15 @@ def loss_curves(
         if name == "val_hgate_e_geo" and (best & known).any():
             kept = np.flatnonzero(best & known)[-1]
             right.plot(
-                epoch[kept], values[kept], "*", ms=13, color=color, mec=INK, mew=0.7,
+                epoch[kept],
+                values[kept],
+                "*",
+                ms=13,
+                color=color,
+                mec=INK,
+                mew=0.7,
                 label=f"kept: epoch {epoch[kept]:.0f}, {values[kept]:.3f}",
-            )  # fmt: skip
+            )
     right.set_xlabel("epoch")
     right.set_ylabel("E_geo (lower is better)")
     right.set_title("Validation", fontsize=10.5, color=INK)
@@ -82,7 +88,7 @@ def recycle_curves(
     """One measure over the recycles, a line for each head, its healthy range shaded.
 
     Args:
-        measures: flat names, as :func:`ipar_sparse.diagnostics.diagnose` gives them.
+        measures: flat names, as :func:`ipar_sparse.metrics.layout.diagnostics.diagnose` gives them.
         name: the measure, for example ``"attn_recall@30"``.
         title: above the axes; the measure's name if left out.
     """
@@ -97,16 +103,29 @@ def recycle_curves(
     for color, (head, line) in zip(CYCLE * (1 + len(lines) // 7), lines.items(), strict=False):
         recycles = sorted(line)
         label = f"head {int(head[1:]) + 1}" if head else None
-        ax.plot([r + 1 for r in recycles], [line[r] for r in recycles], "o-", ms=3.5, lw=1.3,
-                color=color, label=label)  # fmt: skip
+        ax.plot(
+            [r + 1 for r in recycles],
+            [line[r] for r in recycles],
+            "o-",
+            ms=3.5,
+            lw=1.3,
+            color=color,
+            label=label,
+        )
     healthy = HEALTHY.get(name)
     if healthy is not None and values:
         low, high = min(0.0, *values), max(values)
         for bound in (healthy.low, healthy.high):
             high = max(high, bound) if math.isfinite(bound) else high
         high += 0.05 * (high - low)
-        ax.axhspan(max(healthy.low, low), min(healthy.high, high), color="#009E73", alpha=0.10,
-                   lw=0, zorder=0)  # fmt: skip
+        ax.axhspan(
+            max(healthy.low, low),
+            min(healthy.high, high),
+            color="#009E73",
+            alpha=0.10,
+            lw=0,
+            zorder=0,
+        )
         ax.set_ylim(low, high)
     elif values:
         ax.set_ylim(bottom=min(0.0, *values))

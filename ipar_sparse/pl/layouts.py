@@ -1,14 +1,14 @@
 """Maps of cells: layouts, genes, recycles, attention, uncertainty."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-from ..metrics import align
-from ..points import as_layout, unit_gauge
+from ..geometry.alignment import align
+from ..geometry.neighborhoods import as_layout, unit_gauge
+from ..metrics.diagnostics import AttentionFocus
 from .style import (
     FAINT,
     INK,
@@ -128,23 +128,6 @@ def trajectory(
     return axes
 
 
-@dataclass(frozen=True)
-class AttentionFocus:
-    """Where one cell attends.
-
-    Args:
-        cell: its row.
-        neighbors: rows it attends to (m,).
-        weights: its attention on them (m,), heads averaged.
-        label: what the panel says; the cell's row if left out.
-    """
-
-    cell: int
-    neighbors: np.ndarray
-    weights: np.ndarray
-    label: str | None = None
-
-
 def attention_focus(
     pos, focus: Sequence[AttentionFocus], *, axes: Sequence[Axes] | None = None
 ) -> np.ndarray:
@@ -166,8 +149,9 @@ def attention_focus(
         share = weights[order] / max(weights.max(initial=0.0), 1e-300)
         size = np.clip(marker_area(ax, len(pos)), 8, 25)
         at = pos[np.asarray(one.neighbors)[order]]
-        ax.scatter(*at.T, s=size * (0.4 + 1.6 * share), c=share, cmap=_FOCUS, vmin=0, vmax=1,
-                   linewidths=0)  # fmt: skip
+        ax.scatter(
+            *at.T, s=size * (0.4 + 1.6 * share), c=share, cmap=_FOCUS, vmin=0, vmax=1, linewidths=0
+        )
         ax.scatter(*pos[one.cell], marker="*", s=150, c="#56B4E9", edgecolors=INK, linewidths=0.8)
         note_subset(ax, len(rows), len(pos))
     return axes

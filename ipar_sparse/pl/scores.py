@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 
-from ..metrics import metric_info
-from ..points import as_layout, sample_pairs, unit_gauge
+from ..geometry.neighborhoods import as_layout, sample_pairs, unit_gauge
+from ..metrics.layout import metric_info
 from .style import INK, MODEL, MUTED, OTHER, VARIANT, new_axes, tidy
 
 _PAIRS = 200_000
@@ -47,9 +47,13 @@ def metric_bars(
         ax.annotate(
             f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.1g}",
             (max(value, 0.0) + errors[place], place),
-            xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK,
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=INK,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-        )  # fmt: skip
+        )
     reference = table.get(floor, {}).get(metric) if floor else None
     if reference is not None and np.isfinite(reference):
         ax.axvline(reference, color=INK, lw=1.1, ls="--")
@@ -95,8 +99,16 @@ def metric_dots(
         color = MODEL if name in strong else MUTED
         ax.scatter(slides, np.full(len(slides), place), s=11, color=color, alpha=0.28, lw=0)
         spread = 2 * (errors.get(name) or 0.0)
-        ax.errorbar(slides.mean(), place, xerr=spread or None, fmt="o", ms=6, color=color,
-                    elinewidth=1.6, capsize=3)  # fmt: skip
+        ax.errorbar(
+            slides.mean(),
+            place,
+            xerr=spread or None,
+            fmt="o",
+            ms=6,
+            color=color,
+            elinewidth=1.6,
+            capsize=3,
+        )
     for style, (label, value) in zip((":", "--", "-."), (lines or {}).items(), strict=False):
         ax.axvline(value, color=MUTED, lw=1.1, ls=style, label=label)
     if lines:
@@ -134,9 +146,15 @@ def distance_density(
     ax = tidy(new_axes(ax))
     top = 1.02 * max(d.max(initial=0.0), delta.max(initial=0.0), 1e-12)
     drawn = ax.hexbin(
-        delta, d, gridsize=55, bins="log", mincnt=1, extent=(0, top, 0, top),
-        cmap=_DENSITY, linewidths=0.1,
-    )  # fmt: skip
+        delta,
+        d,
+        gridsize=55,
+        bins="log",
+        mincnt=1,
+        extent=(0, top, 0, top),
+        cmap=_DENSITY,
+        linewidths=0.1,
+    )
     ax.plot([0, top], [0, top], color="#D55E00", lw=1.4, ls="--", label="perfect map")
     ax.set_xlim(0, top)
     ax.set_ylim(0, top)
@@ -153,9 +171,7 @@ def distance_density(
     return ax
 
 
-def uncertainty_calibration(
-    uncertainty, error, *, ax: Axes | None = None, bins: int = 10
-) -> Axes:
+def uncertainty_calibration(uncertainty, error, *, ax: Axes | None = None, bins: int = 10) -> Axes:
     """Is an uncertainty as large as the error? Root mean squares in bins of equal size, and the
     line on which the two are equal.
 

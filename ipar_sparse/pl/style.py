@@ -84,6 +84,4 @@ def marker_area(ax: Axes, n: int) -> float:
 def scatter(ax: Axes, pos: np.ndarray, **settings):
     """A scatter of cells with the size fit for their number; rasterised in vector formats."""
     settings.setdefault("s", marker_area(ax, len(pos)))
-    return ax.scatter(
-        pos[:, 0], pos[:, 1], linewidths=0, rasterized=len(pos) > 2000, **settings
-    )
+    return ax.scatter(pos[:, 0], pos[:, 1], linewidths=0, rasterized=len(pos) > 2000, **settings)

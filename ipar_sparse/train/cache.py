@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import UserError
 from ..files import atomic_path
-from .checkpoint import digest
+from ..inference.checkpoint import digest
 
 logger = logging.getLogger(__name__)
 

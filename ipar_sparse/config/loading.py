@@ -1,0 +1,135 @@
+"""From files, presets and command lines to a configuration; the device that a name means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..errors import UserError
+from .presets import PRESETS
+from .schema import RunConfig, Section
+from .validation import merge, suggest
+
+
+def load_config(
+    path: Path | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    preset: str | None = None,
+    **sections: Mapping[str, Any],
+) -> RunConfig:
+    """Builds the configuration of a run: preset, then file, then ``sections``, then overrides.
+
+    Args:
+        path: YAML file with any part of the tree.
+        overrides: ``"train.epochs=30"`` strings; the value is read as YAML, ``none`` as null.
+        preset: name in ``PRESETS``; default: the file's ``preset``, else ``v1``.
+        **sections: values by section, e.g. ``train={"seed": 1}``.
+
+    Raises:
+        UserError: unknown key (the nearest is suggested), bad value, unreadable file.
+    """
+    given: dict[str, Any] = _read_yaml(path) if path is not None else {}
+    given = merge(given, sections)
+    for text in overrides:
+        given = merge(given, _parse_override(text))
+    name = preset or given.get("preset") or "v1"
+    if name not in PRESETS:
+        raise UserError(
+            f"unknown preset {name!r}{suggest(str(name), PRESETS)}; known: {', '.join(PRESETS)}"
+        )
+    return RunConfig.checked(merge(merge(PRESETS[name], given), {"preset": name}), source=path)
+
+
+def resolve_device(name: str):
+    """The torch device of a name; ``auto`` is the GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(
+            f"device {name!r} is not available here; use cpu"
+            + (", cuda" if torch.cuda.is_available() else "")
+            + " or auto"
+        ) from None
+    return device
+
+
+def describe() -> list[tuple[str, str, str, str]]:
+    """Every setting as (key, type, default, what it is)."""
+    rows = []
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.default, Section):
+            for key, leaf in type(field.default).model_fields.items():
+                rows.append((f"{name}.{key}", *_field_row(leaf)))
+        else:
+            rows.append((name, *_field_row(field)))
+    return rows
+
+
+def _field_row(field) -> tuple[str, str, str]:
+    default = field.default
+    shown = list(default) if isinstance(default, tuple) else default
+    text = yaml.safe_dump(shown, default_flow_style=True).removesuffix("...\n").strip()
+    return _type_name(field.annotation), "none" if default is None else text, field.description
+
+
+def _type_name(annotation) -> str:
+    origin, args = getattr(annotation, "__origin__", None), getattr(annotation, "__args__", ())
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is tuple:
+        return f"list of {_type_name(args[0])}"
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        return _type_name(annotation.__origin__)
+    if args:  # a union
+        return " | ".join(_type_name(a) for a in args)
+    return {"NoneType": "none", "str": "text", "float": "number", "bool": "true | false"}.get(
+        annotation.__name__, annotation.__name__
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise UserError(f"config file {path} is not valid YAML{line}; correct it") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(
+            f"config file {path} must hold sections such as `train:` with keys under them, "
+            f"not a {type(values).__name__}"
+        )
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, raw = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set takes section.key=value, e.g. train.epochs=30; got {text!r}")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise UserError(f"--set {key}: the value {raw!r} is not valid YAML") from None
+    if isinstance(value, str) and value.lower() == "none":
+        value = None
+    for part in reversed(parts):
+        value = {part: value}
+    return value

@@ -1,0 +1,49 @@
+"""Nested settings: laid over one another, checked, and their errors told in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(below, value) if both else value
+    return merged
+
+
+def explain(error: ValidationError, source, known: Iterable[str]) -> str:
+    first, *others = error.errors()
+    where = f" in {source}" if source else ""
+    more = f" (and {len(others)} more)" if others else ""
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown config key {key}{where}{suggest(key, known)}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        section = f"config section {key}" if key else "config"
+        return f"{section}{where}: {message}{more}"
+    if first["type"] == "model_type":
+        return (
+            f"config section {key}{where} needs keys under it, e.g. {key}.KEY=VALUE; "
+            f"given {first['input']!r}{more}"
+        )
+    expected = message.removeprefix("Input should be ").split(", unable to parse")[0]
+    expected = expected.replace("a valid tuple", "a list, e.g. [10, 15]")
+    return f"config key {key}{where}: given {first['input']!r}, expected {expected}{more}"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:
+        leaf = name.rsplit(".", 1)[-1]
+        leaves = {row.rsplit(".", 1)[-1]: row for row in reversed(known)}
+        close = [leaves[k] for k in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]}?" if close else "; `ipar-sparse config` lists them all"

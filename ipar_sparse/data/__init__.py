@@ -1,0 +1,1 @@
+"""Files and AnnData objects to slides and back, expression, splits and simulation."""

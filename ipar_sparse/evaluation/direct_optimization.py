@@ -1,0 +1,152 @@
+"""No model: minimise the supervision over the positions themselves.
+
+Shows what a target can determine at best, and whether a loss has minima that are not the truth.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..geometry.gauge import gauge_fix
+from ..supervision.losses import STRESS_WEIGHT, geometry_terms
+from ..supervision.targets import SlideTarget, WalkTarget
+
+__all__ = ["E_GEO", "WHOLE_SLIDE", "OracleLayout", "minimize_layout", "spectral_layout"]
+
+E_GEO = {"rw_kl": 1.0, "stress_log": STRESS_WEIGHT}
+WHOLE_SLIDE = {"gram": 1.0, "long_range": 1.0, "stress_log": 0.1, "multiscale": 0.1}
+_GLOBAL_TERMS = {"gram", "long_range"}  # without folded minima: they come first
+_UNFOLD, _REFINE = 0.35, 0.6  # shares of the steps at which the step size falls and details enter
+
+
+@dataclass
+class OracleLayout:
+    """Positions (n, 2) in the unit-RMS gauge, and one dict of term values per recorded step."""
+
+    pos: Tensor
+    history: list[dict[str, float]]
+
+
+def spectral_layout(walk: WalkTarget) -> Tensor:
+    r"""The two slowest modes of the reference walk, each as long as its commute time says.
+
+    .. math::
+        \mathbf{x}_i = \left(\sqrt{\tfrac{\lambda_a}{1 - \lambda_a}} \, \phi_a(i)\right)_{a=1,2}
+
+    Args:
+        walk: a walk on one graph that is connected.
+
+    Returns:
+        Positions (n, 2), unit-RMS gauge, float64.
+    """
+    import numpy as np
+    from scipy.sparse import csr_array, diags_array
+    from scipy.sparse.linalg import eigsh
+
+    n = walk.num_nodes
+    if len(walk.sizes) != 1 or n < 4:
+        raise ValueError(f"a spectral layout needs one graph of 4 nodes; given {walk.sizes}")
+    first, second = walk.pair
+    square = (walk.pos[first] - walk.pos[second]).square().sum(-1)
+    weight = (
+        (walk.log_multiplicity - square * walk.precision).exp().index_select(0, walk.entry_pair)
+    )
+    parts = (weight.cpu().numpy(), walk.col.cpu().numpy(), walk.rowptr.cpu().numpy())
+    matrix = csr_array(parts, (n, n))
+    scale = diags_array(1 / np.sqrt(matrix.sum(1)))
+    start = np.random.default_rng(0).random(n)
+    value, vector = eigsh(scale @ matrix @ scale, k=3, which="LA", v0=start, tol=1e-5)
+    order = np.argsort(-value)[1:]
+    length = np.sqrt(value[order].clip(0) / (1 - value[order]).clip(1e-12))
+    return gauge_fix(torch.from_numpy(scale @ vector[:, order] * length))
+
+
+def minimize_layout(
+    target: SlideTarget,
+    *,
+    weights: dict[str, float] | None = None,
+    init: str | Tensor = "random",
+    steps: int = 400,
+    lr: float = 0.1,
+    seed: int = 0,
+    probe_rows: int | None = None,
+    stress_pairs: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    record_every: int = 20,
+) -> OracleLayout:
+    """Minimise weighted terms over the positions with Adam, coarse to fine.
+
+    The step size falls from ``lr`` to the spacing of the nodes and on to a hundredth of it. Where
+    global terms (``gram``, ``long_range``) are among the weights they act alone until it has
+    reached the spacing; log-stress and walks from a folded layout would keep the fold.
+
+    Args:
+        target: what the layout should be; one graph.
+        weights: by name of :data:`ipar_sparse.supervision.losses.GEOMETRY_TERMS`; E_geo if left out.
+        init: ``"random"`` (normal), ``"spectral"`` (:func:`spectral_layout`) or positions (n, 2).
+        steps: Adam steps.
+        lr: first step size, in units of the layout's RMS radius.
+        seed: of the start and of every draw.
+        probe_rows: rows of the walk compared in a step.
+        stress_pairs: pairs of each stress term used in a step.
+        dtype: of the arithmetic.
+        record_every: steps between records of the history.
+
+    Raises:
+        ValueError: on a batch of graphs, or an unknown start or term.
+    """
+    if target.num_graphs != 1:
+        raise ValueError(f"minimize_layout takes one graph; given {target.num_graphs}")
+    weights = E_GEO if weights is None else weights
+    device = target.pos.device
+    generator = torch.Generator(device).manual_seed(seed)
+    n = len(target.pos)
+    if isinstance(init, Tensor):
+        start = init
+    elif init == "spectral":
+        start = spectral_layout(target.walk)
+    elif init == "random":
+        start = torch.randn(n, 2, generator=generator, device=device, dtype=dtype)
+    else:
+        raise ValueError(f"unknown start {init!r}; choose 'random', 'spectral' or positions")
+    pos = start.to(device, dtype).clone().requires_grad_()
+    optimizer = torch.optim.Adam([pos], lr=lr, betas=(0.9, 0.99))
+    spacing = min(lr, math.sqrt(6 / n) / 2)
+    staged = not _GLOBAL_TERMS.isdisjoint(weights)
+    if probe_rows is None and max(target.sizes) <= 384:
+        target.walk.cache_reference(dtype)
+    history = []
+    for step in range(steps):
+        progress = step / steps
+        optimizer.param_groups[0]["lr"] = _step_size(progress, lr, spacing)
+        active = {
+            name: weight
+            for name, weight in weights.items()
+            if not staged or progress >= _REFINE or name in _GLOBAL_TERMS
+        }
+        terms = geometry_terms(
+            gauge_fix(pos),
+            target,
+            active,
+            probe_rows=probe_rows,
+            stress_pairs=stress_pairs,
+            generator=generator,
+        )
+        loss = sum(active[name] * value for name, value in terms.items())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % record_every == 0 or step == steps - 1:
+            values = {name: value.item() for name, value in terms.items()}
+            history.append({"step": step, "loss": loss.item(), **values})
+    return OracleLayout(gauge_fix(pos.detach()), history)
+
+
+def _step_size(progress: float, lr: float, spacing: float) -> float:
+    if progress < _UNFOLD:
+        return lr
+    if progress < _REFINE:
+        return lr * (spacing / lr) ** ((progress - _UNFOLD) / (_REFINE - _UNFOLD))
+    return spacing * 0.02 ** ((progress - _REFINE) / (1 - _REFINE))

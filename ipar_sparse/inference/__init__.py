@@ -1,0 +1,1 @@
+"""From a trained run to a layout of cells that have no positions."""

@@ -1,0 +1,6 @@
+"""What is done to a layout after the recycles: distances, neighbours, uncertainty."""
+
+from .distance_correction import correct_distances, relative_variance
+from .refinement import refine_layout
+
+__all__ = ["correct_distances", "refine_layout", "relative_variance"]

@@ -1,0 +1,1 @@
+"""Measures of a layout against measured positions, and diagnostics of the model inside."""

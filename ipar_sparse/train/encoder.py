@@ -1,0 +1,303 @@
+"""Stage A: the encoder from expression to embedding, trained without labels, then frozen.
+
+A spatial InfoNCE loss pulls a cell towards its neighbours in the tissue and pushes it from cells
+far away; a distance loss makes distances in the embedding proportional to those in the tissue;
+VICReg keeps two noisy views of a cell together and the dimensions alive.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import EncoderConfig, RunConfig
+from ..data.expression import Expression, gene_weights, median_total, morans_i
+from ..data.slide import Slide
+from ..estimators.components import principal_axes, project, spatial_axes
+from ..geometry.gauge import gauge_fix
+from ..graph import knn
+from ..nn import SharedEncoder
+from ..nn.encoder import SMOOTH_CHANNELS
+from .counts import GeneFields, fit_counts, read_counts
+
+_ROWS = 8192  # cells of dense expression at once
+_TABLE = 1 << 26  # expression values of a training slide that are kept dense: 256 MiB
+_AXES_CELLS = 20_000  # a slide; more do not move the leading components
+_AROUND = 15  # nearest cells that a gene is compared with for Moran's I
+_NEAREST = 0.02  # of the slide's radius; log distances below it say nothing of the layout
+
+
+class ContrastiveSlide:
+    """A training slide as stage A sees it: expression, spatial neighbours, what counts as far.
+
+    Args:
+        expression: n cells.
+        pos: positions (n, 2).
+        neighbors: spatial neighbours that are positives.
+        far_quantile: quantile of the pairwise distances beyond which cells are negatives.
+    """
+
+    def __init__(self, expression: Expression, pos, neighbors: int, far_quantile: float):
+        self.expression = expression
+        small = math.prod(expression.shape) <= _TABLE
+        self._table = torch.from_numpy(expression.rows()) if small else None
+        self.pos = gauge_fix(torch.from_numpy(np.asarray(pos, dtype=np.float64)))
+        self.neighbors = knn(self.pos, neighbors).index.long()
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randint(0, len(self.pos), (2, 20_000), generator=generator)
+        distance = (self.pos[sample[0]] - self.pos[sample[1]]).norm(dim=-1)
+        self.far = float(distance.quantile(far_quantile))
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Expression (m, genes) of some cells."""
+        if self._table is not None:
+            return self._table[index]
+        return torch.from_numpy(self.expression.rows(index.numpy()))
+
+
+def encoder_loss(
+    encoder: nn.Module,
+    slide: ContrastiveSlide,
+    settings: EncoderConfig,
+    generator: torch.Generator,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    r"""Losses of one step on a batch of cells of one slide.
+
+    .. math::
+        L = -\log \frac{e^{\langle z_i, z_i^+ \rangle / \tau}}
+        {e^{\langle z_i, z_i^+ \rangle / \tau} + \sum_{j \in \mathrm{far}(i)}
+        e^{\langle z_i, z_j^+ \rangle / \tau} + \sum_{j \in \mathrm{hard}(i)} \dots}
+        + 25\, L_\mathrm{inv} + 50\, L_\mathrm{var} + L_\mathrm{cov} + L_\mathrm{dist}
+
+    where hard(i) are the most similar of the far cells, counted once more, and
+
+    .. math::
+        L_\mathrm{dist} = \operatorname{Var}_{i<j}
+        \bigl[\log \|h_i - h_j\| - \log \|x_i - x_j\|\bigr]
+
+    which does not depend on the scale of either. Weights are settings; a term without weight is
+    not computed.
+
+    Args:
+        encoder: genes to embedding.
+        slide: where the batch is drawn.
+        settings: weights, temperature, noise.
+        generator: CPU generator of the batch and its views.
+        device: where the encoder lies.
+
+    Returns:
+        Scalars ``loss`` and, of those with weight, ``infonce``, ``invariance``, ``variance``,
+        ``covariance``, ``distance``.
+    """
+    n = slide.expression.shape[0]
+    anchor = torch.randperm(n, generator=generator)[: settings.batch_size]
+    pick = torch.randint(0, slide.neighbors.size(1), (anchor.numel(),), generator=generator)
+    positive = slide.neighbors[anchor, pick]
+
+    def view(rows: Tensor) -> Tensor:
+        return encoder(_view(slide.rows(rows).to(device), settings, generator))
+
+    weights = settings.weights()
+    first, losses = view(anchor), {}
+    if "infonce" in weights:
+        far = torch.cdist(slide.pos[anchor], slide.pos[positive]) > slide.far
+        losses["infonce"] = _infonce(first, view(positive), far.to(device), settings)
+    if weights.keys() & {"invariance", "variance", "covariance"}:
+        second = view(anchor)
+        losses["invariance"] = F.mse_loss(first, second)
+        losses["variance"] = (_variance(first) + _variance(second)) / 2
+        losses["covariance"] = _covariance(first) + _covariance(second)
+    if "distance" in weights:
+        losses["distance"] = _distance(first, slide.pos[anchor].to(device))
+    losses = {name: losses[name] for name in weights}
+    return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
+
+
+@torch.no_grad()
+def begin(
+    encoder: SharedEncoder,
+    slides: Sequence[Slide],
+    genes,
+    config: RunConfig,
+    fields: GeneFields | None = None,
+) -> list:
+    """All of an encoder that needs no steps: how counts become its input, and where it starts.
+
+    Args:
+        encoder: untrained.
+        slides: training slides.
+        genes: of the encoder.
+        config: of the run, with the weights of genes settled.
+        fields: of these slides and genes, for an encoder of counts; found here if left out.
+
+    Returns:
+        An :class:`~ipar_sparse.data.expression.Expression` for each slide, as the encoder takes it.
+    """
+    settings, total = config.encoder, config.data.target_sum
+    if encoder.counts is not None:
+        fit_counts(encoder.counts, slides, genes, fields)
+    if encoder.gene_weight is not None:
+        encoder.target_sum.fill_(median_total(slides) if total is None else total)
+        weight = _weights(slides, genes, float(encoder.target_sum), settings)
+        encoder.gene_weight.copy_(torch.from_numpy(weight))
+    if settings.skip or settings.smooth:
+        plain = [_input(slide, genes, encoder) for slide in slides]
+        encoder.start_from(*principal_axes(plain, max(settings.out, SMOOTH_CHANNELS)))
+    return [read_expression(slide, genes, encoder) for slide in slides]
+
+
+def _weights(slides: Sequence[Slide], genes, total: float, settings: EncoderConfig) -> np.ndarray:
+    plain = [Expression.from_slide(slide, genes, total) for slide in slides]
+    morans = None
+    if settings.spatial_genes > 0:
+        found = [_morans(e, slide.pos) for e, slide in zip(plain, slides, strict=True)]
+        morans = np.mean(found, axis=0)
+    return gene_weights(plain, settings.standardize, morans, settings.spatial_genes)
+
+
+@torch.no_grad()
+def finish(
+    encoder: SharedEncoder, slides: Sequence[Expression], positions: Sequence, settings
+) -> None:
+    """Give the trained embedding back what it has forgotten of the expression.
+
+    Training drops whatever does not help on the training slides, and neighbours of a new slide
+    are told apart by some of it. The embedding becomes the principal components of
+
+        [H / s_H, keep * P / s_P]
+
+    with P linear components of the expression and s^2 total variances. Both are linear in what
+    the encoder ends with, so its weights take the change and nothing else does.
+
+    Args:
+        encoder: trained; without a linear path it is left as it is.
+        slides: training slides as the encoder takes them.
+        positions: (n, 2) of each.
+        settings: ``keep``, the weight of P; nothing is done where it is 0; ``kept``, which.
+    """
+    keep = settings.keep
+    if not keep or encoder.linear is None:
+        return
+    if settings.kept == "spatial":
+        axes, _ = spatial_axes(slides, positions, encoder.out_channels)
+    else:
+        axes, _ = principal_axes(slides, encoder.out_channels)
+    encoder.eval()
+    width, device = encoder.out_channels, next(encoder.parameters()).device
+    axes = axes.to(device)
+    total = torch.zeros(width + axes.size(1), width + axes.size(1)).double()
+    for number, slide in enumerate(slides):
+        cells = np.random.default_rng([number, 7]).permutation(slide.shape[0])[:_AXES_CELLS]
+        parts = []
+        for rows in np.array_split(cells, len(cells) // _ROWS + 1):
+            x = torch.from_numpy(slide.rows(rows)).to(device)
+            parts.append(torch.cat([encoder(x), x @ axes], dim=1).double().cpu())
+        values = torch.cat(parts)
+        values = values - values.mean(0)
+        total += values.T @ values / len(values) / len(slides)
+    power = total.diagonal()
+    learned = 1.0 / power[:width].sum().sqrt().clamp(min=1e-8)
+    kept = keep / power[width:].sum().sqrt().clamp(min=1e-8)
+    factor = torch.cat([learned.expand(width), kept.expand(axes.size(1))])
+    _, turn = torch.linalg.eigh(factor[:, None] * total * factor)
+    turn = (factor[:, None] * turn[:, -width:].flip(1)).float().to(device)
+    encoder.recombine(turn[:width], axes @ turn[width:])
+
+
+def _morans(expression: Expression, pos) -> np.ndarray:
+    neighbors = knn(torch.from_numpy(np.asarray(pos, dtype=np.float64)), _AROUND).index.numpy()
+    rows = np.random.default_rng(0).permutation(len(neighbors))[:_AXES_CELLS]
+    return morans_i(expression.matrix, neighbors, rows)
+
+
+def _input(slide: Slide, genes, encoder: SharedEncoder) -> Expression:
+    if encoder.counts is not None:
+        return read_counts(slide, genes, encoder.counts)
+    if encoder.gene_weight is None:
+        return Expression.from_slide(slide, genes)
+    weight = encoder.gene_weight.cpu().numpy()
+    return Expression.from_slide(slide, genes, float(encoder.target_sum), weight)
+
+
+def read_expression(slide: Slide, genes, encoder: SharedEncoder) -> Expression:
+    """A slide's expression as the encoder takes it, smoothed if it asks for that.
+
+    Args:
+        slide: with expression.
+        genes: of the encoder.
+        encoder: says how genes are weighted, by how many cells a cell is smoothed, and in which
+            components they are compared.
+
+    Raises:
+        UserError: if the slide has none of the genes, or no expression.
+    """
+    expression = _input(slide, genes, encoder)
+    n = expression.shape[0]
+    if not encoder.smooth or n < 2:
+        return expression
+    place = project(expression, encoder.axes.cpu())
+    neighbors = knn(torch.from_numpy(place).to(encoder.axes.device), encoder.smooth).index
+    return expression.smoothed(neighbors.cpu().numpy())
+
+
+@torch.no_grad()
+def encode(encoder: nn.Module, expression: Expression, device, rows: int = _ROWS) -> Tensor:
+    """Embeddings (n, d) on the CPU, in blocks of rows.
+
+    Args:
+        encoder: genes to embedding; used in evaluation mode and left as it was.
+        expression: n cells.
+        device: where the encoder lies.
+        rows: cells a block.
+    """
+    training = encoder.training
+    encoder.eval()
+    blocks = [
+        encoder(torch.from_numpy(expression.rows(np.arange(start, stop))).to(device)).cpu()
+        for start in range(0, expression.shape[0], rows)
+        for stop in [min(start + rows, expression.shape[0])]
+    ]
+    encoder.train(training)
+    return torch.cat(blocks)
+
+
+def _view(x: Tensor, settings: EncoderConfig, generator: torch.Generator) -> Tensor:
+    """A noisy view of cells: some genes at their mean, the others shaken, and every gene as
+    strong as another batch might measure it."""
+    keep = torch.rand(x.shape, generator=generator) >= settings.gene_dropout
+    noise = torch.randn(x.shape, generator=generator)
+    strength = torch.exp(settings.gene_scale * torch.randn(x.size(1), generator=generator))
+    return (x * keep.to(x.device) + settings.noise * noise.to(x.device)) * strength.to(x.device)
+
+
+def _infonce(anchor: Tensor, positive: Tensor, far: Tensor, settings: EncoderConfig) -> Tensor:
+    similarity = F.normalize(anchor, dim=-1) @ F.normalize(positive, dim=-1).T
+    similarity = similarity / settings.temperature
+    own = similarity.diagonal()
+    negative = similarity.masked_fill(~far, -math.inf)
+    hard = min(settings.hard_negatives, negative.size(1))
+    hardest = negative.topk(hard, dim=-1).values if hard else negative[:, :0]
+    everything = torch.cat([own.unsqueeze(-1), negative, hardest], dim=-1)
+    return (everything.logsumexp(dim=-1) - own).mean()
+
+
+def _distance(z: Tensor, pos: Tensor) -> Tensor:
+    """Variance of the log ratio of distances in the embedding and in the tissue."""
+    tissue = F.pdist(pos).clamp(min=_NEAREST).log()
+    residual = F.pdist(z).clamp(min=1e-6).log() - tissue.to(z.dtype)
+    return (residual - residual.mean()).square().mean()
+
+
+def _variance(z: Tensor) -> Tensor:
+    return F.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean()
+
+
+def _covariance(z: Tensor) -> Tensor:
+    centred = z - z.mean(dim=0)
+    covariance = centred.T @ centred / max(1, len(z) - 1)
+    off = covariance - covariance.diagonal().diag()
+    return off.square().sum() / z.size(1)
