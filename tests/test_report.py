@@ -1,3 +1,5 @@
+"""Reports of a slide: what they say, what they show, and the figures they are made of."""
+
 import dataclasses
 import html
 import json
@@ -5,24 +7,24 @@ import math
 import re
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from ipar_sparse.metrics.diagnostics import AttentionFocus
-from ipar_sparse.metrics.layout import evaluate_layout
-from ipar_sparse.report.slide import (
-    SlideEvaluation,
-    metric_table,
-    summarize,
-    write_metrics,
-    write_report,
-)
 from matplotlib.figure import Figure
 
 from ipar_sparse import pl
+from ipar_sparse.evaluation.results import MODEL, Provenance, SlideEvaluation
+from ipar_sparse.files import write_json
 from ipar_sparse.geometry.alignment import align
 from ipar_sparse.geometry.neighborhoods import unit_gauge
+from ipar_sparse.metrics.diagnostics import AttentionFocus
+from ipar_sparse.metrics.layout import evaluate_layout
+from ipar_sparse.pl.layouts import to_oklab
 from ipar_sparse.pl.style import MAX_POINTS
+from ipar_sparse.report.headline import summarize
+from ipar_sparse.report.slide import write_report
+from ipar_sparse.report.tables import metric_table
 
 matplotlib.use("Agg")
 
@@ -40,7 +42,7 @@ def history():
     for step in range(0, 100, 10):
         rows.append(
             {
-                "stage": "joint",
+                "stage": "model",
                 "step": step,
                 "epoch": step // 20,
                 "loss": 3 / (step + 1),
@@ -51,7 +53,7 @@ def history():
         )
         rows.append(
             {
-                "stage": "joint",
+                "stage": "model",
                 "step": step,
                 "epoch": step // 20,
                 "best": int(step == 40),
@@ -63,13 +65,13 @@ def history():
     return rows
 
 
-def full_bundle(n=300, **changes):
+def full_evaluation(n=300, **changes):
     true = cells(n)
     pred = noisy(true, 0.15)
     rng = np.random.default_rng(3)
     layouts = {
         "model": pred,
-        "no gate": noisy(true, 0.3),
+        "without gate": noisy(true, 0.3),
         "PCA": noisy(true, 0.5),
         "random": rng.normal(size=(n, 2)),
         "true coordinates": true,
@@ -77,40 +79,42 @@ def full_bundle(n=300, **changes):
     methods = {name: evaluate_layout(layout, true) for name, layout in layouts.items()}
     for name in ("model", "true coordinates"):
         methods[name]["E_geo"] = 0.4 if name == "model" else 0.01
-    diagnostics = {
+    measures = {
         f"{name}/r{r}/h{h}": 0.5 + 0.1 * h
         for name in ("attn_recall@30", "logit_std")
         for r in range(3)
         for h in range(4)
     }
-    diagnostics |= {f"step_size/r{r}": 0.3 / (r + 1) for r in range(3)}
-    neighbors = rng.choice(n, 40, replace=False)
+    neighbors = np.arange(40)
     fields = {
         "slide": "slide C",
         "pred": pred,
         "true": true,
         "methods": methods,
-        "variants": ["no gate"],
-        "metrics": {"E_geo_hgate": 0.4, "candidate_recall@15": 0.31},
-        "diagnostics": diagnostics,
+        "measures": {"E_geo_hgate": 0.4, "candidate_recall@15": 0.5, **measures},
         "trajectory": [noisy(true, s) for s in (1, 0.5, 0.3, 0.15)],
-        "history": history(),
-        "gene": ("Reln", rng.poisson(1.0, n)),
         "focus": [AttentionFocus(c, neighbors, rng.dirichlet(np.ones(40))) for c in range(4)],
         "uncertainty": rng.gamma(2.0, 0.1, n),
-        "training": ["slide A", "slide B"],
-        "held_out": True,
-        "settings": {"train": {"lr": 5e-4}, "seed": 0},
-        "versions": {"torch": torch.__version__},
-        "command": "ipar-sparse evaluate run c.h5ad",
+        "provenance": Provenance(
+            training=["slide A", "slide B"],
+            held_out=True,
+            settings={"train": {"lr": 5e-4}, "seed": 0},
+            versions={"torch": torch.__version__},
+        ),
     }
     return SlideEvaluation(**{**fields, **changes})
+
+
+def of_page(n=300, **changes):
+    gene = ("Reln", np.random.default_rng(3).poisson(1.0, n))
+    command = "ipar-sparse evaluate run c.h5ad"
+    return {"gene": gene, "history": history(), "command": command, **changes}
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
-    path = write_report(out, full_bundle())
+    path = write_report(out, full_evaluation(), **of_page())
     return path, path.read_text()
 
 
@@ -134,9 +138,9 @@ def test_the_page_holds_everything_itself(page):
     assert {p.name for p in path.parent.iterdir()} == {"report.html", "figures"}
 
 
-def test_the_page_opens_with_the_answer(page):
+def test_the_page_opens_with_the_headline(page):
     _, html = page
-    headline = summarize(full_bundle()).headline
+    headline = summarize(full_evaluation()).text
     assert html.index(headline) < html.index("<img")
     assert "better than every baseline on every measure" in headline
     assert "slide C" in html and "held out of every stage" in html
@@ -145,37 +149,38 @@ def test_the_page_opens_with_the_answer(page):
 
 def test_text_of_the_user_is_escaped(tmp_path):
     evil = "<script>alert('x')</script>"
-    bundle = full_bundle(
+    evaluation = full_evaluation(
         slide=evil,
-        training=[evil],
-        notes=[evil],
-        warnings=[evil],
-        settings={evil: evil},
-        command=evil,
-        gene=(evil, np.ones(300)),
-        absent={"focus": evil},
-        focus=None,
-        diagnostics=None,
-        versions={evil: evil},
         methods={"model": {"distance_spearman": 0.5}, evil: {"distance_spearman": 0.4}},
+        provenance=Provenance(
+            training=[evil],
+            notes=[evil],
+            cautions=[evil],
+            settings={evil: evil},
+            versions={evil: evil},
+        ),
     )
-    html = write_report(tmp_path, bundle).read_text()
+    page = of_page(command=evil, gene=(evil, np.ones(300)))
+    html = write_report(tmp_path, evaluation, **page).read_text()
     assert "<script" not in html
     assert html.count("&lt;script&gt;") >= 9
 
 
 def test_what_is_missing_is_left_out_or_explained(tmp_path):
-    bundle = SlideEvaluation("cells", cells(60), absent={"history": "this run kept no history"})
-    html = write_report(tmp_path, bundle).read_text()
+    html = write_report(tmp_path, SlideEvaluation("cells", cells(60))).read_text()
     assert "cannot be scored" in html
-    assert "this run kept no history" in html
     assert html.count("data:image/png;base64,") == 1
-    assert "Uncertainty" not in html and "Scores" not in html
+    for word in ("Uncertainty", "Scores", "Training", "Attention", "Recycle"):
+        assert word not in html
+    alone = full_evaluation(trajectory=[cells(300)], focus=None, measures={}, uncertainty=None)
+    html = write_report(tmp_path, alone).read_text()
+    assert "Recycle by recycle" not in html and "Attention" not in html
+    assert "Not shown" in html and "--noise-samples" in html
 
 
 def test_arrays_of_other_cells_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pred has 300 cells, gene has 7"):
-        write_report(tmp_path, full_bundle(gene=("x", np.ones(7))))
+        write_report(tmp_path, full_evaluation(), gene=("x", np.ones(7)))
     assert not list(tmp_path.iterdir())
 
 
@@ -183,7 +188,7 @@ def methods(model, rival, se=0.0, name="distance_spearman"):
     return {
         "model": {name: model, f"{name}_se": se},
         "ridge": {name: rival, f"{name}_se": se},
-        "no gate": {name: 2.0},
+        "without gate": {name: 2.0},
         "true coordinates": {name: 3.0},
     }
 
@@ -191,26 +196,22 @@ def methods(model, rival, se=0.0, name="distance_spearman"):
 @pytest.mark.parametrize(
     ("model", "rival", "se", "said", "wins"),
     [
-        (0.80, 0.70, 0.01, "the best baseline (ridge) reaches 0.70", "better than every"),
+        (0.80, 0.70, 0.01, "The best baseline (ridge) reaches 0.70", "better than every"),
         (0.80, 0.70, 0.05, "no different from the best baseline", "on no measure"),
-        (0.60, 0.70, 0.01, "ridge does better: 0.70", "on no measure"),
+        (0.60, 0.70, 0.01, "The baseline ridge does better: 0.70", "on no measure"),
         (0.700, 0.697, 0.0, "no different from the best baseline", "on no measure"),
     ],
 )
-def test_the_answer_claims_only_what_exceeds_the_noise(model, rival, se, said, wins):
-    bundle = SlideEvaluation(
-        "s", cells(20), cells(20), methods(model, rival, se), variants=["no gate"]
-    )
-    answer = summarize(bundle)
-    assert said in answer.facts[0]
-    assert wins in answer.headline
+def test_the_headline_claims_only_what_exceeds_the_noise(model, rival, se, said, wins):
+    evaluation = SlideEvaluation("s", cells(20), cells(20), methods(model, rival, se))
+    headline = summarize(evaluation)
+    assert said in headline.evidence[0]
+    assert wins in headline.text
 
 
 def test_lower_is_better_is_read_as_such():
-    bundle = SlideEvaluation(
-        "s", cells(20), cells(20), methods(0.3, 0.5, name="rssd"), variants=["no gate"]
-    )
-    assert "the best baseline (ridge) reaches 0.50" in summarize(bundle).facts[0]
+    evaluation = SlideEvaluation("s", cells(20), cells(20), methods(0.3, 0.5, name="rssd"))
+    assert "The best baseline (ridge) reaches 0.50" in summarize(evaluation).evidence[0]
 
 
 @pytest.mark.parametrize(
@@ -218,29 +219,37 @@ def test_lower_is_better_is_read_as_such():
     [(0.95, "recovered well"), (0.75, "mostly"), (0.5, "partly"), (0.2, "hardly"), (0.0, "not ")],
 )
 def test_the_grade_follows_the_correlation(rho, words):
-    bundle = SlideEvaluation("s", cells(20), cells(20), {"model": {"distance_spearman": rho}})
-    assert words in summarize(bundle).headline
+    evaluation = SlideEvaluation("s", cells(20), cells(20), {MODEL: {"distance_spearman": rho}})
+    assert words in summarize(evaluation).text
 
 
 def test_a_slide_that_was_trained_on_is_called_so():
-    bundle = full_bundle(held_out=False, diagnostics={"lambda_ratio": 0.001})
-    warnings = summarize(bundle).warnings
+    evaluation = full_evaluation(
+        provenance=Provenance(held_out=False), measures={"lambda_ratio": 0.001}
+    )
+    warnings = summarize(evaluation).warnings
     assert "took part in training" in warnings[0]
     assert "collapsed to a line" in warnings[1]
 
 
 def test_what_is_wrong_inside_the_model_stands_beside_its_attention(tmp_path):
     """The map may be good all the same, which is for its scores to say."""
-    bundle = full_bundle(diagnostics={"logit_std/r0/h0": 32.0, "lambda_ratio": 0.3})
-    assert not summarize(bundle).warnings
-    top, _, below = write_report(tmp_path, bundle).read_text().partition('<section id="attention"')
+    evaluation = full_evaluation(measures={"logit_std/r0/h0": 32.0, "lambda_ratio": 0.3})
+    assert not summarize(evaluation).warnings
+    page = write_report(tmp_path, evaluation).read_text()
+    top, _, below = page.partition('<section id="attention"')
     assert "one-hot" in below.partition("</section>")[0] and "one-hot" not in top
     assert "Before you rely" not in top
-    methods = {**bundle.methods, "first layout": {"distance_spearman": 0.4}}
-    for more, ends in (({}, "model"), ({"not refined": {"distance_spearman": 0.5}}, "not refined")):
-        given = dataclasses.replace(bundle, methods=methods | more)
+    score = {"distance_spearman": 0.4}
+    for more, ends in (
+        ({"without recycles": score}, '"model" and "without recycles"'),
+        ({"without refinement": score}, '"without refinement" and "initial layout"'),
+        ({}, '"model" and "initial layout"'),
+    ):
+        methods = {**evaluation.methods, "initial layout": score, **more}
+        given = dataclasses.replace(evaluation, methods=methods)
         page = html.unescape(write_report(tmp_path, given).read_text())
-        assert f'the difference between "{ends}" and "first layout"' in page
+        assert f"is the difference between {ends} among" in page
 
 
 def test_the_table_marks_the_best_competitor_and_no_other():
@@ -272,8 +281,9 @@ def test_the_table_marks_the_best_competitor_and_no_other():
 
 
 def test_metrics_file_is_strict_json(tmp_path):
-    path = write_metrics(
-        tmp_path / "metrics.json",
+    path = tmp_path / "metrics.json"
+    write_json(
+        path,
         {
             "E_geo_hgate": np.float32(0.5),
             "nan": math.nan,
@@ -311,7 +321,7 @@ def test_position_colors_stay_apart_for_colour_blind_readers():
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     seen = np.clip(linear @ deuteranopia.T, 0, 1)
     seen = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
-    lab = pl.layouts._to_oklab(seen)
+    lab = to_oklab(seen)
     distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
     assert distance[~np.eye(9, dtype=bool)].min() > 0.07
 
@@ -325,7 +335,7 @@ def test_layout_pair_turns_the_prediction_onto_the_truth():
     assert all(ax.get_aspect() == 1 for ax in axes)
 
 
-def test_trajectory_keeps_one_turn_for_all_steps():
+def test_trajectory_keeps_one_rotation_for_all_layouts():
     true = cells(80)
     half_turn = [-unit_gauge(true), unit_gauge(true)]
     axes = pl.trajectory(half_turn, true=true)
@@ -388,21 +398,19 @@ def test_calibration_of_honest_uncertainty_lies_on_the_line():
 def test_a_report_of_three_cells_with_constant_values(tmp_path):
     true = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     scores = evaluate_layout(np.ones((3, 2)), true)
-    bundle = SlideEvaluation(
+    evaluation = SlideEvaluation(
         "tiny",
         np.ones((3, 2)),
         true,
         {"model": scores, "PCA": scores},
-        gene=("g", np.zeros(3)),
         uncertainty=np.zeros(3),
         trajectory=[np.zeros((3, 2)), np.ones((3, 2))],
     )
-    assert "not recovered" in write_report(tmp_path, bundle).read_text()
+    page = write_report(tmp_path, evaluation, gene=("g", np.zeros(3)))
+    assert "not recovered" in page.read_text()
 
 
 def test_reports_do_not_pile_up_pyplot_figures(tmp_path):
-    import matplotlib.pyplot as plt
-
     before = plt.get_fignums()
     write_report(tmp_path, SlideEvaluation("s", cells(50), cells(50)))
     assert plt.get_fignums() == before

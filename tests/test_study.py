@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,27 +12,29 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from ipar_sparse.report.study import answers
 from safetensors.torch import load_file
 
 from ipar_sparse import cli
 from ipar_sparse.config import load_config
-from ipar_sparse.data.anndata_io import write_slide
 from ipar_sparse.data.simulation import simulate
+from ipar_sparse.data.splits import plan_folds
+from ipar_sparse.data.writers import write_slide
 from ipar_sparse.errors import UserError
-from ipar_sparse.evaluation import study as study_module
-from ipar_sparse.evaluation.comparison import Record, compare
-from ipar_sparse.evaluation.study import (
+from ipar_sparse.evaluation import study_run
+from ipar_sparse.evaluation.study_plan import (
     Study,
-    find_donors,
+    baseline_variants,
+    cv_groups,
+    encoder_task,
     load_variants,
-    plan_folds,
     plan_study,
-    run_study,
+    study_jobs,
 )
+from ipar_sparse.evaluation.study_results import Row, as_record
+from ipar_sparse.evaluation.study_run import check_study_folder, run_study, threads_per_job
 from ipar_sparse.inference.checkpoint import BEST, LAST, read_meta
-from ipar_sparse.train import fit as trainer
-from ipar_sparse.train.fit import fit
+from ipar_sparse.report import write_study_report
+from ipar_sparse.train.fit import fit, fit_encoder
 
 SMALL = {
     "encoder.steps": 4,
@@ -53,6 +56,9 @@ SMALL = {
     "train.lr": 5e-3,
     "graph.k": 10,
     "data.max_genes": 50,
+    "selection.mode": "none",
+    "refine.distance_correction_steps": 5,
+    "refine.steps": 5,
 }
 SETTINGS = [f"{key}={value}" for key, value in SMALL.items()]
 
@@ -84,8 +90,8 @@ def plan(files):
 def done(plan, tmp_path_factory):
     """A finished study."""
     out = tmp_path_factory.mktemp("study") / "out"
-    outcome = run_study(plan, out, jobs=1)
-    assert (outcome.done, outcome.total, outcome.failed) == (8, 8, {})
+    results = run_study(plan, out, jobs=1, on_collect=write_study_report)
+    assert (results.done, results.total, results.failed) == (8, 8, {})
     return out
 
 
@@ -98,144 +104,6 @@ def copy(done, tmp_path):
 def rows(out):
     with open(out / "results.csv") as file:
         return list(csv.DictReader(file))
-
-
-def records(values, method, role="variant", metric="distance_spearman"):
-    """Records of one method from a table of slides x seeds."""
-    return [
-        Record(method, role, f"s{i}", j, metric, float(v))
-        for i, line in enumerate(values)
-        for j, v in enumerate(line)
-    ]
-
-
-def test_means_and_paired_differences_are_those_by_hand():
-    ours = np.array([[0.5, 0.6], [0.3, 0.3], [0.7, 0.9]])
-    theirs = np.array([[0.4, 0.4], [0.3, 0.2], [0.5, 0.8]])
-    weak = np.zeros((3, 2))
-    found = compare(
-        [
-            *records(theirs, "ridge", "baseline"),
-            *records(weak, "random", "baseline"),
-            *records(ours, "v1"),
-            *records(ours - 0.5, "v2"),
-        ],
-        "v1",
-    )
-    own = found.of("distance_spearman", "v1")
-    assert own.mean == pytest.approx(0.55)
-    assert own.sd == pytest.approx(np.std([0.5, 0.6], ddof=1))  # of the means of each seed
-    assert own.se == pytest.approx(np.std([0.55, 0.3, 0.8], ddof=1) / math.sqrt(3))
-    gap = own.vs_baseline
-    per_slide = [0.15, 0.05, 0.15]
-    assert gap.other == "ridge" and (gap.over, gap.count) == ("slides", 3)
-    assert gap.mean == pytest.approx(np.mean(per_slide))
-    assert gap.se == pytest.approx(np.std(per_slide, ddof=1) / math.sqrt(3))
-    assert gap.verdict == "better"
-    assert own.vs_reference is None
-    assert found.of("distance_spearman", "v2").vs_reference.mean == pytest.approx(-0.5)
-    assert found.of("distance_spearman", "v2").vs_reference.verdict == "worse"
-    assert list(found.roles) == ["v1", "v2", "ridge", "random"]
-
-
-def test_lower_is_better_where_it_is():
-    low, high = np.full((3, 1), 0.2) + [[0], [0.01], [0.02]], np.full((3, 1), 0.6)
-    found = compare(
-        [
-            *records(low, "v1", metric="procrustes"),
-            *records(high, "a", "baseline", "procrustes"),
-            *records(high + 0.1, "b", "baseline", "procrustes"),
-        ],
-        "v1",
-    )
-    assert found.best_baseline["procrustes"] == "a"
-    assert found.of("procrustes", "v1").vs_baseline.verdict == "better"
-
-
-def test_a_difference_within_the_noise_has_no_verdict():
-    values = np.array([[0.5], [0.3], [0.7]])
-    noisy = values + [[0.2], [-0.2], [0.1]]
-    found = compare([*records(values, "v1"), *records(noisy, "v2")], "v1")
-    assert found.of("distance_spearman", "v2").vs_reference.verdict == ""
-    two = compare([*records(values[:2], "v1"), *records(values[:2] + 0.1, "v2")], "v1")
-    gap = two.of("distance_spearman", "v2").vs_reference
-    assert gap.se == pytest.approx(0, abs=1e-12) and gap.verdict == ""
-
-
-def test_one_slide_is_compared_over_seeds_and_missing_runs_are_left_out_in_pairs():
-    ours, theirs = np.array([[0.5, 0.6, 0.8]]), np.array([[0.4, 0.4, 0.5]])
-    found = compare([*records(theirs, "v1"), *records(ours, "v2")], "v1")
-    gap = found.of("distance_spearman", "v2").vs_reference
-    assert (gap.over, gap.count) == ("seeds", 3)
-    assert gap.se == pytest.approx(np.std([0.1, 0.2, 0.3], ddof=1) / math.sqrt(3))
-    some = [r for r in records(ours, "v2") if r.seed != 2]
-    gap = compare([*records(theirs, "v1"), *some], "v1").of("distance_spearman", "v2").vs_reference
-    assert gap.count == 2 and gap.mean == pytest.approx(0.15)
-    lost = [*some, Record("v2", "variant", "s0", 2, "distance_spearman", math.nan)]
-    again = compare([*records(theirs, "v1"), *lost], "v1")
-    assert again.of("distance_spearman", "v2").vs_reference == gap
-
-
-DONORS = {"A1": "A", "A2": "A", "A3": "A", "B1": "B", "C1": "C", "C2": "C"}
-
-
-def test_each_slide_is_held_out_once():
-    folds, notes = plan_folds(DONORS, "slide")
-    assert [fold.test for fold in folds] == [(name,) for name in DONORS] and not notes
-    for fold in folds:
-        assert {*fold.test, *fold.train, fold.val} == set(DONORS)
-        assert len(fold.train) == 4 and fold.val not in fold.train
-        # the one slide of B is never taken away from training, nor a sister of what is held out
-        assert fold.val != "B1" and DONORS[fold.val] not in {DONORS[name] for name in fold.test}
-    assert {fold.val for fold in folds[3:]} == {"A1", "A2", "A3"}  # A has most
-    assert {fold.val for fold in folds[:3]} == {"C1", "C2"}
-    alone, _ = plan_folds(dict.fromkeys(DONORS, "A"), "slide")
-    assert len({fold.val for fold in alone}) > 3
-
-
-def test_a_donor_is_held_out_with_all_its_slides():
-    folds, _ = plan_folds(DONORS, "donor")
-    assert [fold.test for fold in folds] == [("A1", "A2", "A3"), ("B1",), ("C1", "C2")]
-    for fold in folds:
-        held = {DONORS[name] for name in fold.test}
-        assert not held & {DONORS[name] for name in fold.seen}
-    # three slides are too few to take one away from training, five are not
-    assert [fold.val is None for fold in folds] == [True, False, False]
-    named, _ = plan_folds(DONORS, "C, A2")
-    assert [fold.test for fold in named] == [("C1", "C2"), ("A2",)]
-
-
-def test_what_cannot_be_held_out_is_said():
-    with pytest.raises(UserError, match="one donor"):
-        plan_folds({"a": "x", "b": "x"}, "donor")
-    with pytest.raises(UserError, match="D: no such slide or donor"):
-        plan_folds(DONORS, "A1,D")
-    with pytest.raises(UserError, match="leaves no slide"):
-        plan_folds({"a": "x"}, "slide")
-    with pytest.raises(UserError, match="b cannot be held out"):
-        plan_folds({"b1": "b", "b2": "b"}, "b")
-    folds, notes = plan_folds({"a": "x", "b": "y"}, "slide")
-    assert [fold.train for fold in folds] == [("b",), ("a",)] and not notes
-
-
-def test_donors_are_found_by_name_column_or_file(slides, tmp_path):
-    named = [replace(s, name=n) for s, n in zip(slides[:2], ("A1", "B7"), strict=True)]
-    assert find_donors(named) == {"A1": "A1", "B7": "B7"}
-    assert find_donors(named, pattern="^.") == {"A1": "A", "B7": "B"}
-    assert find_donors(named, pattern=r"\D(\d)") == {"A1": "1", "B7": "7"}
-    table = tmp_path / "donors.yaml"
-    table.write_text("A1: x\nB7: 3\n")
-    assert find_donors(named, table=table) == {"A1": "x", "B7": "3"}
-    marked = [replace(s, obs={"animal": np.full(90, 1)}) for s in named]
-    assert find_donors(marked, key="animal") == {"A1": "1", "B7": "1"}
-    for wrong in ({"key": "animal"}, {"pattern": "^C"}, {"pattern": "("}):
-        with pytest.raises(UserError, match="animal|does not match|regular"):
-            find_donors(named, **wrong)
-    table.write_text("A1: x\n")
-    with pytest.raises(UserError, match="B7"):
-        find_donors(named, table=table)
-    with pytest.raises(UserError, match="one of"):
-        find_donors(named, key="animal", pattern="^.")
 
 
 def test_a_study_file_holds_variants(tmp_path):
@@ -268,7 +136,7 @@ def test_a_study_file_holds_variants(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             load_variants([], [path])
-    path.write_text("variants: {v1: , other: {preset: no-gate, train.k_range: null}}")
+    path.write_text("variants: {v1: , other: {preset: no-gate, train.k_fraction_range: null}}")
     both, _ = load_variants(["v1"], [path, path])
     assert list(both) == ["v1", "other"] and both["other"].model.beta == 0
     path.write_text("variants: {v1: {graph.k: 3}}")
@@ -317,21 +185,6 @@ def test_the_page_shows_variants_baselines_and_folds(done):
         assert text in page
     assert "http://" not in page.split("<body")[1]
     assert (done / "figures" / "study.png").stat().st_size > 1000
-
-
-def test_the_answer_names_the_best_baseline():
-    ours = np.array([[0.5], [0.3], [0.7]])
-    found = compare(
-        [
-            *records(ours, "v1"),
-            *records(ours - 0.2, "ridge", "baseline"),
-            *records(ours - 0.1, "v2"),
-        ],
-        "v1",
-    )
-    first, second = answers(found)
-    assert "0.500, better than the best baseline, ridge (0.300" in first
-    assert second == "v2 against v1: worse on Distance correlation (Spearman)."
 
 
 def test_variants_share_an_encoder_that_is_the_one_they_would_train(done, slides, plan, tmp_path):
@@ -385,41 +238,65 @@ def test_a_stopped_study_goes_on_where_it_was(copy, done, plan, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(study_module, "score_slide", stop)
+        patch.setattr(study_run, "score_slide", stop)
         with pytest.raises(KeyboardInterrupt):
-            run_study(plan, copy, jobs=1)
+            run_study(plan, copy, jobs=1, on_collect=write_study_report)
     assert "6 of 8 runs finished" in (copy / "report.html").read_text()
     trained = (lost[0] / LAST).stat().st_mtime_ns
-    outcome = run_study(plan, copy, jobs=1)
-    assert outcome.done == 8
+    results = run_study(plan, copy, jobs=1)
+    assert results.done == 8
     assert (copy / "results.csv").read_text() == (done / "results.csv").read_text()
     assert all(p.stat().st_mtime_ns == at for p, at in kept.items())
     assert (lost[0] / LAST).stat().st_mtime_ns == trained
 
 
+class Pressed(threading.Event):
+    """Ctrl-C that comes after it has been looked for so many times."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.left = after
+
+    def is_set(self):
+        self.left -= 1
+        return self.left < 0
+
+
 def test_a_study_stopped_in_an_encoder_goes_on_with_it(copy, done, plan, monkeypatch):
-    """What an encoder that several runs wait for has left behind is no trained encoder."""
+    """What a stopped encoder, for which several runs wait, has left behind is not used."""
     shutil.rmtree(next(copy.glob("encoders/*/B2/seed1")))
     for variant in ("base", "blind"):
         shutil.rmtree(copy / "runs" / variant / "B2" / "seed1")
-    saves, stopped = trainer._Run._stop_if_asked, []
+    folders = []
 
-    def press(run, stage, *saved):
-        if stage == "encoder" and run.state.step == 2 and not stopped:
-            stopped.append(run.out)
-            run.interrupted.set()
-        saves(run, stage, *saved)
+    def press(slides, config, out, *, stop, **named):
+        folders.append(out)
+        fit_encoder(slides, config, out, stop=Pressed(after=1), **named)
 
-    monkeypatch.setattr(trainer._Run, "_stop_if_asked", press)
-    with pytest.raises(KeyboardInterrupt):
-        run_study(plan, copy, jobs=1)
-    (folder,) = stopped
+    with monkeypatch.context() as patch:
+        patch.setattr(study_run, "fit_encoder", press)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(plan, copy, jobs=1)
+    (folder,) = folders
     meta = read_meta(folder / LAST)
-    assert (meta["stage"], meta["step"]) == ("encoder", 2)
-    outcome = run_study(plan, copy, jobs=1)
-    assert outcome.done == 8 and not outcome.failed
-    assert "resuming encoder at step 2" in (folder / "log.txt").read_text()
+    assert meta["stage"] == "encoder" and 0 < meta["step"] < SMALL["encoder.steps"]
+    results = run_study(plan, copy, jobs=1)
+    assert results.done == 8 and not results.failed
+    assert f"resuming the encoder at step {meta['step']}" in (folder / "log.txt").read_text()
     assert (copy / "results.csv").read_text() == (done / "results.csv").read_text()
+
+
+def test_worker_processes_do_what_this_one_does(copy, done, plan):
+    for variant in ("base", "blind"):
+        shutil.rmtree(copy / "runs" / variant / "A1" / "seed0")
+    shutil.rmtree(next(copy.glob("encoders/*/A1/seed0")))
+    results = run_study(plan, copy, jobs=2)
+    assert (results.done, results.failed) == (8, {})
+    for ours, theirs in zip(rows(copy), rows(done), strict=True):
+        # the number of threads decides in which order sums are made
+        value = float(theirs.pop("value"))
+        assert float(ours.pop("value")) == pytest.approx(value, rel=0.05, abs=0.05)
+        assert ours == theirs
 
 
 def test_a_failed_run_is_on_record_and_the_others_go_on(copy, plan, monkeypatch):
@@ -431,10 +308,10 @@ def test_a_failed_run_is_on_record_and_the_others_go_on(copy, plan, monkeypatch)
             raise RuntimeError("no such\nluck")
         return fit(train, val, config, *given, **named)
 
-    monkeypatch.setattr(study_module, "fit", fails)
-    outcome = run_study(plan, copy, jobs=1)
-    assert outcome.done == 7
-    assert outcome.failed == {"runs/blind/A1/seed1": "RuntimeError: no such luck"}
+    monkeypatch.setattr(study_run, "fit", fails)
+    results = run_study(plan, copy, jobs=1, on_collect=write_study_report)
+    assert results.done == 7
+    assert results.failed == {"runs/blind/A1/seed1": "RuntimeError: no such luck"}
     assert "no such luck" in (copy / "report.html").read_text()
     folder = copy / "runs" / "blind" / "A1" / "seed1"
     assert "Traceback" in (folder / "log.txt").read_text()
@@ -457,7 +334,7 @@ def test_a_folder_is_taken_for_the_same_study_only(copy, plan, files, tmp_path):
     with pytest.raises(UserError, match="holds no study"):
         run_study(plan, tmp_path / "mine")
     more = {**plan.variants, "again": plan.variants["base"]}
-    study_module._take_folder(replace(plan, variants=more, seeds=(0, 1, 2)), copy)
+    check_study_folder(replace(plan, variants=more, seeds=(0, 1, 2)), copy)
 
 
 def test_plans_that_cannot_be_run_are_refused(files, plan, slides, tmp_path):
@@ -497,65 +374,58 @@ def test_mistakes_at_the_command_line_are_one_line(files, refused, tmp_path):
     assert "no such slide" in refused("experiment", "--hold-out", "Z", "--slides", *files, *out)
     assert "--seeds" in refused("experiment", "--seeds", "0..4", "--slides", *files, *out)
     assert "smaller first" in refused("experiment", "--seeds", "4-0", "--slides", *files, *out)
-    line = refused(
-        "experiment",
-        "--hold-out",
-        "donor",
-        "--donor-pattern",
-        "[0-9]$|.",
-        "--donor-map",
-        tmp_path,
-        "--slides",
-        *files,
-        *out,
-    )
+    donors = ("--donor-pattern", "[0-9]$|.", "--donor-map", tmp_path)
+    line = refused("experiment", "--hold-out", "donor", *donors, "--slides", *files, *out)
     assert "one of --donor-key" in line
-    assert "takes a run and a slide" in refused("evaluate", tmp_path, *out)
-    line = refused("evaluate", tmp_path, files[0], "--jobs", "2", *out)
-    assert "--jobs belongs to --protocol" in line
     assert not (tmp_path / "new").exists()
 
 
-def test_evaluate_by_protocol(files, tmp_path, capsys):
-    sets = [word for text in SETTINGS for word in ("--set", text)]
-    argv = [
-        "evaluate",
-        "--protocol",
-        "leave-one-donor-out",
-        *map(str, files),
-        "--donor-pattern",
-        "^.",
-        "--out",
-        str(tmp_path / "out"),
-        "--seeds",
-        "1",
-        "--jobs",
-        "1",
-        "--no-baselines",
-        *sets,
-    ]
+def test_each_donor_is_held_out_by_the_command_line(files, tmp_path, capsys):
+    sets = [word for text in (*SETTINGS, "eval.baselines=false") for word in ("--set", text)]
+    out = tmp_path / "out"
+    argv = ["experiment", *map(str, files), "--hold-out", "donor", "--donor-pattern", "^."]
+    argv += ["--out", str(out), "--seeds", "0", "--jobs", "1", *sets]
     assert cli.run_command(argv) == 0
-    table = rows(tmp_path / "out")
+    table = rows(out)
     held = {(r["fold"], r["slide"]) for r in table}
     assert held == {("A", "A1"), ("A", "A2"), ("B", "B1"), ("B", "B2")}
-    assert {r["role"] for r in table} == {"variant", "form", "floor"}
-    assert "distance spearman" in capsys.readouterr().out
+    assert {r["role"] for r in table} == {"variant", "ablation", "floor"}
+    printed = capsys.readouterr().out
+    assert "distance spearman" in printed and str(out / "report.html") in printed
 
 
 def test_baselines_are_told_apart_where_encoders_differ(plan):
     other = plan.variants["base"].replace(encoder={"steps": 5})
     study = replace(plan, variants={**plan.variants, "other": other})
-    jobs = study.jobs()
-    assert sum(job.key.kind == "encoder" for job in jobs) == 2 * 4
-    assert study.encoder_task("blind", "A1", 0) == study.encoder_task("base", "A1", 0)
-    assert study.encoder_task("other", "A1", 0) != study.encoder_task("base", "A1", 0)
-    names = {
-        variant: study_module._record(
-            study, (variant, "A1", 0, "A1", "A", "ridge", "baseline", "procrustes", 0.5)
+    assert sum(job.key.kind == "encoder" for job in study_jobs(study)) == 2 * 4
+    base, blind, other = (encoder_task(study, v, "A1", 0) for v in ("base", "blind", "other"))
+    assert base == blind != other
+    names = [
+        as_record(
+            Row(variant, "A1", 0, "A1", "A", "ridge", "baseline", "procrustes", 0.5),
+            baseline_variants(study),
         ).method
         for variant in ("base", "other")
-    }
-    assert names == {"base": "ridge [base]", "other": "ridge [other]"}
+    ]
+    assert names == ["ridge [base]", "ridge [other]"]
+
+
+@pytest.mark.parametrize(
+    ("change", "shared"),
+    [
+        ({"model.beta": 0}, True),
+        # what is left open would be decided as the other variant asked for it
+        ({"refine.steps": 0}, False),
+        ({"model.beta": 0, "selection.mode": "quick"}, False),
+    ],
+)
+def test_an_encoder_is_shared_where_all_that_is_decided_with_it_is_the_same(plan, change, shared):
+    base = plan.variants["base"]
+    if mode := change.get("selection.mode"):
+        base = base.with_values({"selection.mode": mode})
+    study = replace(plan, variants={"base": base, "other": base.with_values(change)})
+    first, second = (encoder_task(study, variant, "A1", 0) for variant in study.variants)
+    assert (first == second) == shared
 
 
 @pytest.mark.parametrize(
@@ -566,18 +436,18 @@ def test_a_run_takes_no_more_threads_than_the_user_allows(monkeypatch, asked, sh
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert study_module._threads(share) == threads
+    assert threads_per_job(share) == threads
 
 
-def test_what_is_tried_is_left_out_as_what_is_held_out_is():
-    """Donors where new donors are held out; slides where a slide of a known donor is."""
+def test_cross_validation_groups_slides_as_the_study_holds_them_out():
+    """By donor where new donors are held out, by slide where a slide of a known donor is."""
     donors = {"A1": "A", "A2": "A", "B1": "B", "B2": "B", "C1": "C"}
 
-    def tried(hold_out, name):
+    def groups(hold_out, name):
         folds, _ = plan_folds(donors, hold_out)
         study = Study((), {}, donors, {}, tuple(folds), (0,), "v1")
-        return study.left_out_together(study.fold(name))
+        return cv_groups(study, study.fold(name))
 
-    assert tried("donor", "A") == {"B1": "B", "B2": "B", "C1": "C"}
-    assert tried("slide", "A1") == {name: name for name in ("A2", "B1", "B2", "C1")}
-    assert tried("slide", "C1") == {"A1": "A", "A2": "A", "B1": "B", "B2": "B"}
+    assert groups("donor", "A") == {"B1": "B", "B2": "B", "C1": "C"}
+    assert groups("slide", "A1") == {name: name for name in ("A2", "B1", "B2", "C1")}
+    assert groups("slide", "C1") == {"A1": "A", "A2": "A", "B1": "B", "B2": "B"}

@@ -125,7 +125,7 @@ def recycle_records(
             name: values.view(len(values), -1).expand(-1, block.heads)
             for name, values in terms.items()
         }
-        logits = sum(terms.values())
+        logits = sum(terms.values(), start=torch.zeros((), device=h.device))
         attention, _ = ops.segment_softmax(logits, graph.edge_index[1], graph.num_nodes)
         yield RecycleRecord(attention, logits, terms, model.learned_scalars(recycle, state))
 

@@ -128,7 +128,8 @@ def minimize_layout(
             stress_pairs=stress_pairs,
             generator=generator,
         )
-        loss = sum(active[name] * value for name, value in terms.items())
+        weighted = (active[name] * value for name, value in terms.items())
+        loss = sum(weighted, start=torch.zeros((), device=device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,17 +32,17 @@ class Job:
     """One piece of work.
 
     Args:
-        key: what the work function is called with; can be pickled.
-        after: key of the job that has to be done first; it comes earlier in the list.
+        key: what the work function is called with; hashable, and can be pickled.
+        after: key of the job that has to be done first, earlier in the list; None for none.
     """
 
-    key: Hashable
-    after: Hashable | None = None
+    key: Any
+    after: Any = None
 
 
 def run_jobs(
     work: Work, jobs: Sequence[Job], *, processes: int = 1, threads: int = 1
-) -> Iterator[tuple[Hashable, str | None]]:
+) -> Iterator[tuple[Any, str | None]]:
     """Runs every job, and yields its key and its error in one line, or None, as each ends.
 
     A job whose predecessor failed is not run and fails with the same error. With one process the
@@ -56,8 +56,9 @@ def run_jobs(
         processes: jobs at a time.
         threads: of torch in each worker process.
     """
-    waiting, failed = list(jobs), {}
-    undone, running = {job.key for job in jobs}, {}
+    waiting, undone = list(jobs), {job.key for job in jobs}
+    running: dict[Job, Future] = {}
+    failed: dict[Any, str] = {}
     with _workers(processes, threads) if processes > 1 else nullcontext() as client:
         try:
             while waiting or running:
@@ -119,7 +120,8 @@ def _workers(count: int, threads: int) -> Iterator[Client]:
                 n_workers=count,
                 threads_per_worker=1,
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # any free port: two studies may run
+                scheduler_kwargs={"dashboard": False},
                 memory_limit=None,
                 silence_logs=logging.CRITICAL,
                 preload=__name__,

@@ -136,7 +136,7 @@ def load_reference(run: Path) -> list[tuple[Tensor, Tensor]] | None:
     Returns:
         One pair a slide, of at most 5,000 of its cells; None if the run has saved none.
     """
-    path = run / REFERENCE
+    path = Path(run) / REFERENCE
     if not path.is_file():
         return None
     tensors = load_file(path)
@@ -162,17 +162,20 @@ def _refined_baselines(
     layouts: Mapping[str, np.ndarray],
     reference: list[tuple[Tensor, Tensor]] | None,
 ) -> dict[str, np.ndarray]:
-    """Baselines with both steps after the recycles: what these steps are worth by themselves."""
-    h = torch.from_numpy(prediction.embedding)
-    config, graph = predictor.config, prediction.refinement_graph.to("cpu")
-    if not (config.get(_CORRECTION) or config.get(_REFINEMENT)):
-        refine = {k: v for k, v in DEFAULT_SELECTION.items() if k.startswith("refine.")}
-        config = config.with_values(refine)
-        components = predictor.relevant_components
-        graph = steps.refinement_graph(
-            h.to(predictor.device), prediction.candidates, components, config
-        ).to("cpu")
-    found = {}
+    """Baselines with distance correction and refinement: what these are worth by themselves.
+
+    A step that the run does without is taken with its default settings.
+    """
+    own, candidates = predictor.config, prediction.candidates
+    missing = set() if own.get(_CORRECTION) else {_CORRECTION}
+    if not own.get(_REFINEMENT):
+        missing |= {key for key in DEFAULT_SELECTION if key.startswith("refine.")} - {_CORRECTION}
+    config = own.with_values({key: DEFAULT_SELECTION[key] for key in missing})
+    h, graph = torch.from_numpy(prediction.embedding), prediction.refinement_graph
+    if not own.get(_REFINEMENT):
+        components, device = predictor.relevant_components, predictor.device
+        graph = steps.refinement_graph(h.to(device), candidates, components, config)
+    graph, found = graph.to("cpu"), {}
     for name in ("PCA", "MLP", "atlas"):
         if name not in layouts:
             continue

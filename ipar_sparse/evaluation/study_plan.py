@@ -342,13 +342,15 @@ def _read_study_file(path: Path) -> tuple[dict[str, dict], dict[str, Any], dict[
     given = values.get("variants")
     if not isinstance(given, dict) or not given:
         raise UserError(f"{path}: needs `variants:` with a name and settings for each")
-    variants = {}
+    variants: dict[str, dict[str, Any]] = {}
     for name, own in given.items():
         name, own = str(name), {} if own is None else own
         if not isinstance(own, dict):
             raise UserError(f"{path}: variant {name} needs settings such as model.beta: 1.0")
         variants[name] = {"preset": name if name in PRESETS else None} | own
-    said = {key: values[key] for key in ("reference", "seeds", "hold_out") if key in values}
+    said: dict[str, Any] = {
+        key: values[key] for key in ("reference", "seeds", "hold_out") if key in values
+    }
     return variants, values.get("set") or {}, said
 
 
@@ -392,7 +394,7 @@ def _content_digest(slide: Slide) -> str:
     digest = hashlib.sha256(slide_digest(slide).encode())
     if slide.expression is not None:
         for part in (slide.expression.indptr, slide.expression.indices, slide.expression.data):
-            digest.update(np.ascontiguousarray(part))
+            digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()[:16]
 
 

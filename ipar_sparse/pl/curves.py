@@ -26,7 +26,10 @@ _VALIDATION = {
 
 
 def loss_curves(
-    history: Sequence[Mapping], *, stage: str = "model", axes: Sequence[Axes] | None = None
+    history: Sequence[Mapping],
+    *,
+    stage: str = "model",
+    axes: Sequence[Axes] | np.ndarray | None = None,
 ) -> np.ndarray:
     """Training losses over steps, and validation E_geo over epochs with the kept epoch marked.
 

@@ -84,7 +84,7 @@ def layout_pair(
     pred,
     color=None,
     *,
-    axes: Sequence[Axes] | None = None,
+    axes: Sequence[Axes] | np.ndarray | None = None,
     label: str | None = None,
     titles: tuple[str, str] = ("Measured", "Predicted"),
 ) -> np.ndarray:
@@ -108,7 +108,7 @@ def layout_pair(
 
 
 def trajectory(
-    layouts: Sequence, *, true=None, axes: Sequence[Axes] | None = None, color=None
+    layouts: Sequence, *, true=None, axes: Sequence[Axes] | np.ndarray | None = None, color=None
 ) -> np.ndarray:
     """The map before the first and after every recycle; cells keep their colour.
 
@@ -131,7 +131,7 @@ def trajectory(
 
 
 def attention_focus(
-    pos, focus: Sequence[AttentionFocus], *, axes: Sequence[Axes] | None = None
+    pos, focus: Sequence[AttentionFocus], *, axes: Sequence[Axes] | np.ndarray | None = None
 ) -> np.ndarray:
     """Where single cells attend: a star is the cell, dark large dots have most of its attention.
 

@@ -28,7 +28,7 @@ def new_axes(ax: Axes | None, size: tuple[float, float] = (4.2, 4.2)) -> Axes:
     return plt.subplots(figsize=size, layout="constrained")[1]
 
 
-def new_row(axes: Sequence[Axes] | None, count: int, size: float = 3.2) -> np.ndarray:
+def new_row(axes: Sequence[Axes] | np.ndarray | None, count: int, size: float = 3.2) -> np.ndarray:
     """``count`` axes side by side: the given ones, checked, or those of a new figure."""
     if axes is None:
         _, axes = plt.subplots(
@@ -78,8 +78,9 @@ def note_subset(ax: Axes, drawn: int, n: int) -> None:
 
 def marker_area(ax: Axes, n: int) -> float:
     """Marker area in square points with which n cells fill about half of the axes."""
-    box, (width, height) = ax.get_position(), ax.get_figure().get_size_inches()
-    area = box.width * width * box.height * height * 72**2
+    box, figure = ax.get_position(), ax.figure
+    area = box.width * figure.bbox.width * box.height * figure.bbox.height
+    area *= (72 / figure.dpi) ** 2
     return float(np.clip(0.45 * area / max(n, 1), 0.3, 70.0))
 
 

@@ -14,6 +14,7 @@ import jinja2
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ..files import atomic_write
 
@@ -38,8 +39,7 @@ def draw_figure(
         dense: whether a phone scrolls it, since it cannot be read when shrunk.
     """
     # no pyplot: it keeps figures after the report, and needs a display on some systems
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(wspace=0.04, hspace=0.04)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.04, hspace=0.04))
     FigureCanvasAgg(figure)
     draw(figure)
     buffer = io.BytesIO()

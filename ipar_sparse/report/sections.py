@@ -175,8 +175,12 @@ def _uncertainty_section(evaluation: SlideEvaluation) -> dict | None:
     text = (
         "The predicted root mean square error of each cell. It follows the predictive variance of "
         "the run's atlas, where it has one. With several noise samples, it also follows how far "
-        "noise moves the cell. Cross-validation on training donors set its size."
+        "noise moves the cell. "
     )
+    if evaluation.provenance.settings.get("uncertainty", {}).get("calibrated"):
+        text += "Its size was fitted on left-out donors of the training slides."
+    else:
+        text += "Its size was not fitted on the training slides: the order of cells is what counts."
     if true is not None:
         text += (
             " Right: cells in groups of equal size, least uncertain first. Where the line rises, "

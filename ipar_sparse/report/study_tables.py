@@ -92,25 +92,27 @@ def difference_rows(
     Returns:
         No row if nothing could be compared.
     """
-    rows = []
+    rows, known = [], 0
     for method in comparison.methods("variant"):
+        if versus_reference and method == comparison.reference:
+            continue
         cells = []
         for name in metrics:
             found = comparison.of(name, method)
-            gap = found and (found.vs_reference if versus_reference else found.vs_baseline)
+            gap = None
+            if found is not None:
+                gap = found.vs_reference if versus_reference else found.vs_baseline
+            known += gap is not None
             cells.append(
-                {"text": "–", "mark": "", "verdict": "", "other": ""}
-                if gap is None
-                else {
-                    "text": gap_text(gap),
-                    "mark": _MARKS[gap.verdict],
-                    "verdict": gap.verdict,
-                    "other": "" if versus_reference else gap.other,
+                {
+                    "text": "–" if gap is None else gap_text(gap),
+                    "mark": "" if gap is None else _MARKS[gap.verdict],
+                    "verdict": "" if gap is None else gap.verdict,
+                    "other": "" if gap is None or versus_reference else gap.other,
                 }
             )
-        if not (versus_reference and method == comparison.reference):
-            rows.append({"name": method, "cells": cells})
-    return rows if any(cell["text"] != "–" for row in rows for cell in row["cells"]) else []
+        rows.append({"name": method, "cells": cells})
+    return rows if known else []
 
 
 def slide_table(results: StudyResults, metric: str) -> dict:

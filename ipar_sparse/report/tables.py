@@ -122,7 +122,7 @@ def plus_minus(error: float | None) -> str:
 
 def flat_settings(settings: Mapping, prefix: str = "") -> dict[str, str]:
     """Nested settings by their keys, as ``train.lr``."""
-    flat = {}
+    flat: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
             flat |= flat_settings(value, f"{prefix}{key}.")

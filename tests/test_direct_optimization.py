@@ -8,7 +8,7 @@ import torch
 from scipy.spatial import cKDTree
 
 from ipar_sparse.data.simulation import simulate
-from ipar_sparse.evaluation.direct_optimization import WHOLE_SLIDE, minimize_layout, spectral_layout
+from ipar_sparse.evaluation.direct_optimization import WHOLE_SLIDE, minimize_layout, walk_eigenmap
 from ipar_sparse.geometry.gauge import gauge_fix
 from ipar_sparse.supervision.losses import (
     e_geo,
@@ -61,7 +61,7 @@ def miniset(real_slides, name, n=300):
     return pos[np.random.default_rng(0).permutation(len(pos))[:n]]
 
 
-def check_oracle(xy):
+def check_minimum(xy):
     target = build_target(xy)
     layout = minimize_layout(target, init="spectral", lr=0.03, steps=150)
     assert e_geo(layout.pos, target)["e_geo"] < 0.05
@@ -73,14 +73,14 @@ def check_oracle(xy):
 
 
 def test_minimising_e_geo_reaches_the_floor_without_collapse():
-    check_oracle(tissue(300))
+    check_minimum(tissue(300))
 
 
 @pytest.mark.parametrize(
     "name", ["human_breast_st/A1", "mouse_embryo_seqfish/embryo1", "mouse_mpfc_starmap/BZ5"]
 )
 def test_minimising_e_geo_on_real_slides(real_slides, name):
-    check_oracle(miniset(real_slides, name))
+    check_minimum(miniset(real_slides, name))
 
 
 def test_a_fixed_number_of_neighbours_loses_the_layout():
@@ -89,12 +89,12 @@ def test_a_fixed_number_of_neighbours_loses_the_layout():
     for n, k in ((128, 20), (384, 20), (384, None)):
         pos = tissue(n)
         target = replace(build_target(pos), walk=build_walk_target(pos, k))
-        found[n, k] = recall(minimize_layout(target).pos, pos)  # E_geo from a random start
+        found[n, k] = recall(minimize_layout(target).pos, pos)  # E_geo from a random layout
         print(f"n = {n}, k = {k or '0.15 n'}: neighbour hit @15 {found[n, k]:.2f}")
     assert found[384, 20] < found[128, 20] - 0.2 and found[384, 20] < found[384, None] - 0.2
 
 
-def test_global_terms_recover_a_miniset_from_a_random_start():
+def test_global_terms_recover_a_miniset_from_a_random_layout():
     target = build_target(tissue(300))
     layout = minimize_layout(target, weights={"gram": 1.0, "rw_kl": 1.0}, steps=200, seed=1)
     check_recovered(target, layout)
@@ -103,16 +103,16 @@ def test_global_terms_recover_a_miniset_from_a_random_start():
     assert "rw_kl" in layout.history[-1] and "rw_kl" not in layout.history[0]
 
 
-def test_spectral_layout_unfolds_a_sketch():
+def test_a_walk_eigenmap_unfolds_a_sketch():
     target = build_target(tissue(2000))
-    assert procrustes(spectral_layout(target.walk), target.pos.numpy()) < 0.15
+    assert procrustes(walk_eigenmap(target.walk), target.pos.numpy()) < 0.15
 
 
 @pytest.mark.parametrize(
     ("n", "steps"),
     [(1000, 300), (10_000, 300), pytest.param(100_000, 400, marks=pytest.mark.slow)],
 )
-def test_whole_slides_are_recovered_from_a_random_start(n, steps):
+def test_whole_slides_are_recovered_from_a_random_layout(n, steps):
     target = build_target(tissue(n))
     layout = minimize_layout(target, weights=WHOLE_SLIDE, steps=steps, stress_pairs=100_000)
     check_recovered(target, layout)
@@ -277,7 +277,7 @@ def test_mistakes_are_named():
     target = build_target(tissue(60))
     with pytest.raises(ValueError, match="one graph"):
         minimize_layout(collate([target, target]))
-    with pytest.raises(ValueError, match="unknown start"):
+    with pytest.raises(ValueError, match="unknown init"):
         minimize_layout(target, init="umap")
     with pytest.raises(ValueError, match="unknown terms"):
         minimize_layout(target, weights={"rw": 1.0})

@@ -1,0 +1,68 @@
+"""Jobs in worker processes: order, failures, deaths, stopping."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ipar_sparse.errors import UserError
+from ipar_sparse.evaluation.jobs import Job, run_jobs
+
+
+def errand(key, stop):
+    if key == "bad":
+        raise UserError("this\nwent wrong")
+    if key == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if isinstance(key, Path):
+        key.write_text(str(torch.get_num_threads()))
+
+
+def wait_for_stop(key, stop):
+    key.write_text("begun")
+    if not stop.wait(60):
+        raise TimeoutError("nobody asked for a stop")
+    key.write_text("saved")
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_failing_job_takes_only_its_followers_with_it(processes, tmp_path):
+    good, late = tmp_path / "good", tmp_path / "late"
+    jobs = [
+        Job("bad"),
+        Job("follows", "bad"),
+        Job("follows on", "follows"),
+        Job(good),
+        Job(late, good),
+    ]
+    if processes > 1:
+        jobs.insert(0, Job("dies"))
+    before = dict(os.environ)
+    ended = list(run_jobs(errand, jobs, processes=processes, threads=1))
+    assert os.environ == before
+    assert len(ended) == len(jobs)
+    errors = dict(ended)
+    for key in ("bad", "follows", "follows on"):
+        assert errors[key] == "this went wrong"
+    assert errors[good] is None and errors[late] is None and late.exists()
+    order = [key for key, _ in ended]
+    assert order.index(good) < order.index(late)
+    if processes > 1:
+        assert errors["dies"] == "its process died; out of memory, perhaps"
+        assert good.read_text() == "1"
+
+
+def test_stopping_lets_a_running_job_save_and_begins_no_other(tmp_path):
+    running, waiting = tmp_path / "running", tmp_path / "waiting"
+    ended = run_jobs(wait_for_stop, [Job("fails"), Job(running), Job(waiting)], processes=2)
+    key, error = next(ended)
+    assert key == "fails" and error
+    deadline = time.monotonic() + 60
+    while not running.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ended.close()
+    assert running.read_text() == "saved" and not waiting.exists()
