@@ -83,3 +83,20 @@ The unshared ones learn one gate weight per recycle: their parameter counts on r
 number per recycle more than the blocks do, which that count alone does not name. A weight that
 starts at the fixed one changes least; ``model.learned_betas=none`` is without.
 """
+
+DEFAULT_SELECTION: dict[str, Any] = {
+    "model.init": "atlas",
+    "model.recycling": True,
+    "encoder.component_kind": "principal",
+    "refine.distance_correction_steps": 200,
+    "refine.steps": 400,
+    "refine.anchor_weight": 5.0,
+    "refine.rca_power": 0.5,
+    "uncertainty.error_intercept": 0.1,
+    "uncertainty.error_slope": 1.1,
+    "uncertainty.calibrated": False,
+}
+"""What open settings become without cross-validation.
+
+The error model is that of left-out donors of four public sets of slides.
+"""

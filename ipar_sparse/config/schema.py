@@ -235,8 +235,8 @@ class ModelConfig(Section):
 
     @property
     def gated(self) -> bool:
-        """Whether the gate takes part."""
-        return self.beta > 0
+        """Whether the gate takes part: it has a weight, and recycles that attend by it."""
+        return self.beta > 0 and self.recycling is not False
 
     @property
     def gate_weight(self) -> float:
@@ -252,7 +252,7 @@ class ModelConfig(Section):
     def _gate_fits(self):
         if self.gate_heads not in (1, self.heads):
             raise ValueError(f"gate_heads must be 1 or heads ({self.heads}), got {self.gate_heads}")
-        if not self.gated and self.gate_heads > 1:
+        if not self.beta > 0 and self.gate_heads > 1:
             raise ValueError(f"gate_heads={self.gate_heads} needs a gate, but beta=0 removes it")
         if self.learned_betas is not None:
             if len(self.learned_betas) != self.recycles:
@@ -300,7 +300,7 @@ class ModelConfig(Section):
         if not self.qk:
             if self.qk_norm:
                 raise ValueError("qk_norm normalises queries and keys, but qk=false removes them")
-            if not self.gated and not self.terms:
+            if not self.beta > 0 and not self.terms:
                 raise ValueError("qk=false, beta=0 and no terms leave nothing to attend by")
         if not self.qk_norm and (self.qk_scale != 1.0 or self.qk_range is not None):
             raise ValueError("qk_scale and qk_range belong to qk_norm; set qk_norm=true")
