@@ -287,10 +287,8 @@ class Batches:
             step //= 2
         size = settings.batch_size
         per_pass = math.ceil(len(self.pool) / size)
-        order = torch.randperm(
-            len(self.pool),
-            generator=step_generator(settings.seed, f"{stage} order", step // per_pass),
-        )
+        generator = step_generator(settings.seed, f"{stage} order", step // per_pass)
+        order = torch.randperm(len(self.pool), generator=generator)
         start = step % per_pass * size
         minisets = [self.pool[int(number)] for number in order[start : start + size]]
         return collate(minisets).to(self.device)
