@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import UserError
 from ..files import atomic_write
@@ -460,6 +460,11 @@ class SelectionConfig(Section):
     """groups in which donors are left out in turn, at most"""
     slides_per_donor: Positive = 3
     """slides of a donor that take part, at most"""
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _none_is_a_mode(cls, value: Any) -> Any:
+        return "none" if value is None else value  # `--set selection.mode=none` reads as null
 
 
 class EvalConfig(Section):
