@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
@@ -42,6 +45,28 @@ def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
+    """Writes nested values as JSON in one step; numbers that are not finite become null.
+
+    Args:
+        path: the file.
+        values: mappings, sequences, texts and numbers, those of NumPy and torch included.
+    """
+    text = json.dumps(_plain(values), indent=2, allow_nan=False, ensure_ascii=False)
+    atomic_write(path, text + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """The same in types that JSON knows."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # of NumPy or torch
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sync_folder(folder: Path) -> None:

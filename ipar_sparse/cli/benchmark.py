@@ -1,0 +1,78 @@
+"""``ipar-sparse benchmark``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from .folders import check_output_folder
+from .messages import say
+from .options import RUNNING, Device, OutFolder, Overwrite, flag
+
+
+def benchmark(
+    out: OutFolder,
+    sizes: Annotated[
+        str, typer.Option(help="Numbers of cells, with commas.")
+    ] = "384,1300,2600,5000",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="What to time: forward, backward, step (a whole training step). Or knn alone: the "
+            "search for nearest neighbours, with its recall."
+        ),
+    ] = "forward,backward",
+    implementations: Annotated[
+        str | None,
+        flag(
+            "--implementations",
+            "dense, pyg (plain message passing), chunked, triton; of knn: exact, triton, faiss, "
+            "torch_cluster. [dim]Default: all that this machine can run[/dim]",
+            RUNNING,
+            "NAME,...",
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32, tf32, bfloat16 or float16.")] = "float32",
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Time the sparse model against the dense one on this machine, or neighbour searches."""
+    from ..config import resolve_device
+
+    numbers = parse_sizes(sizes)
+    check_output_folder(out, overwrite)
+    target = resolve_device(device or "auto")
+
+    from ..benchmarks import run as run_benchmark
+    from ..benchmarks import run_knn
+
+    chosen = implementations.split(",") if implementations else None
+    name = "knn" if tasks == "knn" else "benchmark"
+    try:
+        if name == "knn":
+            run_knn(numbers, out, target, implementations=chosen)
+        else:
+            run_benchmark(
+                numbers,
+                out,
+                target,
+                implementations=chosen,
+                tasks=tasks.split(","),
+                precision=precision,
+            )
+    except ValueError as error:
+        raise UserError(f"benchmark: {error}") from None
+    say(f"{out / f'{name}.json'}\n{out / f'{name}.png'}")
+
+
+def parse_sizes(text: str) -> list[int]:
+    """The numbers of cells in a text such as ``"384,1300"``."""
+    try:
+        numbers = [int(float(part)) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 2:
+        raise UserError(f"--sizes takes numbers of cells with commas, e.g. 384,1300; got {text!r}")
+    return numbers
