@@ -47,25 +47,43 @@ def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
         temporary.write_bytes(data)
 
 
-def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
-    """Writes nested values as JSON in one step; numbers that are not finite become null.
+def write_json(path: str | os.PathLike, values: Any) -> None:
+    """Writes strict JSON in one step; a number that is not finite becomes null.
 
     Args:
         path: the file.
-        values: mappings, sequences, texts and numbers, those of NumPy and torch included.
+        values: mappings, lists, arrays, tensors, numbers, strings and booleans, nested.
     """
     text = json.dumps(_plain(values), indent=2, allow_nan=False, ensure_ascii=False)
     atomic_write(path, text + "\n")
 
 
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a YAML file of ``name: value`` lines.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"{path} is not valid YAML; correct it") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `name: value` lines")
+    return values
+
+
 def _plain(value: Any) -> Any:
-    """The same in types that JSON knows."""
+    if hasattr(value, "tolist"):  # of numpy or torch
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):  # of NumPy or torch
-        return _plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -45,25 +45,15 @@ def benchmark(
     check_output_folder(out, overwrite)
     target = resolve_device(device or "auto")
 
-    from ..benchmarks import run as run_benchmark
-    from ..benchmarks import run_knn
+    from ..benchmarks import run
 
     chosen = implementations.split(",") if implementations else None
-    name = "knn" if tasks == "knn" else "benchmark"
+    wanted = tasks.split(",")
     try:
-        if name == "knn":
-            run_knn(numbers, out, target, implementations=chosen)
-        else:
-            run_benchmark(
-                numbers,
-                out,
-                target,
-                implementations=chosen,
-                tasks=tasks.split(","),
-                precision=precision,
-            )
+        run(wanted, numbers, out, target, implementations=chosen, precision=precision)
     except ValueError as error:
         raise UserError(f"benchmark: {error}") from None
+    name = "knn" if "knn" in wanted else "benchmark"
     say(f"{out / f'{name}.json'}\n{out / f'{name}.png'}")
 
 

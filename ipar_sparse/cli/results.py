@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 def empty_cells(slides: Sequence[Slide]) -> dict[str, Any]:
     """The obs column that flags cells without counts, where there are any."""
+    import numpy as np
+
     from ..data.keys import Keys
     from ..data.writers import in_file_order
 
-    flags = [slide.empty for slide in slides]
+    flags = [np.asarray(slide.empty) for slide in slides]
     if not any(flag.any() for flag in flags):
         return {}
     return {Keys.EMPTY: in_file_order(slides, flags, fill=False)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +30,9 @@ from .options import (
     flag,
     given,
 )
+
+if TYPE_CHECKING:
+    from ..data.slide import Slide
 
 
 class Select(str, Enum):
@@ -129,6 +132,7 @@ def train(
     resolve_device(settings.train.device)
 
     smallest = settings.train.miniset_min
+    val_slides: list[Slide] | None
     if resume:
         train_slides, val_slides = recorded_slides(out, [*slides, *val], settings.data, smallest)
         donors = None  # the run has them on record

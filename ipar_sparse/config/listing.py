@@ -1,6 +1,6 @@
 """The settings as a person reads them: name, values, default, help text."""
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
@@ -55,21 +55,16 @@ def _setting(key: str, field) -> Setting:
     )
 
 
-def _values_of(annotation) -> str:
+def _values_of(annotation: Any) -> str:
     """The values that a type stands for, in words."""
-    origin, args = getattr(annotation, "__origin__", None), getattr(annotation, "__args__", ())
+    origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(map(str, args))
+    if origin is Annotated:
+        return _values_of(args[0])
     if origin is tuple:
         return f"list of {_values_of(args[0])}"
-    if hasattr(annotation, "__metadata__"):  # Annotated
-        return _values_of(annotation.__origin__)
     if args:  # a union
         return " | ".join(map(_values_of, args))
-    return {
-        "NoneType": "none",
-        "str": "text",
-        "float": "number",
-        "int": "integer",
-        "bool": "true | false",
-    }[annotation.__name__]
+    names = {bool: "true | false", float: "number", int: "integer", str: "text"}
+    return names.get(annotation, "none")

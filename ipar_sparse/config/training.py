@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .types import Count, Fraction, Inside, MinisetSize, Positive, Rate, Section, Weight
 
@@ -122,3 +122,8 @@ class SelectionConfig(Section):
     """Largest number of cross-validation folds; each leaves a group of donors out."""
     slides_per_donor: Positive = 3
     """Largest number of slides per donor that take part in cross-validation."""
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _none_is_a_mode(cls, value):
+        return "none" if value is None else value  # as --set and YAML read none
