@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from . import options
 from .folders import check_output_folder
 from .messages import say
-from .options import RUNNING, Device, OutFolder, Overwrite, flag
+from .options import RUNNING, flag
 
 
 def benchmark(
-    out: OutFolder,
+    out: options.OutFolder,
     sizes: Annotated[
         str, typer.Option(help="Numbers of cells, with commas.")
     ] = "384,1300,2600,5000",
@@ -35,8 +36,8 @@ def benchmark(
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="float32, tf32, bfloat16 or float16.")] = "float32",
-    device: Device = None,
-    overwrite: Overwrite = False,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Time the sparse model against the dense one on this machine, or neighbour searches."""
     from ..config import resolve_device

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from ..errors import UserError
+from . import options
 from .folders import check_folder
 from .inputs import load_predictor, read_files, reading_settings, tell_notes
-from .options import Cells, Device, Layer, Normalized, OutFile, Overwrite, Run, SlideKey
 from .results import empty_cells, provenance, tell_written
 
 
 def embed(
-    run: Run,
-    cells: Cells,
-    out: OutFile,
-    layer: Layer = None,
-    normalized: Normalized = None,
-    slide_key: SlideKey = None,
-    device: Device = None,
-    overwrite: Overwrite = False,
+    run: options.Run,
+    cells: options.Cells,
+    out: options.OutFile,
+    layer: options.Layer = None,
+    normalized: options.Normalized = None,
+    slide_key: options.SlideKey = None,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Embed cells with the trained encoder alone, to obsm['X_ipar_embedding'] of a copy."""
     from ..data.keys import Keys

@@ -7,22 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import options
 from .folders import check_output_folder, removed_on_failure
 from .inputs import load_predictor, read_files, reading_settings, tell_notes
 from .messages import note, say
-from .options import (
-    RUNNING,
-    Device,
-    Embedding,
-    Layer,
-    NoiseSamples,
-    Normalized,
-    OutFolder,
-    Overwrite,
-    Run,
-    SlideKey,
-    flag,
-)
+from .options import RUNNING, flag
 
 if TYPE_CHECKING:
     from ..data.slide import Slide
@@ -30,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Run,
+    run: options.Run,
     slide: Annotated[
         Path,
         typer.Argument(
@@ -38,18 +27,18 @@ def evaluate(
             help="AnnData file (.h5ad or .zarr) with measured positions, not trained on.",
         ),
     ],
-    out: OutFolder,
-    noise_samples: NoiseSamples = None,
+    out: options.OutFolder,
+    noise_samples: options.NoiseSamples = None,
     baselines: Annotated[
         bool,
         flag("--baselines/--no-baselines", "Score simple methods beside the model.", RUNNING),
     ] = True,
-    layer: Layer = None,
-    normalized: Normalized = None,
-    slide_key: SlideKey = None,
-    embedding: Embedding = None,
-    device: Device = None,
-    overwrite: Overwrite = False,
+    layer: options.Layer = None,
+    normalized: options.Normalized = None,
+    slide_key: options.SlideKey = None,
+    embedding: options.Embedding = None,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Score a prediction against measured positions: metrics.json, report.html, figures.
 

@@ -10,26 +10,10 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from . import options
 from .folders import check_folder
 from .messages import Stopped, say
-from .options import (
-    OUTPUT,
-    READING,
-    RUNNING,
-    Device,
-    DonorKey,
-    DonorMap,
-    DonorPattern,
-    Embedding,
-    Jobs,
-    Layer,
-    Normalized,
-    OutFolder,
-    Overrides,
-    SlideKey,
-    flag,
-    given,
-)
+from .options import OUTPUT, READING, RUNNING, flag, given
 
 Variants = Annotated[
     list[str] | None,
@@ -69,22 +53,22 @@ Reference = Annotated[
 
 
 def experiment(
-    out: OutFolder,
+    out: options.OutFolder,
     what: Variants = None,
     slides: Slides = None,
     hold_out: HoldOut = None,
-    donor_key: DonorKey = None,
-    donor_pattern: DonorPattern = None,
-    donor_map: DonorMap = None,
+    donor_key: options.DonorKey = None,
+    donor_pattern: options.DonorPattern = None,
+    donor_map: options.DonorMap = None,
     seeds: Seeds = None,
-    overrides: Overrides = None,
+    overrides: options.Overrides = None,
     reference: Reference = None,
-    embedding: Embedding = None,
-    layer: Layer = None,
-    normalized: Normalized = None,
-    slide_key: SlideKey = None,
-    device: Device = None,
-    jobs: Jobs = None,
+    embedding: options.Embedding = None,
+    layer: options.Layer = None,
+    normalized: options.Normalized = None,
+    slide_key: options.SlideKey = None,
+    device: options.Device = None,
+    jobs: options.Jobs = None,
 ) -> None:
     """Train and score variants on held-out slides over seeds, side by side, in one table.
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from . import options
 from .inputs import recorded_inputs
-from .options import Run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +20,7 @@ SELECTION = "selection.json"
 """File of a run folder with the cross-validation table."""
 
 
-def info(run: Run) -> None:
+def info(run: options.Run) -> None:
     """Show what a run was trained on, how far it got, and which settings it selected and why."""
     from rich.console import Console
     from rich.table import Table
@@ -110,6 +110,6 @@ def _changed(config: RunConfig) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import options
 from .folders import check_folder
 from .inputs import load_predictor, read_files, reading_settings, tell_notes
-from .options import (
-    Cells,
-    Device,
-    Embedding,
-    Layer,
-    NoiseSamples,
-    Normalized,
-    OutFile,
-    Overwrite,
-    Run,
-    SlideKey,
-)
 from .results import empty_cells, graphs_of, provenance, tell_written
 
 
 def predict(
-    run: Run,
-    cells: Cells,
-    out: OutFile,
-    noise_samples: NoiseSamples = None,
-    layer: Layer = None,
-    normalized: Normalized = None,
-    slide_key: SlideKey = None,
-    embedding: Embedding = None,
-    device: Device = None,
-    overwrite: Overwrite = False,
+    run: options.Run,
+    cells: options.Cells,
+    out: options.OutFile,
+    noise_samples: options.NoiseSamples = None,
+    layer: options.Layer = None,
+    normalized: options.Normalized = None,
+    slide_key: options.SlideKey = None,
+    embedding: options.Embedding = None,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Place cells: positions go to obsm['X_ipar'] of a copy of the file."""
     from ..data.keys import Keys

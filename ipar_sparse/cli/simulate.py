@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from . import options
 from .folders import check_folder, removed_on_failure
 from .messages import say
-from .options import Overwrite
 
 
 class Tissue(str, Enum):
@@ -36,7 +36,7 @@ def simulate(
     seed: Annotated[
         int, typer.Option(min=0, metavar="N", help="Seed; another one gives other slides.")
     ] = 0,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Make slides of a simulated tissue, to try things out."""
     from ..data.simulation import simulate as simulate_slides

@@ -9,27 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
+from . import options
 from .folders import check_resume, check_run_folder, run_folder, what_is_left
 from .inputs import check_no_leak, read_files, recorded_slides
 from .messages import Stopped, say
-from .options import (
-    OUTPUT,
-    RUNNING,
-    ConfigFile,
-    Device,
-    DonorKey,
-    DonorMap,
-    DonorPattern,
-    Embedding,
-    Layer,
-    Normalized,
-    Overrides,
-    Overwrite,
-    Preset,
-    SlideKey,
-    flag,
-    given,
-)
+from .options import OUTPUT, RUNNING, flag, given
 
 if TYPE_CHECKING:
     from ..data.slide import Slide
@@ -83,21 +67,21 @@ def train(
     out: RunFolder,
     slides: TrainFiles = None,
     val: ValFiles = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    preset: Preset = None,
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
+    preset: options.Preset = None,
     select: SelectMode = None,
-    embedding: Embedding = None,
-    layer: Layer = None,
-    normalized: Normalized = None,
-    slide_key: SlideKey = None,
-    donor_key: DonorKey = None,
-    donor_pattern: DonorPattern = None,
-    donor_map: DonorMap = None,
+    embedding: options.Embedding = None,
+    layer: options.Layer = None,
+    normalized: options.Normalized = None,
+    slide_key: options.SlideKey = None,
+    donor_key: options.DonorKey = None,
+    donor_pattern: options.DonorPattern = None,
+    donor_map: options.DonorMap = None,
     seed: Seed = None,
-    device: Device = None,
+    device: options.Device = None,
     resume: Resume = False,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Train on slides whose positions are known."""
     slides, val = slides or [], val or []
