@@ -50,7 +50,7 @@ def evaluate(
     slides = read_files([slide], data, require_pos=True)
     tell_notes(slides)
 
-    from ..report.slide import evaluate_slide
+    from ..report import evaluate_slide
 
     for one in slides:
         _warn_if_seen(predictor, one)

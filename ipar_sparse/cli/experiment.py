@@ -74,7 +74,8 @@ def experiment(
 
     The same command goes on with a study that was stopped.
     """
-    from ..evaluation.study import load_variants, plan_study, run_study
+    from ..evaluation.study_plan import load_variants, plan_study
+    from ..report import run_study_with_report
 
     names, studies, files = _sort(what or [])
     files = [*(slides or []), *files]
@@ -99,13 +100,13 @@ def experiment(
         donor_map=donor_map,
     )
     try:
-        results = run_study(study, out, jobs=jobs, device=device)
+        results = run_study_with_report(study, out, jobs=jobs, device=device)
     except KeyboardInterrupt:
         raise Stopped(
             f"stopped; {out} holds all that was done so far: the same command goes on with it"
         ) from None
-    if results.page is not None:
-        say(f"study: {results.page}")
+    if results.done:
+        say(f"study: {out / 'report.html'}")
     if results.failed:
         folder, error = next(iter(results.failed.items()))
         more = f" (and {len(results.failed) - 1} more)" if len(results.failed) > 1 else ""

@@ -56,8 +56,11 @@ def info(run: options.Run) -> None:
     selection = _selection(run)
     if selection["choices"]:
         donors, folds = selection["donors"], len(selection["folds"])
-        heading = f"cross-validation scores: {folds} folds over {donors} donors"
-        console.print(f"\n[bold]{heading}[/bold] (mode {selection['mode']})")
+        console.print(
+            f"\n[bold]cross-validation scores[/bold], {folds} folds over {donors} donors "
+            f"({selection['mode']}): distance Spearman and neighbour hit @15, mean ± standard "
+            "error; the score is the root of their product"
+        )
         console.print(_scores(selection))
         for choice in selection["choices"]:
             console.print(f"{choice['setting']}: {choice['reason']}", markup=False, soft_wrap=True)
