@@ -249,8 +249,8 @@ def fitted(monkeypatch):
     """What ``fit`` is called with, in place of a training."""
     calls = []
 
-    def fit(train, val, config, **named):
-        calls.append({"train": train, "val": val, "config": config, **named})
+    def fit(train, val, config, out, **named):
+        calls.append({"train": train, "val": val, "config": config, "out": out, **named})
 
     monkeypatch.setattr(FIT, "fit", fit)
     return calls
@@ -273,7 +273,7 @@ def test_training_is_asked_for_as_the_options_say(slides, tmp_path, fitted):
     assert call["donors"] == {"cortex1": "a", "cortex2": "a", "cortex3": "b"}
     config = call["config"]
     assert (config.selection.mode, config.train.seed, config.train.epochs) == ("none", 7, 3)
-    assert (config.preset, config.train.device) == ("v1-rbf", "cpu")
+    assert (config.preset, call["device"]) == ("v1-rbf", "cpu")
     assert config.model.terms == ("rbf",) and config.model.heads == 2
     assert config.data.normalized is None  # left to the files
 
@@ -314,7 +314,7 @@ def test_a_stopped_run_goes_on_with_the_slides_it_began_with(slides, tmp_path, f
     for call in fitted:
         assert (names(call["train"]), names(call["val"])) == (["a", "b"], ["c"])
         assert call["resume"] and call["donors"] is None and call["config"].model.heads == 2
-    assert [call["config"].train.device for call in fitted] == ["cpu", "auto"]
+    assert [call["device"] for call in fitted] == ["cpu", None]
 
 
 def test_slides_of_one_file_keep_their_roles_when_a_run_goes_on(slides, tmp_path, fitted):

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from ..config import RunConfig
 
-SELECTION = "selection.json"
-"""File of a run folder with the cross-validation table."""
-
 
 def info(run: options.Run) -> None:
     """Show what a run was trained on, how far it got, and which settings it selected and why."""
@@ -68,6 +65,8 @@ def info(run: options.Run) -> None:
 
 def _selection(run: Path) -> dict[str, Any]:
     """The cross-validation table of a run."""
+    from ..config.schema import SELECTION
+
     path = run / SELECTION
     try:
         return json.loads(path.read_text())

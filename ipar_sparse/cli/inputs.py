@@ -12,12 +12,9 @@ from .messages import note
 from .options import given
 
 if TYPE_CHECKING:
-    from ..config import DataConfig
+    from ..config import DataConfig, RunConfig
     from ..data.slide import Slide
     from ..inference.predictor import Predictor
-
-INPUTS = "inputs.json"
-"""File of a run folder that names its slides, their files and their donors."""
 
 
 def read_files(
@@ -71,6 +68,8 @@ def recorded_inputs(run: Path) -> dict[str, Any]:
     Raises:
         UserError: it says nothing, or nothing that can be read.
     """
+    from ..config.schema import INPUTS
+
     path = run / INPUTS
     try:
         recorded = json.loads(path.read_text())
@@ -80,15 +79,14 @@ def recorded_inputs(run: Path) -> dict[str, Any]:
 
 
 def recorded_slides(
-    run: Path, files: Iterable[Path], data: DataConfig, min_cells: int
+    run: Path, files: Iterable[Path], settings: RunConfig
 ) -> tuple[list[Slide], list[Slide]]:
     """The training and validation slides of a run, read again; they are known by their cells.
 
     Args:
         run: its folder.
         files: where the slides are now; the recorded files if empty.
-        data: how files are read.
-        min_cells: refuse slides with fewer cells.
+        settings: of the run.
 
     Raises:
         UserError: a slide of the run is not in the files.
@@ -98,7 +96,12 @@ def recorded_slides(
     recorded = recorded_inputs(run)
     wanted = recorded["train"] + recorded["val"]
     paths = list(files) or [Path(one["path"]) for one in wanted if one["path"] is not None]
-    slides = read_files(dict.fromkeys(paths), data, require_pos=True, min_cells=min_cells)
+    slides = read_files(
+        dict.fromkeys(paths),
+        settings.data,
+        require_pos=True,
+        min_cells=settings.train.miniset_min,
+    )
     found = {slide_digest(slide): slide for slide in slides}
     for one in wanted:
         if one["digest"] not in found:

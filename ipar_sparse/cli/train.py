@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -16,6 +16,7 @@ from .messages import Stopped, say
 from .options import OUTPUT, RUNNING, flag, given
 
 if TYPE_CHECKING:
+    from ..config import RunConfig
     from ..data.slide import Slide
 
 
@@ -25,6 +26,14 @@ class Select(str, Enum):
     quick = "quick"
     full = "full"
     none = "none"
+
+
+class Members(NamedTuple):
+    """The slides of a run; ``val`` is None where training is to choose."""
+
+    train: list[Slide]
+    val: list[Slide] | None
+    donors: dict[str, str] | None
 
 
 RunFolder = Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder of the run.")]
@@ -101,37 +110,52 @@ def train(
     check_no_leak(slides, val)
 
     from ..config import RunConfig, load_config, resolve_device
-    from ..data.splits import find_donors
     from ..train.fit import fit
 
     if resume:
-        settings = RunConfig.load_request(out).replace(train=given(device=device))
+        settings = RunConfig.load_request(out)
     else:
         sections = {
             "data": data,
-            "train": given(seed=seed, device=device),
+            "train": given(seed=seed),
             "selection": given(mode=select and select.value),
         }
         settings = load_config(config, overrides or [], preset=preset, **sections)
-    resolve_device(settings.train.device)
-
-    smallest = settings.train.miniset_min
-    val_slides: list[Slide] | None
+    resolve_device(device or settings.train.device)
     if resume:
-        train_slides, val_slides = recorded_slides(out, [*slides, *val], settings.data, smallest)
-        donors = None  # the run has them on record
+        recorded = recorded_slides(out, [*slides, *val], settings)
+        members = Members(*recorded, donors=None)  # the run has them on record
     else:
-        everything = read_files(
-            [*slides, *val], settings.data, require_pos=True, min_cells=smallest
-        )
-        validates = {str(path.absolute()) for path in val}
-        train_slides = [slide for slide in everything if slide.path not in validates]
-        val_slides = [slide for slide in everything if slide.path in validates] or None
-        donors = find_donors(train_slides, **donor_options)
-
+        members = _new_members(slides, val, settings, donor_options)
     with run_folder(out, resume):
         try:
-            fit(train_slides, val_slides, settings, out=out, donors=donors, resume=resume)
+            fit(
+                members.train,
+                members.val,
+                settings,
+                out,
+                donors=members.donors,
+                resume=resume,
+                device=device,
+            )
         except KeyboardInterrupt:
             raise Stopped(what_is_left(out)) from None
     say(f"trained: {out}\nnext: ipar-sparse evaluate {out} SLIDE.h5ad --out DIR")
+
+
+def _new_members(
+    slides: list[Path], val: list[Path], settings: RunConfig, donor_options: dict[str, Any]
+) -> Members:
+    """Slides of a new run, read from their files, and their donors."""
+    from ..data.splits import find_donors
+
+    everything = read_files(
+        [*slides, *val],
+        settings.data,
+        require_pos=True,
+        min_cells=settings.train.miniset_min,
+    )
+    validates = {str(path.absolute()) for path in val}
+    train_slides = [slide for slide in everything if slide.path not in validates]
+    val_slides = [slide for slide in everything if slide.path in validates]
+    return Members(train_slides, val_slides or None, find_donors(train_slides, **donor_options))

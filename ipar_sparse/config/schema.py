@@ -29,6 +29,10 @@ CONFIG = "config.json"
 """File of a run folder with the settings that the run was computed with."""
 REQUESTED = "requested.yaml"
 """File of a run folder with the settings that were asked for."""
+INPUTS = "inputs.json"
+"""File of a run folder that names its slides, their files and their donors."""
+SELECTION = "selection.json"
+"""File of a run folder with the cross-validation table."""
 
 DECIDED_FROM_DATA = (
     "data.normalized",
