@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
@@ -42,6 +45,46 @@ def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def write_json(path: str | os.PathLike, values: Any) -> None:
+    """Writes strict JSON in one step; a number that is not finite becomes null.
+
+    Args:
+        path: the file.
+        values: mappings, lists, arrays, tensors, numbers, strings and booleans, nested.
+    """
+    text = json.dumps(_plain(values), indent=2, allow_nan=False, ensure_ascii=False)
+    atomic_write(path, text + "\n")
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a YAML file of ``name: value`` lines.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"{path} is not valid YAML; correct it") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `name: value` lines")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # of numpy or torch
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Named variants, each the values in which it differs from the defaults."""
+"""Named variants of the model and its training, and named defaults of what a run selects."""
 
 from typing import Any
 
@@ -77,11 +77,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""Named variants, each the values in which it differs from the defaults.
+"""Name of a variant to the values in which it differs from the defaults, by section.
 
-The unshared ones learn one gate weight per recycle: their parameter counts on record hold one
-number per recycle more than the blocks do, which that count alone does not name. A weight that
-starts at the fixed one changes least; ``model.learned_betas=none`` is without.
+The unshared ones learn one gate weight per recycle. Parameter counts published for them hold one
+number per recycle more than the blocks do, and do not name it; ``model.learned_betas=none`` is
+without.
 """
 
 DEFAULT_SELECTION: dict[str, Any] = {
@@ -96,7 +96,4 @@ DEFAULT_SELECTION: dict[str, Any] = {
     "uncertainty.error_slope": 1.1,
     "uncertainty.calibrated": False,
 }
-"""What open settings become without cross-validation.
-
-The error model is that of left-out donors of four public sets of slides.
-"""
+"""Values of settings that a request leaves open, where nothing is cross-validated."""

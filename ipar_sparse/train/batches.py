@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..config import RunConfig
-from ..config.schema import TrainConfig
+from ..config import RunConfig, TrainConfig
 from ..errors import UserError
 from ..graph import NeighborTable
 from ..inference import steps

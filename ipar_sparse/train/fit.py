@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ..config import RunConfig, resolve_device
+from ..config.schema import CONFIG, INPUTS, SELECTION
 from ..data.expression import match_genes, select_genes
 from ..data.slide import Slide, slide_digest
 from ..data.splits import choose_validation
@@ -31,12 +32,10 @@ from .batches import Batches, EmbeddedSlide
 from .encoder import train_encoder
 from .loop import Loop, TrainingLoop
 from .model import Trained, train_gate, train_model
-from .selection import SELECTION, select_settings
+from .selection import select_settings
 
 logger = logging.getLogger(__name__)
 
-INPUTS = "inputs.json"
-"""Slides and donors of a run, so that ``resume`` finds them again."""
 REFERENCE = "reference.safetensors"
 """Embeddings and positions of (at most 5,000 cells of) each training slide, for baselines."""
 _REFERENCE_CELLS = 5000
@@ -161,20 +160,6 @@ def fit_encoder(
             train_encoder(loop.modules["encoder"], slides, genes, settings, loop)
 
 
-def resume_inputs(out: str | Path) -> tuple[list[Path], list[Path]]:
-    """Files of the training and of the validation slides of a run.
-
-    Raises:
-        UserError: the folder does not name them.
-    """
-    found = _read_inputs(Path(out))
-    paths = [[slide.get("path") for slide in found.get(role, [])] for role in ("train", "val")]
-    if not paths[0] or None in (*paths[0], *paths[1]):
-        raise UserError(f"{Path(out) / INPUTS} names no files; give the slides and --val as before")
-    train, val = ([Path(path) for path in dict.fromkeys(files)] for files in paths)
-    return train, val
-
-
 def _request(
     config: RunConfig | None,
     donors: Mapping[str, str] | None,
@@ -278,7 +263,7 @@ def _decide(
     resume: bool,
 ) -> RunConfig:
     """The settings of the run: those it has saved, or what cross-validation selects now."""
-    if resume and (loop.out / "config.json").is_file():
+    if resume and (loop.out / CONFIG).is_file():
         device = request.train.device
         return RunConfig.load(loop.out).replace(train={"device": device})
     config, found = select_settings(slides, donors, request, genes, loop)

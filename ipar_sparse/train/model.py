@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import RunConfig
-from ..config.schema import TrainConfig
+from ..config import RunConfig, TrainConfig
 from ..inference import steps
 from ..metrics.diagnostics import collapse_diagnostics, health_warnings
 from ..nn import EdgeGateSoft, IPALiteModel

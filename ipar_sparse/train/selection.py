@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import RunConfig
-from ..config.presets import DEFAULT_SELECTION
+from ..config import DEFAULT_SELECTION, RunConfig
 from ..data.expression import median_total
 from ..data.slide import Slide
 from ..layout.uncertainty import fit_error_model
@@ -26,8 +25,6 @@ from .loop import Loop, TrainingLoop
 
 logger = logging.getLogger(__name__)
 
-SELECTION = "selection.json"
-"""Name of the cross-validation table in a run directory."""
 _ERROR_WITHOUT_ATLAS = 0.75  # mean square error, in squared tissue radii, on four public sets
 _FIRST = {"model.recycling": False, "refine.distance_correction_steps": 0}  # until they are chosen
 
