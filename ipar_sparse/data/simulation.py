@@ -3,7 +3,7 @@
 In a tissue, the log expression of every gene is a fixed function of the place, in coordinates that
 all slides share. A slide is a cut through it: an irregular outline with holes, a random rotation,
 and its own density, library sizes and batch effects. The function depends on the tissue and the
-number of genes alone, so a model can be trained on slides of one seed and tested on another.
+number of genes alone: a model trained on slides of one seed can be tested on another.
 """
 
 from __future__ import annotations
@@ -100,9 +100,8 @@ def simulate(
     coordinates that all slides share, and "layer" or "zone".
 
     Args:
-        tissue: "cortex" has layers and a lateral gradient, so that expression tells the position.
-            "lobules" has zones around repeated veins and a weak gradient, so that it tells the
-            zone.
+        tissue: "cortex" has layers and a lateral gradient; expression determines the position.
+            "lobules" has zones around repeated veins and a weak gradient; it determines the zone.
         slides: number of slides.
         spots: spots per slide, up to 10^6, in random order.
         genes: number of genes; 1000 to 2000 are typical.
@@ -255,8 +254,9 @@ def zero_inflated_negative_binomial(
     """Negative-binomial counts with dropout, by inversion; only those above zero.
 
     One uniform number decides dropout, zero and value. Most entries are zero and found so at once.
-    The others climb the distribution together, p_{k+1} = p_k (k + r) / (k + 1) m / (m + r) with
-    r = 1 / dispersion.
+    The others climb the distribution together, with r = 1 / dispersion:
+
+        p_{k+1} = p_k (k + r) / (k + 1) m / (m + r)
 
     Args:
         mean: means before dropout (n, G), float32.

@@ -107,7 +107,7 @@ class Slide:
 
 
 def slide_digest(slide: Slide) -> str:
-    """A digest of cell names and positions, which tells a slide whatever its file is called.
+    """A digest of cell names and positions, which identifies a slide under any file name.
 
     Args:
         slide: a slide with positions.

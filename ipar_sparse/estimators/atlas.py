@@ -86,7 +86,7 @@ class Atlas(nn.Module):
         shrinkage: of :math:`\Sigma` towards its diagonal, 0 to 1.
 
     Shapes:
-        - **input:** embeddings (n, d) of all cells of a slide, since they set the weights
+        - **input:** embeddings (n, d) of all cells of a slide; together they set the weights
         - **output:** positions (n, 2) in the common frame, in RMS radii of a slide
     """
 

@@ -1,4 +1,4 @@
-"""Procrustes analysis: one layout moved onto another, and slides turned into one frame."""
+"""Procrustes analysis: one layout moved onto another, and slides rotated into one frame."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Similarity:
 
     @property
     def reflects(self) -> bool:
-        """Whether the transform turns the layout over."""
+        """Whether the transform mirrors the layout."""
         return bool(np.linalg.det(self.rotation) < 0)
 
     def __call__(self, pos: Tensor | ArrayLike) -> np.ndarray:
@@ -117,9 +117,9 @@ def align_slides(
     r"""Rotate training slides into one frame, by the embedding that they share.
 
     Slides lie under the microscope rotated and mirrored, and a regression needs one frame for
-    all. This is generalised Procrustes analysis (Gower 1975) without paired cells. Each slide
-    :math:`X_s`, in the unit gauge, is rotated to agree with a ridge regression from the embedding
-    :math:`H_s` that is fitted on the *other* slides,
+    all. This is generalised Procrustes analysis (Gower 1975) without paired cells. A ridge
+    regression from the embedding :math:`H_s` is fitted on the *other* slides. Each slide
+    :math:`X_s`, in the unit gauge, is rotated to agree with it,
 
     .. math::
         R_s \leftarrow \arg\min_{R^\top R = I} \| X_s R - f_{-s}(H_s) \|_F^2,

@@ -1,6 +1,6 @@
 """The gauge: what data leave open about a layout, and the choice made for it.
 
-Distances do not tell the centre, scale and rotation of a layout, nor the signs of its axes.
+The centre, scale and rotation of a layout are open, and so are the signs of its axes.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """How far a cell may lie from its place, in the size of errors that were measured.
 
-An atlas tells which cells are uncertain, and how uncertain if its model is right. Noise on the
-embedding moves some cells more than others, which says little about the size of their errors.
-Leave-one-donor-out cross-validation measures that size.
+The predictive variance of an atlas is the size of errors only if its model is right. Noise on the
+embedding moves some cells more than others, which shows which are uncertain, but not by how much.
+Leave-one-donor-out cross-validation measures how large errors are.
 """
 
 from __future__ import annotations
