@@ -1,28 +1,28 @@
-"""The last step of a prediction: what it minimises, what it leaves alone, what it is worth."""
+"""Refinement: what it minimises, what it leaves as it is, and what it gains."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from ipar_sparse.metrics.layout import evaluate_layout
 
 from ipar_sparse.geometry.alignment import align
 from ipar_sparse.geometry.gauge import gauge_fix
 from ipar_sparse.graph import NeighborTable, knn
-from ipar_sparse.layout.refinement import _repulsion, refine_layout
+from ipar_sparse.layout.refinement import refine_layout, repulsion
+from ipar_sparse.metrics.layout import evaluate_layout
 
 K = 15
 
 
-def objective(x, start, index, anchor):
+def objective(x, start, index, anchor_weight):
     """The definition, over all pairs and in float64."""
     unit = 0.5 * math.sqrt(index.shape[1] / len(x))
     square = (x[:, None] - x[None]).square().sum(-1)
     q = 1 / (1 + square / unit**2)
     attraction = -q.log().gather(1, index.long()).mean()
     off = ~torch.eye(len(x), dtype=torch.bool)
-    return attraction + q[off].mean().log() + anchor * (x - start).square().sum(-1).mean()
+    return attraction + q[off].mean().log() + anchor_weight * (x - start).square().sum(-1).mean()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_the_objective_falls_to_where_its_own_gradient_leads():
     optimizer.step(closure)
     best, start = objective(x.detach(), pos, graph.index, 2.0), objective(pos, pos, graph.index, 2)
     # the gauge of the result is the start's again; the anchor allows for that
-    own = refine_layout(pos, graph, steps=1000, neighbors=K, anchor=2.0)
+    own = refine_layout(pos, graph, steps=1000, neighbors=K, anchor_weight=2.0)
     found, _ = align(own, x.detach())
     reached = objective(torch.from_numpy(found), pos, graph.index, 2.0)
     assert start - best > 0.2
@@ -60,7 +60,7 @@ def test_the_objective_falls_to_where_its_own_gradient_leads():
 
 
 def test_cells_repel_as_in_the_objective():
-    """All partners in turn are no sample: near ones once by one, far ones by the shifts."""
+    """With all shifts the estimate is exact, whatever the number of near cells."""
     n, unit = 60, 0.3
     x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x.requires_grad_(True)
@@ -68,18 +68,18 @@ def test_cells_repel_as_in_the_objective():
     q = 1 / (1 + (x[:, None] - x[None]).square().sum(-1)[off] / unit**2)
     (wanted,) = torch.autograd.grad(q.mean().log(), x)
     x = x.detach()
-    for around in (1, 8, n - 1):
-        near = knn(x, around).index.long()
+    for count in (1, 8, n - 1):
+        near = knn(x, count).index.long()
         reach = (x - x[near[:, -1]]).square().sum(1)
-        found = _repulsion(x, unit, near, reach, list(range(1, n)))
+        found = repulsion(x, unit, near, reach, list(range(1, n)))
         torch.testing.assert_close(-4 / unit**2 / n * found, wanted, rtol=1e-9, atol=1e-12)
-    # and a sample is right on average, with the near ones that it leaves to the others
+    # one shift is right on average, also after cells have moved since the search
     near = knn(x, 8).index.long()
     reach = (x - x[near[:, -1]]).square().sum(1)
     moved = x + 0.05 * torch.randn(n, 2, generator=torch.Generator().manual_seed(1))
-    draws = torch.stack([_repulsion(moved, unit, near, reach, [s, n - s]) for s in range(1, n)])
+    draws = torch.stack([repulsion(moved, unit, near, reach, [s, n - s]) for s in range(1, n)])
     assert float((draws - draws.mean(0)).norm()) > 0.1
-    whole = _repulsion(moved, unit, near, reach, list(range(1, n)))
+    whole = repulsion(moved, unit, near, reach, list(range(1, n)))
     assert float((draws.mean(0) - whole).norm() / whole.norm()) < 0.1
 
 
@@ -127,32 +127,32 @@ def test_a_strong_anchor_keeps_the_layout(blurred):
     _, blur, graph = blurred
     start = gauge_fix(blur)
     moved = [
-        float((refine_layout(blur, graph, anchor=a) - start).norm(dim=-1).mean())
+        float((refine_layout(blur, graph, anchor_weight=a) - start).norm(dim=-1).mean())
         for a in (0.0, 1000.0)
     ]
     assert moved[1] < 0.1 * moved[0]
 
 
-def test_a_layout_that_agrees_with_its_candidates_is_left_as_it_is(blurred):
+def test_a_layout_whose_neighbours_are_its_candidates_is_left_as_it_is(blurred):
     true, blur, graph = blurred
-    agreed = []
+    overlaps = []
     for share in (0.2, 0.5, 0.8):  # of the way from the truth to the blur
         pos = true + share * (blur - true)
         near = knn(pos, K).index.long()
         hit = (graph.index.long().unsqueeze(2) == near.unsqueeze(1)).any(2).double().mean()
-        agreed.append(float(hit))
-        assert refine_layout(pos, graph, enough=float(hit) - 0.02) is pos
-        assert refine_layout(pos, graph, enough=float(hit) + 0.02) is not pos
-    assert agreed[0] > 0.6 > agreed[1] > agreed[2]
+        overlaps.append(float(hit))
+        assert refine_layout(pos, graph, skip_if_overlap=float(hit) - 0.02) is pos
+        assert refine_layout(pos, graph, skip_if_overlap=float(hit) + 0.02) is not pos
+    assert overlaps[0] > 0.6 > overlaps[1] > overlaps[2]
 
 
-def test_a_layout_that_diverged_is_nobodys_to_mend(blurred):
+def test_a_layout_that_diverged_is_returned_as_it_is(blurred):
     _, blur, graph = blurred
     broken = blur * math.nan
     assert refine_layout(broken, graph) is broken
 
 
-def test_coinciding_cells_are_no_trouble():
+def test_coinciding_cells_stay_finite():
     pos = torch.zeros(100, 2)
     pos[50:] = 1.0
     found = refine_layout(pos, knn(torch.randn(100, 3), K))
@@ -160,7 +160,7 @@ def test_coinciding_cells_are_no_trouble():
 
 
 @pytest.mark.parametrize("steps, n", [(0, 100), (400, 39), (400, 3)])
-def test_nothing_to_do(steps, n):
+def test_no_steps_and_too_few_cells_leave_a_layout_as_it_is(steps, n):
     pos = torch.randn(n, 2)
     assert refine_layout(pos, knn(torch.randn(n, 3), K), steps=steps) is pos
 
@@ -177,15 +177,3 @@ def test_on_the_gpu_it_is_the_same_layout(blurred):
     there = [refine_layout(blur.float().cuda(), graph.to("cuda")) for _ in range(2)]
     assert torch.equal(*there)
     assert float((there[0].cpu() - here).norm(dim=-1).median()) < 1e-2
-
-
-def test_a_blurred_layout_may_begin_elsewhere():
-    """Whether it is blurred is asked of the layout itself."""
-    torch.manual_seed(0)
-    true = torch.rand(200, 2)
-    graph, blur = knn(true, K), true + 0.3 * torch.randn(200, 2)
-    narrow = blur * torch.tensor([1.0, 0.05])
-    found = refine_layout(blur, graph, begin=narrow, anchor=50.0)
-    torch.testing.assert_close(found, refine_layout(narrow, graph, anchor=50.0))
-    assert not torch.allclose(found, refine_layout(blur, graph, anchor=50.0), atol=0.1)
-    assert refine_layout(true, graph, begin=narrow) is true

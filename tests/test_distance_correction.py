@@ -1,34 +1,34 @@
-"""Distances as they are to be expected: the closed form, the gradient, and what it is good for."""
+"""Distance correction: the closed form of expected ranks, and what the correction gains."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ipar_sparse.metrics.layout import distance_metrics
 from scipy.stats import spearmanr
 
 from ipar_sparse.geometry.alignment import align
 from ipar_sparse.geometry.gauge import gauge_fix
 from ipar_sparse.layout.distance_correction import (
-    _expected_rank,
     correct_distances,
+    expected_rank,
     relative_variance,
 )
+from ipar_sparse.metrics.layout import distance_metrics
 
 
-def test_the_expected_rank_is_the_mean_over_places_that_cells_may_have():
+def test_the_expected_rank_is_the_mean_over_drawn_places():
     generator = torch.Generator().manual_seed(0)
     place = torch.randn(5, 2, generator=generator).double()
-    left = torch.rand(5, generator=generator).double()
-    drawn = place + torch.randn(400_000, 5, 2, generator=generator) * (left / 2).sqrt()[:, None]
-    for found, shift in zip(_expected_rank(place, left, [1, 3]), (1, 3), strict=True):
+    variance = torch.rand(5, generator=generator).double()
+    drawn = place + torch.randn(400_000, 5, 2, generator=generator) * (variance / 2).sqrt()[:, None]
+    for found, shift in zip(expected_rank(place, variance, [1, 3]), (1, 3), strict=True):
         gap = (drawn - drawn.roll(shift, 1)).square().sum(-1)
         mean = (1 - torch.exp(-gap / 2)).mean(0)
         torch.testing.assert_close(found, mean, rtol=0, atol=3e-3)
 
 
-def test_ranks_of_distances_in_a_gaussian_cloud_are_what_they_are_taken_for():
+def test_ranks_of_distances_in_a_gaussian_cloud_follow_the_formula():
     cloud = gauge_fix(torch.randn(2000, 2, generator=torch.Generator().manual_seed(0)))
     distance = torch.pdist(cloud)
     rank = distance.argsort().argsort().double() / len(distance)
@@ -38,9 +38,9 @@ def test_ranks_of_distances_in_a_gaussian_cloud_are_what_they_are_taken_for():
 
 
 def mirrored(n=600, seed=0):
-    """A tissue of two like halves: (positions, their means, variances) where sides look the same.
+    """Positions, mean places and variances of a tissue with two mirrored halves.
 
-    Of a third of the cells the side is known; the others have their mean on the mirror's line.
+    The side of a third of the cells is known; the mean of the others is on the mirror line.
     """
     rng = np.random.default_rng(seed)
     pos = rng.uniform([-1.5, -1.0], [1.5, 1.0], (n, 2))
@@ -50,23 +50,23 @@ def mirrored(n=600, seed=0):
     return pos, torch.from_numpy(mean).float(), torch.from_numpy(variance).float()
 
 
-def test_a_tissue_of_two_like_halves_is_better_laid_out_by_expected_distances():
+def test_mirrored_halves_are_laid_out_better_with_distance_correction():
     pos, mean, variance = mirrored()
-    doubt = relative_variance(mean, variance)
-    found = correct_distances(mean, doubt)
+    relative = relative_variance(mean, variance)
+    found = correct_distances(mean, relative)
     before, after = (distance_metrics(x, pos)["distance_spearman"] for x in (mean, found))
     assert after > before + 0.04
-    # what it is made to do: the correlation with the ranks that are to be expected has risen
+    # the correlation with expected ranks, which it maximises, has risen
     index = torch.triu_indices(len(mean), len(mean), 1)
-    scale = (1 - doubt.mean()).sqrt()
+    scale = (1 - relative.mean()).sqrt()
     gap = (gauge_fix(mean) * scale)[index[0]] - (gauge_fix(mean) * scale)[index[1]]
-    w = 1 + (doubt[index[0]] + doubt[index[1]]) / 2
+    w = 1 + (relative[index[0]] + relative[index[1]]) / 2
     wanted = 1 - torch.exp(-gap.square().sum(1) / (2 * w)) / w
     rise = [spearmanr(torch.pdist(x), wanted).statistic for x in (mean, found)]
     assert rise[1] > rise[0] + 0.05
 
 
-def test_places_that_are_certain_stay():
+def test_certain_places_stay():
     pos = torch.rand(500, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([2.0, 1.0])
     found = correct_distances(pos)
     aligned, _ = align(found, pos)
@@ -74,8 +74,8 @@ def test_places_that_are_certain_stay():
     assert np.linalg.norm(aligned - pos.numpy(), axis=1).max() < 0.03 * scale
 
 
-def test_the_embedding_has_its_say():
-    """Cells of one place on two sides of a third dimension are drawn apart."""
+def test_distances_in_the_embedding_count():
+    """Cells of one place that differ in a third dimension are moved apart."""
     generator = torch.Generator().manual_seed(0)
     pos = torch.randn(400, 2, generator=generator) * torch.tensor([1.0, 0.05])
     side = (torch.rand(400, generator=generator) > 0.5).float()
@@ -91,16 +91,16 @@ def test_the_embedding_has_its_say():
     )
 
 
-def test_neither_the_frame_nor_the_order_of_cells_matters():
-    """A cell of either side may go to either, so layouts differ: what they are worth does not."""
+def test_scores_depend_on_neither_frame_nor_order_of_cells():
+    """Cells of unknown side may end on either, so layouts differ; their scores do not."""
     pos, mean, variance = mirrored(300)
-    doubt = relative_variance(mean, variance)
-    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    relative = relative_variance(mean, variance)
+    rotation = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
     order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
     found = [
-        (correct_distances(mean, doubt), pos),
-        (correct_distances(3 * mean @ turn + 1, doubt), pos),
-        (correct_distances(mean[order], doubt[order]), pos[order]),
+        (correct_distances(mean, relative), pos),
+        (correct_distances(3 * mean @ rotation + 1, relative), pos),
+        (correct_distances(mean[order], relative[order]), pos[order]),
     ]
     scores = [distance_metrics(x, p)["distance_spearman"] for x, p in found]
     assert np.ptp(scores) < 0.05
@@ -110,17 +110,19 @@ def test_neither_the_frame_nor_the_order_of_cells_matters():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_it_is_worth_as_much_on_a_gpu():
+def test_scores_on_a_gpu_are_the_same():
     pos, mean, variance = mirrored()
-    doubt = relative_variance(mean, variance)
+    relative = relative_variance(mean, variance)
     scores = [
-        distance_metrics(correct_distances(mean.to(d), doubt.to(d)).cpu(), pos)["distance_spearman"]
+        distance_metrics(correct_distances(mean.to(d), relative.to(d)).cpu(), pos)[
+            "distance_spearman"
+        ]
         for d in ("cpu", "cuda")
     ]
     assert scores[0] == pytest.approx(scores[1], abs=0.01)
 
 
-def test_variance_counts_as_a_share_of_the_tissue():
+def test_variance_is_relative_to_the_tissue():
     place = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]) + 5
     share = relative_variance(place, torch.full((4,), 3.0))
     torch.testing.assert_close(share, torch.full((4,), 0.75))
