@@ -7,7 +7,8 @@ import torch
 
 from ipar_sparse import EdgeGateSoft, IPALiteModel
 from ipar_sparse.graph import NeighborTable, knn
-from ipar_sparse.nn.model import _ORDER_FROM
+from ipar_sparse.graph.order import local_order
+from ipar_sparse.nn.model import REORDER_FROM
 from ipar_sparse.supervision.losses import gate_loss, geometry_terms
 from ipar_sparse.supervision.targets import build_target, gate_target
 
@@ -116,7 +117,7 @@ def test_bfloat16_converges_as_float32_does():
 
 @pytest.mark.parametrize("saving", [False, True])
 def test_large_graphs_run_in_another_order_and_come_back(saving):
-    n = _ORDER_FROM
+    n = REORDER_FROM
     _, h = sheet(n, 16)
     index = knn(h, 12).index
     bias = torch.randn(n * 12, device="cuda")
@@ -131,15 +132,15 @@ def test_large_graphs_run_in_another_order_and_come_back(saving):
             num_recycles=3,
             reorder=reorder,
             checkpoint_recycles=saving,
-            init_noise=0.0,
+            init_std=0.0,
         ).cuda()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
         graph = NeighborTable(index)
-        assert model._orders(graph) is (reorder is None)
         given = [h.clone().requires_grad_(), bias.clone().requires_grad_()]
         pos = model(given[0], graph, edge_bias=given[1])
+        assert (local_order(graph) is not None) is (reorder is None)
         grads = torch.autograd.grad((pos * weigh).sum(), [*given, *model.parameters()])
         results.append([pos.detach(), *grads])
     # The gauge makes the gradient of the first positions' bias a sum that cancels to nothing.
@@ -154,7 +155,7 @@ def test_checkpointed_recycles_compute_the_same_in_less_memory(precision):
     _, h = sheet(n, 32)
     graph = knn(h, k)
     torch.manual_seed(0)
-    model = IPALiteModel(32, init_noise=0.0).cuda()
+    model = IPALiteModel(32, init_std=0.0).cuda()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ipar_sparse.metrics.diagnostics import collapse_diagnostics
 
 from ipar_sparse import EdgeGateSoft, IPALiteModel, knn_candidates
+from ipar_sparse.metrics.diagnostics import collapse_diagnostics
 from ipar_sparse.supervision.losses import e_geo, gate_loss, log_stress_loss, long_range_loss
 from ipar_sparse.supervision.targets import build_target
 
@@ -19,7 +19,7 @@ def fit_one(h, pos, steps, lr=2e-3, seed=0):
     torch.manual_seed(seed)
     graph, target = knn_candidates(h, 100), build_target(pos)
     target.walk.cache_reference(torch.float32)
-    gate, model = EdgeGateSoft(h.size(1)), IPALiteModel(h.size(1), init_noise=0.0)
+    gate, model = EdgeGateSoft(h.size(1)), IPALiteModel(h.size(1), init_std=0.0)
     parameters = [*gate.parameters(), *model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-5)
