@@ -3,13 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from ipar_sparse.metrics.layout import evaluate_layout
 
 from ipar_sparse.evaluation import baselines
 from ipar_sparse.evaluation.baselines import BASELINES, run_baselines
 from ipar_sparse.geometry.alignment import align, align_slides
 from ipar_sparse.geometry.neighborhoods import unit_gauge
 from ipar_sparse.graph import NeighborTable, knn
+from ipar_sparse.metrics.layout import evaluate_layout
 
 
 def slide(n, seed, noise=0.3, width=24):

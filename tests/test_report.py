@@ -8,8 +8,14 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+
+from ipar_sparse import pl
+from ipar_sparse.geometry.alignment import align
+from ipar_sparse.geometry.neighborhoods import unit_gauge
 from ipar_sparse.metrics.diagnostics import AttentionFocus
 from ipar_sparse.metrics.layout import evaluate_layout
+from ipar_sparse.pl.style import MAX_POINTS
 from ipar_sparse.report.slide import (
     SlideEvaluation,
     metric_table,
@@ -17,12 +23,6 @@ from ipar_sparse.report.slide import (
     write_metrics,
     write_report,
 )
-from matplotlib.figure import Figure
-
-from ipar_sparse import pl
-from ipar_sparse.geometry.alignment import align
-from ipar_sparse.geometry.neighborhoods import unit_gauge
-from ipar_sparse.pl.style import MAX_POINTS
 
 matplotlib.use("Agg")
 

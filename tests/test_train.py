@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from ipar_sparse.metrics.diagnostics import collapse_diagnostics
-from ipar_sparse.metrics.layout import distance_metrics, evaluate_layout, metric_info
 from scipy import sparse
 from torch import nn
 
@@ -37,6 +35,8 @@ from ipar_sparse.inference.checkpoint import BEST, LAST, load_checkpoint, read_m
 from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.layout.distance_correction import correct_distances
 from ipar_sparse.layout.refinement import refine_layout
+from ipar_sparse.metrics.diagnostics import collapse_diagnostics
+from ipar_sparse.metrics.layout import distance_metrics, evaluate_layout, metric_info
 from ipar_sparse.nn import SharedEncoder
 from ipar_sparse.train import fit as trainer_module
 from ipar_sparse.train.batches import MinisetPool, TrainingSlide, build_unit, merge

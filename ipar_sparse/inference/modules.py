@@ -51,9 +51,9 @@ def build_gate_and_model(config: RunConfig, dim: int) -> tuple[EdgeGateSoft, IPA
         qk_scale=settings.qk_scale,
         qk_range=settings.qk_range,
         pair_hidden=settings.pair_hidden if recycling and "pair" in settings.terms else None,
-        betas=settings.learned_betas if recycling else None,
-        step_gate=settings.init_step_size if recycling else None,
-        init_noise=settings.init_std,
+        learned_betas=settings.learned_betas if recycling else None,
+        init_step_size=settings.init_step_size if recycling else None,
+        init_std=settings.init_std,
         checkpoint_recycles=settings.checkpoint_recycles,
         backend=settings.backend,
     )
