@@ -294,11 +294,7 @@ class Expression:
 
     @classmethod
     def from_slide(
-        cls,
-        slide: Slide,
-        genes: Genes,
-        target_sum: float = 1e4,
-        weight: ArrayLike | None = None,
+        cls, slide: Slide, genes: Genes, target_sum: float = 1e4, weight: ArrayLike | None = None
     ) -> Expression:
         """The expression of some genes of a slide, in their order.
 

@@ -295,12 +295,7 @@ def _read_obsm(store: Store, key: str) -> np.ndarray:
 
 
 def _read_positions(
-    store: Store,
-    key: str,
-    cell_names: np.ndarray,
-    required: bool,
-    path: Path,
-    notes: list[str],
+    store: Store, key: str, cell_names: np.ndarray, required: bool, path: Path, notes: list[str]
 ) -> np.ndarray | None:
     """Positions (n, 2), float64; None if there are none or, where not required, unusable ones."""
     available = list(store["obsm"]) if "obsm" in store else []

@@ -56,12 +56,7 @@ class Slide:
             )
         if self.rows is None:
             self.rows = np.arange(n)
-        expected = {
-            "expression": (n, len(self.genes)),
-            "pos": (n, 2),
-            "empty": (n,),
-            "rows": (n,),
-        }
+        expected = {"expression": (n, len(self.genes)), "pos": (n, 2), "empty": (n,), "rows": (n,)}
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is not None and value.shape != shape:

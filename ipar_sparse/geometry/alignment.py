@@ -193,11 +193,7 @@ def solve_ridge(gram: np.ndarray, cross: np.ndarray, penalty: float) -> np.ndarr
 
 
 def _rotations_from(
-    gram: list[np.ndarray],
-    cross: list[np.ndarray],
-    first: int,
-    penalty: float,
-    max_iter: int,
+    gram: list[np.ndarray], cross: list[np.ndarray], first: int, penalty: float, max_iter: int
 ) -> tuple[float, list[np.ndarray]]:
     """Rotations found from one slide's frame, and their mean squared disagreement."""
     count, zero = len(gram), np.zeros(())
