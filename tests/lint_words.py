@@ -22,7 +22,6 @@ EXEMPT = {"CHANGELOG.md", "LICENSE", "tests/lint_words.py", "tests/test_house.py
 
 PHRASES = {
     "donors? left out": "leave-one-donor-out cross-validation",
-    "left[- ]out donors?": "held-out donors",
     "leaving (?:a |one |the )?donors? out": "leave-one-donor-out cross-validation",
     "last steps?(?! to the first)": "refinement",
     "how far a cell may lie": "predictive standard deviation",
@@ -130,7 +129,7 @@ SETTINGS = {
     "refine.power": "refine.pc_power",
     "refine.enough": "refine.skip_if_overlap",
 }
-"""Sought as ``section.key``, and as a key below its section in YAML and in Python."""
+"""Sought as ``section.key`` in prose, and as a key below its section in YAML and in Python."""
 
 MODULES = {
     "train.crew": "dask.distributed.LocalCluster",
@@ -156,7 +155,7 @@ LABELS = {
 
 
 class Rule(NamedTuple):
-    """A pattern, what stands in its place, and where it is sought: all, code or yaml."""
+    """A pattern, what stands in its place, and where it is sought: all, code, prose or yaml."""
 
     pattern: re.Pattern[str]
     instead: str
@@ -196,7 +195,9 @@ def _rules() -> Iterator[Rule]:
 
 
 def _setting_rules(section: str, key: str, instead: str) -> Iterator[Rule]:
-    yield Rule(re.compile(rf"(?<![\w/]){section}\.{key}(?![\w(])"), instead)
+    # Code may have a module of the same name, e.g. an encoder; of a configuration it is a part.
+    yield Rule(re.compile(rf"(?<![\w/]){section}\.{key}(?![\w(])"), instead, where="prose")
+    yield Rule(re.compile(rf"\.{section}\.{key}(?![\w(])"), instead, where="code")
     inline = rf"\b{section}[\"']?\s*[:=]\s*(?:dict\(|\{{)[^{{}}()]*?(?<!\w){key}[\"']?\s*[:=]"
     yield Rule(re.compile(inline), instead)
     block = rf"^([ ]*){section}:[ ]*\n(?:(?:\1[ ]+.*)?\n)*?\1[ ]+{key}:"
@@ -227,11 +228,14 @@ def _code_of(text: str, python: bool) -> str:
 def find(text: str, *, python: bool) -> list[tuple[int, str, str]]:
     """Line, word and replacement of every word in a text that was given up."""
     code = _code_of(text, python)
+    prose = text
+    if python:
+        pairs = zip(text, code, strict=True)
+        prose = "".join(letter if shown.isspace() else " " for letter, shown in pairs)
+    views = {"all": text, "code": code, "prose": prose, "yaml": "" if python else text}
     found = set()
     for rule in RULES:
-        if rule.where == "yaml" and python:
-            continue
-        for match in rule.pattern.finditer(code if rule.where == "code" else text):
+        for match in rule.pattern.finditer(views[rule.where]):
             line = text.count("\n", 0, match.end()) + 1
             found.add((line, " ".join(match.group().split())[-60:], rule.instead))
     return sorted(found)

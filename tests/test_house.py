@@ -172,6 +172,7 @@ def test_words_given_up_are_found(line):
         "'''It forms a graph, settles, and measures the spread; not expected to transfer.'''",
         "encoder.keep_probability, refine.anchor_weight, preset='spec-later'",
         "frame = left.merge(right)",
+        "encoder.smooth(x)",
         "def add():\n    def finish(layout): return layout\n    return finish(found.measures)",
         "# ipar-sparse experiment v1 --seeds 0-2",
     ],
