@@ -37,7 +37,7 @@ def log_to(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            console.file = None  # type: ignore[assignment]  # standard error again
+            console.file = None  # standard error again
             logger.handlers[:], logger.level, logger.propagate = before
 
 

@@ -40,9 +40,9 @@ class Slide:
     pos: np.ndarray | None = None
     embedding: np.ndarray | None = None
     normalized: bool = False
-    empty: np.ndarray = None  # type: ignore[assignment]  # never None once made
+    empty: np.ndarray = None  # never None once made
     obs: dict[str, np.ndarray] = field(default_factory=dict)
-    rows: np.ndarray = None  # type: ignore[assignment]
+    rows: np.ndarray = None
     notes: list[str] = field(default_factory=list)
     path: str | None = None
 

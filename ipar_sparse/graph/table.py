@@ -29,7 +29,7 @@ class NeighborTable:
     """
 
     index: Tensor
-    num_src_nodes: int = None  # type: ignore[assignment]  # set in __post_init__
+    num_src_nodes: int = None  # set in __post_init__
     padded: bool = False
     recall: float | None = None
     metric: str | None = None

@@ -205,7 +205,7 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         running.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        running.update(value.reshape(-1).view(torch.uint8).numpy())
+        running.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return running.hexdigest()
 
 

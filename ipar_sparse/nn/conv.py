@@ -273,7 +273,7 @@ class IPALiteConv(MessagePassing):
             found["tau"] = self.qk_scale()[0] * math.sqrt(self.head_channels)
         if use_terms:
             for term in self.terms.values():
-                found |= term.learned_scalars(s, s)  # type: ignore[operator]
+                found |= term.learned_scalars(s, s)
         return found
 
     def _query_key(self, s_src: Tensor, s_dst: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,7 @@ class SharedEncoder(nn.Module):
         return h if self.linear is None else h + self.linear(expression)
 
     def _last(self) -> nn.Linear:
-        return self.mlp[-1]  # type: ignore[return-value]
+        return self.mlp[-1]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"

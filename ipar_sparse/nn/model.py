@@ -259,7 +259,7 @@ class IPALiteModel(nn.Module):
 
     def block(self, recycle: int) -> IPALiteConv:
         """The block of a recycle, counted from 0."""
-        return self.blocks[0 if self.shared else recycle]  # type: ignore[return-value]
+        return self.blocks[0 if self.shared else recycle]
 
     def uses_terms(self, recycle: int) -> bool:
         """Whether the extra logit terms are added in a recycle, counted from 0."""

@@ -97,11 +97,11 @@ def build_batch(
     multiscale = config.train.lambda_multiscale > 0
     target = build_target(slide.pos, seed=seed, mode=mode, multiscale=multiscale)
     weights = {s: w for s, w in enumerate(config.train.gate_target_weights, start=1) if w > 0}
-    walks = {step: gate_target(graph, target.walk, step) for step in weights}
-    if len(walks) == 1:
-        (walk,) = walks.values()
-    else:
-        walk = _per_row(graph, sum(w * walks[step] for step, w in weights.items()))
+    walks = [gate_target(graph, target.walk, step) for step in weights]
+    walk = walks[0]
+    if len(walks) > 1:
+        mixed = [w * own for w, own in zip(weights.values(), walks, strict=True)]
+        walk = _per_row(graph, torch.stack(mixed).sum(0))
     initial = slide.initial
     if config.model.init == "pca":
         initial = steps.initial_layout(slide.h, config)[0]

@@ -7,6 +7,7 @@ tissue. VICReg keeps two noisy views of a cell together, and every dimension in 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,7 +116,8 @@ def encoder_loss(
     if "distance" in weights:
         losses["distance"] = _distance(first, slide.pos[anchor].to(device))
     losses = {name: losses[name] for name in weights}
-    return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
+    total: Any = sum(weights[name] * loss for name, loss in losses.items())
+    return {"loss": total, **losses}
 
 
 def train_encoder(

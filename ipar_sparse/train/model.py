@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def train_model(parts: Trained, batches: Batches, loop: Loop) -> None:
 
 def losses_of(
     parts: Trained, batch: GraphBatch, generator: torch.Generator, epoch: float
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """The losses of one training step, by the columns of the history.
 
     Args:
@@ -235,7 +236,7 @@ def score(parts: Trained, batches: Sequence[GraphBatch], loop: Loop) -> dict[str
     Means over the batches; beside E_geo its two parts and the measures of collapse.
     """
     gate, model, config = parts.gate.eval(), parts.model.eval(), parts.config
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Any] = {}
     for number, batch in enumerate(batches):
         batch = batch.to(parts.device)
         bias, _ = steps.gate_bias(gate, batch.h, batch.graph, config)
@@ -247,7 +248,7 @@ def score(parts: Trained, batches: Sequence[GraphBatch], loop: Loop) -> dict[str
         probes = config.train.probe_rows if batch.whole else None
         for kind, pos in layouts.items():
             generator = loop.generator("validation", number)
-            values = e_geo(pos.float(), batch.target, probes, generator)
+            values: dict[str, Any] = e_geo(pos.float(), batch.target, probes, generator)
             values |= collapse_diagnostics(pos)
             for name in SCORES:
                 key = f"{kind}_{name}"
