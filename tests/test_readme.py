@@ -31,7 +31,7 @@ def test_commands_options_and_settings_that_are_shown_exist(page):
     from ipar_sparse.config import describe
 
     settings = {setting.key for setting in describe()}
-    assert set(re.findall(r"--set\s+([a-z_.]+)=", page.read_text())) <= settings
+    assert set(re.findall(r"--set\s+([a-z_.]+)=", page.read_text())) <= {*settings, "section.key"}
     commands = typer.main.get_command(app).commands
     shown = re.findall(SHOWN, page.read_text(), flags=re.M)
     assert shown or page.name != "README.md"
