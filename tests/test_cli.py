@@ -380,10 +380,12 @@ def test_cross_validation_scores_are_told_with_their_noise(run, tmp_path, capsys
 def test_selected_settings_are_told(slides, tmp_path, capsys):
     files = [str(slides / f"cortex{i}.h5ad") for i in (1, 2)]
     config, out = str(slides / "tiny.yaml"), str(tmp_path / "run")
-    assert cli.run_command(["train", *files, "--out", out, "--config", config]) == 0
+    asked = {"refine.steps": 0, "refine.distance_correction_steps": 0, "model.recycling": True}
+    more = [word for key, value in asked.items() for word in ("--set", f"{key}={value}")]
+    assert cli.run_command(["train", *files, "--out", out, "--config", config, *more]) == 0
     assert cli.run_command(["info", out]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for word in ("over 2 donors", "initial layout", "atlas", "refine.steps =", "±", "yes"):
+    for word in ("over 2 donors", "initial layout", "atlas 0.", "model.init =", "±", "yes"):
         assert word in shown
 
 

@@ -43,7 +43,8 @@ def predict(
         ]
     obs: dict[str, Any] = empty_cells(slides)
     for column in columns:
-        obs[column] = in_file_order(slides, [one.uncertainty for one in predictions])
+        known = [one.uncertainty for one in predictions if one.uncertainty is not None]
+        obs[column] = in_file_order(slides, known)
     write_predictions(
         cells,
         out,
