@@ -3,10 +3,13 @@
 No function here takes a position of the slide it lays out; there is nothing to leak.
 """
 
+from __future__ import annotations
+
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,8 +18,11 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPRegressor
+from sklearn.utils.extmath import randomized_range_finder
 
+from ..estimators.atlas import atlas_layout
 from ..estimators.regression import aligned_training_set, ridge_layout
+from ..geometry import principal_plane
 from ..geometry.alignment import align, as_embedding
 from ..geometry.neighborhoods import unit_gauge
 from ..graph import NeighborTable
@@ -41,25 +47,17 @@ def pca_layout(h) -> np.ndarray:
     Returns:
         (n, 2), signs fixed so that the largest loading is positive.
     """
-    x = as_embedding(h)
-    x = x - x.mean(axis=0)
-    _, vectors = np.linalg.eigh(x.T @ x)
-    axes = vectors[:, ::-1][:, :2]
-    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
-    layout = np.zeros((len(x), 2))
-    layout[:, : axes.shape[1]] = x @ axes
-    return layout
+    return principal_plane(torch.from_numpy(as_embedding(h))).numpy()
 
 
 def spectral_layout(h, graph: NeighborTable) -> np.ndarray:
     r"""Laplacian eigenmap of the kNN(H) graph.
 
-    The two eigenvectors after the trivial one of
-    :math:`D^{-1/2} W D^{-1/2}`, divided by :math:`\sqrt{d_i}`, with W the graph made symmetric by
-    union of its edges (Belkin and Niyogi, 2003). Each connected component is laid out by itself
-    and then placed, turned and scaled onto its own cells in :func:`pca_layout`, because a
-    Laplacian knows nothing of where components lie relative to each other; components of fewer
-    than 4 cells keep their PCA positions.
+    The two eigenvectors after the trivial one of :math:`D^{-1/2} W D^{-1/2}`, divided by
+    :math:`\sqrt{d_i}` (Belkin and Niyogi, 2003). W is the graph made symmetric by union of its
+    edges. A Laplacian says nothing of where connected components lie relative to each other.
+    Each is therefore laid out by itself and aligned with its own cells in :func:`pca_layout`;
+    components of fewer than 4 cells keep their PCA positions.
 
     Args:
         h: embedding (n, d).
@@ -86,7 +84,7 @@ def diffusion_map(graph: NeighborTable, weights, h, *, time: int = 1) -> np.ndar
         graph: the operator's edges.
         weights: non-negative P_ij of each edge (E,), in the graph's order; attention of several
             heads (E, H) is averaged.
-        h: embedding (n, d); places components that do not hang together.
+        h: embedding (n, d), which places connected components.
         time: number of steps t.
 
     Returns:
@@ -121,13 +119,13 @@ def umap_layout(h, *, seed: int = 0, n_neighbors: int = 15) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a fixed seed makes it run on one thread, and say so
-            # spectral start-up fails on fewer than a handful of cells
-            start = "spectral" if len(x) > 10 else "random"
-            umap = UMAP(n_neighbors=n_neighbors, random_state=seed, n_jobs=1, init=start)
+            # spectral initialisation fails on fewer than a handful of cells
+            init = "spectral" if len(x) > 10 else "random"
+            umap = UMAP(n_neighbors=n_neighbors, random_state=seed, n_jobs=1, init=init)
             return umap.fit_transform(x).astype(np.float64)
     finally:
-        # numba leaves OpenMP, which torch shares, with a thread for every core: runs side by side
-        # would wait for each other from here on
+        # numba leaves OpenMP, which torch shares, with a thread for every core, and runs side by
+        # side would wait for each other from here on
         torch.set_num_threads(threads)
 
 
@@ -176,8 +174,7 @@ def run_baselines(
 ) -> dict[str, np.ndarray]:
     """Lay one slide out by every baseline that the given material allows.
 
-    Under a minute for 20,000 cells of 128 dimensions and k = 100 on two cores, UMAP aside. A
-    baseline whose linear algebra or memory fails is left out, with a warning in the log: it must
+    A baseline whose linear algebra or memory fails is left out, with a warning in the log: it must
     not take a report down with it.
 
     Args:
@@ -241,13 +238,6 @@ def _umap(h, seed, **_):
     return umap_layout(h, seed=seed)
 
 
-def _atlas(h, train):
-    from ..estimators.atlas import atlas_layout
-
-    return atlas_layout(h, train)
-
-
-# Each takes all material by name and returns a layout, or None where it does not apply.
 BASELINES: Mapping[str, Callable[..., np.ndarray | None]] = {
     "random": lambda h, seed, **_: random_layout(len(h), seed=seed),
     "PCA": lambda h, **_: pca_layout(h),
@@ -258,8 +248,9 @@ BASELINES: Mapping[str, Callable[..., np.ndarray | None]] = {
     ),
     "ridge": lambda h, train, **_: ridge_layout(h, train) if train else None,
     "MLP": lambda h, train, seed, **_: mlp_layout(h, train, seed=seed) if train else None,
-    "atlas": lambda h, train, **_: _atlas(h, train) if train else None,
+    "atlas": lambda h, train, **_: atlas_layout(h, train) if train else None,
 }
+"""Each takes all material by name and returns a layout, or None where it does not apply."""
 
 
 def _matrix(graph: NeighborTable, weights: np.ndarray) -> sp.csr_matrix:
@@ -268,15 +259,21 @@ def _matrix(graph: NeighborTable, weights: np.ndarray) -> sp.csr_matrix:
     return sp.csr_matrix((weights.astype(np.float64), (dst, src)), shape=(n, n))
 
 
-def _spectral(matrix: sp.csr_matrix, anchor: np.ndarray, time: int = 0) -> np.ndarray:
-    """Two diffusion coordinates of a symmetric weight matrix, component by component."""
+def _spectral(matrix: sp.csr_matrix, frame: np.ndarray, time: int = 0) -> np.ndarray:
+    """Two diffusion coordinates of a symmetric weight matrix, component by component.
+
+    Args:
+        matrix: weights (n, n).
+        frame: layout (n, 2) that components are aligned with.
+        time: number of diffusion steps.
+    """
     matrix.eliminate_zeros()
     count, label = connected_components(matrix, directed=False)
-    layout = unit_gauge(anchor)
+    layout = unit_gauge(frame)
     order = np.argsort(label, kind="stable")
     bounds = np.searchsorted(label[order], np.arange(count + 1))
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        cells = order[start:stop]
+    for first, last in pairwise(bounds):
+        cells = order[first:last]
         if len(cells) < 4:
             continue
         coordinates = _eigenmap(matrix[cells][:, cells], time)
@@ -303,13 +300,11 @@ def _eigenmap(matrix: sp.csr_matrix, time: int) -> np.ndarray:
 
 def _leading_pairs(normal: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
     n = normal.shape[0]
-    start = np.random.default_rng(13).normal(size=n)
+    v0 = np.random.default_rng(13).normal(size=n)
     try:
-        return eigsh(normal, k=3, which="LA", v0=start, ncv=40, tol=1e-6, maxiter=300)
+        return eigsh(normal, k=3, which="LA", v0=v0, ncv=40, tol=1e-6, maxiter=300)
     except ArpackNoConvergence:
-        # (1 + A) / 2 smooths the spectrum's crowded top; a layout needs no more digits
-        from sklearn.utils.extmath import randomized_range_finder
-
+        # (1 + A) / 2 separates the crowded top of the spectrum; a layout needs no more digits
         basis = randomized_range_finder(
             (sp.eye(n) + normal) / 2, size=20, n_iter=200, random_state=13
         )

@@ -1,4 +1,4 @@
-"""Many runs in one table: means, spread over seeds, and paired differences with their errors."""
+"""Many runs in one table: means, deviations over seeds, paired differences with their errors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 from ..metrics.layout import metric_info
 
-ROLES = ("variant", "form", "baseline", "floor")
-"""What a method is: trained variant, a changed form of one (no gate), simple method, ideal."""
+ROLES = ("variant", "ablation", "baseline", "floor")
+"""What a method is: a trained variant, one without a part, a simple method, the true positions."""
 
-BEYOND = 2.0
-"""Standard errors from which on a difference counts."""
+MIN_STANDARD_ERRORS = 2.0
+"""A smaller difference does not count."""
 
-FEW = 3
-"""Slides (or seeds) from which on: two differences that happen to be alike prove nothing."""
+MIN_SAMPLES = 3
+"""With fewer slides (or seeds) no difference counts: two that happen to agree prove nothing."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Difference:
         over: ``"slides"`` or ``"seeds"``: what the error is taken over.
         count: how many of them.
         verdict: ``"better"`` or ``"worse"`` if the difference exceeds two standard errors of at
-            least three slides (or seeds) and the metric has a direction, ``"different"`` if it
-            has none, else ``""``.
+            least three slides (or seeds). ``"different"`` if it does and neither direction of
+            the metric is better; else ``""``.
     """
 
     other: str
@@ -126,11 +126,16 @@ class Comparison:
         return asdict(self)
 
 
+def direction(metric: str) -> int:
+    """1 if higher values of a metric are better, -1 if lower ones are, 0 if neither is."""
+    return {"higher": 1, "lower": -1}.get(metric_info(metric).better, 0)
+
+
 def compare(records: Iterable[Record], reference: str) -> Comparison:
     """Summarises records and compares every method with the reference and the best baseline.
 
-    Values that are not finite count as not measured. Methods come in the order of their roles,
-    within a role in that of the records.
+    Values that are not finite count as not measured. Methods are ordered by role, then as in the
+    records.
 
     Args:
         records: of all runs.
@@ -178,22 +183,28 @@ def difference(
     over, samples = ("slides", per_slide) if len(per_slide) > 1 else ("seeds", _means(pairs, 1))
     mean, se = float(np.mean(per_slide)), _standard_error(samples)
     verdict = ""
-    # a difference of rounding has a standard error of rounding
-    if len(samples) >= FEW and abs(mean) > max(BEYOND * se, 1e-9):
-        sign = {"higher": 1, "lower": -1}.get(metric_info(metric).better)
-        verdict = "different" if sign is None else "better" if sign * mean > 0 else "worse"
+    # differences of rounding alone have a standard error of the same size
+    if len(samples) >= MIN_SAMPLES and abs(mean) > max(MIN_STANDARD_ERRORS * se, 1e-9):
+        gain = direction(metric) * mean
+        verdict = "better" if gain > 0 else "worse" if gain < 0 else "different"
     return Difference(name, mean, se, over, len(samples), verdict)
 
 
-def _summarise(metric, method, table, reference, best) -> Summary:
+def _summarise(
+    metric: str,
+    method: str,
+    table: Mapping[str, Mapping[tuple[str, int], float]],
+    reference: str,
+    best: str | None,
+) -> Summary:
     own = table[method]
     slides = {slide for slide, _ in own}
     seeds = {seed for _, seed in own}
-    whole = [seed for seed in sorted(seeds) if all((slide, seed) in own for slide in slides)]
-    per_seed = [np.mean([own[slide, seed] for slide in slides]) for seed in whole]
+    complete = [seed for seed in sorted(seeds) if all((slide, seed) in own for slide in slides)]
+    per_seed = [np.mean([own[slide, seed] for slide in slides]) for seed in complete]
     per_slide = _means(own, 0)
 
-    def against(other):
+    def against(other: str | None) -> Difference | None:
         if other is None or other == method or other not in table:
             return None
         return difference(metric, own, table[other], other)
@@ -209,8 +220,12 @@ def _summarise(metric, method, table, reference, best) -> Summary:
     )
 
 
-def _best_baseline(metric, table, roles) -> str | None:
-    sign = {"higher": 1, "lower": -1}.get(metric_info(metric).better)
+def _best_baseline(
+    metric: str,
+    table: Mapping[str, Mapping[tuple[str, int], float]],
+    roles: Mapping[str, str],
+) -> str | None:
+    sign = direction(metric)
     means = {
         method: np.mean(_means(values, 0))
         for method, values in table.items()

@@ -1,5 +1,7 @@
 """Curves: losses over training, measures over recycles."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 
@@ -17,21 +19,21 @@ _TRAINING = {
     "l_gate": "gate",
 }
 _VALIDATION = {
-    "val_hgate_e_geo": "gated candidates (what a user gets)",
+    "val_hgate_e_geo": "gated candidates (as in predictions)",
     "val_tedge_e_geo": "true neighbours (an oracle)",
     "val_e_geo_floor": "true coordinates (the floor)",
 }
 
 
 def loss_curves(
-    history: Sequence[Mapping], *, stage: str = "joint", axes: Sequence[Axes] | None = None
+    history: Sequence[Mapping], *, stage: str = "model", axes: Sequence[Axes] | None = None
 ) -> np.ndarray:
     """Training losses over steps, and validation E_geo over epochs with the kept epoch marked.
 
     The two regularisers (repulsion, entropy) are part of the total and not drawn.
 
     Args:
-        history: rows of the run's history; a value may be a number, a numeral, empty or missing.
+        history: rows of the run's history; values may be numbers, numerals, empty or missing.
         stage: the stage shown; rows without a ``stage`` are shown too.
         axes: two axes.
     """
@@ -85,11 +87,12 @@ def loss_curves(
 def recycle_curves(
     measures: Mapping[str, float], name: str, *, ax: Axes | None = None, title: str | None = None
 ) -> Axes:
-    """One measure over the recycles, a line for each head, its healthy range shaded.
+    """One measure over the recycles, a line for each head, with its healthy range shaded.
 
     Args:
-        measures: flat names, as :func:`ipar_sparse.metrics.layout.diagnostics.diagnose` gives them.
+        measures: flat names, as :func:`ipar_sparse.metrics.diagnostics.diagnose` gives them.
         name: the measure, for example ``"attn_recall@30"``.
+        ax: where to draw.
         title: above the axes; the measure's name if left out.
     """
     ax = tidy(new_axes(ax, (3.4, 2.8)))

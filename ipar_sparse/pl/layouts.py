@@ -1,5 +1,7 @@
 """Maps of cells: layouts, genes, recycles, attention, uncertainty."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +23,7 @@ from .style import (
     tissue_axes,
 )
 
-# One axis is blue to orange, which red-green blindness leaves apart, the other dark to light.
+# one axis is blue to orange, which red-green blindness keeps apart, the other dark to light
 _CORNERS = {"low": ("#0B2A6B", "#7A2300"), "high": ("#8CD3F0", "#FFD166")}
 _FOCUS = LinearSegmentedColormap.from_list("focus", ["#F3C98B", "#D55E00", "#5A1A00"])
 
@@ -29,8 +31,8 @@ _FOCUS = LinearSegmentedColormap.from_list("focus", ["#F3C98B", "#D55E00", "#5A1
 def position_colors(pos) -> np.ndarray:
     """A colour for each cell by its place: blue to orange from left to right, dark to light up.
 
-    Neighbours get like colours; interpolated in the OKLab space between four corner colours, on
-    coordinates clipped to their 1st to 99th percentile.
+    Colours are interpolated in OKLab space between four corner colours, on coordinates clipped to
+    their 1st to 99th percentile.
 
     Args:
         pos: layout (n, 2).
@@ -41,10 +43,10 @@ def position_colors(pos) -> np.ndarray:
     pos = as_layout(pos)
     low, high = np.quantile(pos, [0.01, 0.99], axis=0)
     u, v = np.clip((pos - low) / np.maximum(high - low, 1e-300), 0, 1).T[..., None]
-    corners = {side: [_to_oklab(_rgb(color)) for color in _CORNERS[side]] for side in _CORNERS}
+    corners = {side: [to_oklab(_rgb(color)) for color in _CORNERS[side]] for side in _CORNERS}
     bottom = (1 - u) * corners["low"][0] + u * corners["low"][1]
     top = (1 - u) * corners["high"][0] + u * corners["high"][1]
-    return _from_oklab((1 - v) * bottom + v * top)
+    return from_oklab((1 - v) * bottom + v * top)
 
 
 def layout(
@@ -70,7 +72,7 @@ def layout(
         scatter(ax, pos[rows], c=color[rows])
     else:
         color = color.astype(float)
-        rows = rows[np.argsort(color[rows], kind="stable")]  # few high values must not drown
+        rows = rows[np.argsort(color[rows], kind="stable")]  # high values lie on top
         drawn = scatter(ax, pos[rows], c=color[rows], cmap="viridis", norm=_robust(color))
         _colorbar(ax, drawn, label)
     note_subset(ax, len(rows), len(pos))
@@ -86,13 +88,13 @@ def layout_pair(
     label: str | None = None,
     titles: tuple[str, str] = ("Measured", "Predicted"),
 ) -> np.ndarray:
-    """Measured and predicted map side by side, the prediction turned to lie like the truth.
+    """Measured and predicted map side by side, the prediction aligned with the truth.
 
     Args:
         true: measured positions (n, 2).
         pred: predicted positions (n, 2), in any gauge.
         color: as in :func:`layout`; by *measured* position if left out, so that the predicted
-            map shows where each part of the tissue has gone.
+            map shows where each part of the tissue went.
         axes: two axes.
         label: of the colour bars.
         titles: above the two maps.
@@ -106,32 +108,32 @@ def layout_pair(
 
 
 def trajectory(
-    steps: Sequence, *, true=None, axes: Sequence[Axes] | None = None, color=None
+    layouts: Sequence, *, true=None, axes: Sequence[Axes] | None = None, color=None
 ) -> np.ndarray:
-    """The map before the first and after every recycle, cells keeping their colour.
+    """The map before the first and after every recycle; cells keep their colour.
 
     Args:
-        steps: layouts (n, 2).
-        true: measured positions: all steps are turned onto them and coloured by them; onto and
-            by the last step if left out.
-        axes: one for each step.
+        layouts: positions (n, 2) of each.
+        true: measured positions, by which cells are coloured and the last layout is aligned; the
+            last layout itself if left out.
+        axes: one for each layout.
         color: RGB (n, 3) or values (n,) instead.
     """
-    axes = new_row(axes, len(steps), 2.6)
-    goal = steps[-1] if true is None else true
+    axes = new_row(axes, len(layouts), 2.6)
+    goal = layouts[-1] if true is None else true
     color = position_colors(goal) if color is None else color
-    _, transform = align(steps[-1], goal)
-    for r, (ax, pos) in enumerate(zip(axes, steps, strict=True)):
-        # one turn for all: a layout that rotates on its way should be seen to
+    _, transform = align(layouts[-1], goal)
+    for r, (ax, pos) in enumerate(zip(axes, layouts, strict=True)):
+        # one rotation for all: a layout that rotates from recycle to recycle should be seen to
         pos = unit_gauge(as_layout(pos)) @ transform.rotation
-        layout(pos, color, ax=ax, title="start" if r == 0 else f"recycle {r}")
+        layout(pos, color, ax=ax, title="initial" if r == 0 else f"recycle {r}")
     return axes
 
 
 def attention_focus(
     pos, focus: Sequence[AttentionFocus], *, axes: Sequence[Axes] | None = None
 ) -> np.ndarray:
-    """Where single cells attend: the star is the cell, dark large dots have most of its attention.
+    """Where single cells attend: a star is the cell, dark large dots have most of its attention.
 
     Args:
         pos: positions (n, 2); measured ones show whether attention finds true neighbours.
@@ -158,11 +160,12 @@ def attention_focus(
 
 
 def uncertainty_map(pos, uncertainty, *, ax: Axes | None = None) -> Axes:
-    """The map coloured by each cell's spread over noise seeds.
+    """The map coloured by the uncertainty of each cell.
 
     Args:
         pos: layout (n, 2).
-        uncertainty: how far each cell may lie from its place (n,), in tissue radii.
+        uncertainty: predicted root mean square error of each cell (n,), in tissue radii.
+        ax: where to draw.
     """
     return layout(pos, uncertainty, ax=ax, title="Uncertainty", label="tissue radii")
 
@@ -172,7 +175,7 @@ def _robust(values: np.ndarray) -> Normalize:
     if not len(known):
         return Normalize(0, 1)
     low, high = np.quantile(known, [0.01, 0.99])
-    if high <= low:  # expressed in fewer than one cell in a hundred
+    if high <= low:  # a gene that is expressed in fewer than one cell in a hundred
         low, high = known.min(), known.max()
     return Normalize(low, high if high > low else low + 1, clip=True)
 
@@ -206,12 +209,14 @@ _OPPONENT = np.array(
 )
 
 
-def _to_oklab(rgb: np.ndarray) -> np.ndarray:
+def to_oklab(rgb: np.ndarray) -> np.ndarray:
+    """Colours (n, 3) in OKLab space, where distances are those that an eye sees."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return np.cbrt(linear @ _CONES.T) @ _OPPONENT.T
 
 
-def _from_oklab(lab: np.ndarray) -> np.ndarray:
+def from_oklab(lab: np.ndarray) -> np.ndarray:
+    """RGB (n, 3) in [0, 1] of colours in OKLab space."""
     linear = (lab @ np.linalg.inv(_OPPONENT).T) ** 3 @ np.linalg.inv(_CONES).T
     linear = np.clip(linear, 0, 1)
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

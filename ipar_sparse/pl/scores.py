@@ -1,5 +1,7 @@
 """Scores as figures: bars against baselines, distance against distance, calibration."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -8,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap
 
 from ..geometry.neighborhoods import as_layout, sample_pairs, unit_gauge
 from ..metrics.layout import metric_info
-from .style import INK, MODEL, MUTED, OTHER, VARIANT, new_axes, tidy
+from .style import ABLATION, INK, MODEL, MUTED, OTHER, new_axes, tidy
 
 _PAIRS = 200_000
 _DENSITY = LinearSegmentedColormap.from_list("density", ["#D3E3F0", "#5B9BCB", "#08306B"])
@@ -19,7 +21,7 @@ def metric_bars(
     metric: str,
     *,
     model: str | None = None,
-    variants: Collection[str] = (),
+    ablations: Collection[str] = (),
     floor: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -29,15 +31,16 @@ def metric_bars(
         table: method to its metrics by flat name.
         metric: the metric shown; methods without it are left out.
         model: the method in strong colour.
-        variants: methods that are forms of the model, in a lighter tone of its colour.
+        ablations: methods in a lighter tone of that colour.
         floor: the method (true coordinates) that is drawn as a line, not as a bar.
+        ax: where to draw.
     """
     names = [m for m in table if m != floor and np.isfinite(table[m].get(metric, np.nan))]
     ax = tidy(new_axes(ax, (4.2, 0.6 + 0.32 * max(len(names), 1))))
     ax.grid(axis="y", visible=False)
     values = np.array([table[m][metric] for m in names])
     errors = np.array([2 * (table[m].get(f"{metric}_se") or 0.0) for m in names])
-    colors = [MODEL if m == model else VARIANT if m in variants else OTHER for m in names]
+    colors = [MODEL if m == model else ABLATION if m in ablations else OTHER for m in names]
     places = np.arange(len(names))
     ax.barh(places, values, color=colors, height=0.72)
     if errors.any():
@@ -89,6 +92,7 @@ def metric_dots(
         errors: standard error of each mean; whiskers span two of them.
         strong: methods in strong colour.
         lines: name to a value drawn through all rows, at most three.
+        ax: where to draw.
     """
     names = [name for name in values if values[name]]
     ax = tidy(new_axes(ax, (4.6, 0.8 + 0.28 * max(len(names), 1))))
@@ -127,13 +131,15 @@ def distance_density(
 ) -> Axes:
     """Predicted against true distance of pairs of cells; a perfect map is the diagonal.
 
-    Both in units of the tissue's root-mean-square radius; the prediction has its best scale. All
-    pairs on small slides, else 200,000 drawn ones.
+    Both are in units of the tissue's root-mean-square radius, and the prediction has its best
+    scale. All pairs are drawn on small slides, else a random 200,000.
 
     Args:
         pred: predicted layout (n, 2).
         true: measured layout (n, 2).
-        seed: of the drawn pairs.
+        ax: where to draw.
+        seed: of the random pairs.
+        title: above the axes.
     """
     x, y = unit_gauge(as_layout(pred)), unit_gauge(as_layout(true))
     if len(x) * (len(x) - 1) // 2 <= _PAIRS:
@@ -172,12 +178,12 @@ def distance_density(
 
 
 def uncertainty_calibration(uncertainty, error, *, ax: Axes | None = None, bins: int = 10) -> Axes:
-    """Is an uncertainty as large as the error? Root mean squares in bins of equal size, and the
-    line on which the two are equal.
+    """Error against uncertainty, root mean squares in bins of equal size, with the diagonal.
 
     Args:
-        uncertainty: of each cell (n,).
+        uncertainty: of each cell (n,), in tissue radii.
         error: its distance from the measured position after alignment (n,), same unit.
+        ax: where to draw.
         bins: number of bins, fewer on few cells.
     """
     uncertainty, error = np.asarray(uncertainty, float), np.asarray(error, float)
@@ -188,13 +194,13 @@ def uncertainty_calibration(uncertainty, error, *, ax: Axes | None = None, bins:
         )
     ax = tidy(new_axes(ax))
     parts = np.array_split(np.argsort(uncertainty), max(1, min(bins, len(error) // 5)))
-    said = [np.sqrt(np.square(uncertainty[part]).mean()) for part in parts]
-    seen = np.sqrt([np.square(error[part]).mean() for part in parts])
-    # of a root: half of that of the mean square, relative to it
-    spread = [np.square(error[part]).std() / np.sqrt(len(part)) for part in parts]
-    sem = np.divide(spread, 2 * seen, out=np.zeros_like(seen), where=seen > 0)
-    ax.errorbar(said, seen, yerr=2 * sem, fmt="o-", ms=4, color=MODEL, lw=1.3, capsize=2)
-    reach = 1.05 * max(max(said), float((seen + 2 * sem).max()), 1e-9)
+    predicted = [np.sqrt(np.square(uncertainty[part]).mean()) for part in parts]
+    observed = np.sqrt([np.square(error[part]).mean() for part in parts])
+    # the standard error of a root is that of the mean square, over twice the root
+    sem = np.array([np.square(error[part]).std() / np.sqrt(len(part)) for part in parts])
+    sem = np.divide(sem, 2 * observed, out=np.zeros_like(observed), where=observed > 0)
+    ax.errorbar(predicted, observed, yerr=2 * sem, fmt="o-", ms=4, color=MODEL, lw=1.3, capsize=2)
+    reach = 1.05 * max(max(predicted), float((observed + 2 * sem).max()), 1e-9)
     ax.plot([0, reach], [0, reach], color=MUTED, lw=1, ls="--", zorder=0)
     ax.set_xlim(0, reach)
     ax.set_ylim(0, reach)

@@ -1,4 +1,6 @@
-"""Colours and small habits that all figures share."""
+"""Colours, axes and markers that all figures share."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -9,12 +11,12 @@ from matplotlib.axes import Axes
 # Okabe and Ito (2008), without their yellow, which vanishes on white
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MODEL = "#0072B2"
-VARIANT = "#56B4E9"
+ABLATION = "#56B4E9"
 OTHER = "#A9B1BA"
 INK = "#1F2933"
 MUTED = "#6B7680"
 FAINT = "#D9DEE3"
-GROUND = "#F7F8FA"
+BACKGROUND = "#F7F8FA"
 
 MAX_POINTS = 200_000
 
@@ -55,7 +57,7 @@ def tissue_axes(ax: Axes, title: str | None = None) -> Axes:
     ax.set_aspect("equal", adjustable="datalim")
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.set_facecolor(GROUND)
+    ax.set_facecolor(BACKGROUND)
     for spine in ax.spines.values():
         spine.set_color(FAINT)
     if title:
@@ -64,7 +66,7 @@ def tissue_axes(ax: Axes, title: str | None = None) -> Axes:
 
 
 def draw_subset(n: int, seed: int = 0) -> np.ndarray:
-    """Rows to draw, in random order, so that no group of cells always lies on top."""
+    """Rows to draw, in random order, so that no group of cells hides another."""
     return np.random.default_rng(seed).permutation(n)[:MAX_POINTS]
 
 
@@ -75,13 +77,13 @@ def note_subset(ax: Axes, drawn: int, n: int) -> None:
 
 
 def marker_area(ax: Axes, n: int) -> float:
-    """Marker area in square points that lets n cells fill about half of the axes."""
+    """Marker area in square points with which n cells fill about half of the axes."""
     box, (width, height) = ax.get_position(), ax.get_figure().get_size_inches()
     area = box.width * width * box.height * height * 72**2
     return float(np.clip(0.45 * area / max(n, 1), 0.3, 70.0))
 
 
 def scatter(ax: Axes, pos: np.ndarray, **settings):
-    """A scatter of cells with the size fit for their number; rasterised in vector formats."""
+    """A scatter of cells in a size for their number, rasterised in vector formats."""
     settings.setdefault("s", marker_area(ax, len(pos)))
     return ax.scatter(pos[:, 0], pos[:, 1], linewidths=0, rasterized=len(pos) > 2000, **settings)

@@ -1,19 +1,32 @@
 """What all HTML pages share: figures inside the page, numbers as text, templates."""
 
+from __future__ import annotations
+
 import base64
 import io
+import math
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jinja2
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..files import atomic_write
+
+PAGE = "report.html"
 _DPI = 170
 
 
 def draw_figure(
-    name: str, size: tuple[float, float], draw: Callable, alt: str, dense: bool = False
+    name: str,
+    size: tuple[float, float],
+    draw: Callable[[Figure], Any],
+    alt: str,
+    dense: bool = False,
 ) -> dict:
     """A drawn figure for a page, as PNG and as text of a data URL.
 
@@ -21,10 +34,10 @@ def draw_figure(
         name: of its file.
         size: in inches.
         draw: called with the empty figure.
-        alt: what it shows, for those who cannot see it.
-        dense: scrolled on a phone, since shrunk it could not be read.
+        alt: what it shows, for readers who cannot see it.
+        dense: whether a phone scrolls it, since it cannot be read when shrunk.
     """
-    # no pyplot: its figures live on after the report, and need a display on some systems
+    # no pyplot: it keeps figures after the report, and needs a display on some systems
     figure = Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(wspace=0.04, hspace=0.04)
     FigureCanvasAgg(figure)
@@ -42,6 +55,15 @@ def draw_figure(
     }
 
 
+def axes_grid(figure: Figure, count: int, columns: int) -> np.ndarray:
+    """``count`` axes in rows of so many columns; the rest of the last row is hidden."""
+    columns = min(count, columns)
+    axes = np.ravel(figure.subplots(math.ceil(count / columns), columns, squeeze=False))
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    return axes[:count]
+
+
 def number_text(value: float) -> str:
     """A number for a table: three decimals, fewer digits where it is tiny or large."""
     if 1e-9 < abs(value) < 5e-4:
@@ -49,10 +71,29 @@ def number_text(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
+def write_page(out: Path, template: str, figures: list[dict], **values: Any) -> Path:
+    """Writes ``report.html``, self-contained, and its figures under ``figures/``.
+
+    Args:
+        out: folder, made if missing.
+        template: file name of the template.
+        figures: of :func:`draw_figure`; they lose their PNG.
+        **values: what the template shows.
+
+    Returns:
+        The path of the page.
+    """
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    for figure in figures:
+        atomic_write(out / "figures" / f"{figure['name']}.png", figure.pop("png"))
+    atomic_write(out / PAGE, environment().get_template(template).render(**values))
+    return out / PAGE
+
+
 def environment() -> jinja2.Environment:
     """The jinja2 environment of all pages."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ipar_sparse"),
+        loader=jinja2.PackageLoader("ipar_sparse.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -1,0 +1,234 @@
+"""The work of a study: every run on record, none of which saw what scores it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..config import resolve_device
+from ..data.slide import Slide
+from ..errors import UserError
+from ..files import atomic_write
+from ..inference.checkpoint import LAST
+from ..inference.predictor import Predictor
+from ..progress import console, log_to
+from ..train.fit import fit, fit_encoder
+from .jobs import run_jobs
+from .scoring import score_slide
+from .study_plan import (
+    PLAN,
+    Study,
+    Task,
+    baseline_variants,
+    check_same_study,
+    cv_groups,
+    encoder_task,
+    load_plan,
+    read_all,
+    save_plan,
+    study_jobs,
+)
+from .study_results import StudyResults, collect, is_done, load_run, save_run
+
+ERROR = "error.txt"
+LOG = "log.txt"
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    *,
+    jobs: int | None = None,
+    device: str | None = None,
+    on_collect: Callable[[Path, StudyResults], object] | None = None,
+) -> StudyResults:
+    """Works off a study, or what is left of it, and writes ``results.csv`` and ``summary.json``.
+
+    Finished runs are kept, stopped ones go on from their last checkpoint, failed ones are tried
+    again. A study in ``out`` may grow by variants and seeds; another study is refused.
+
+    Args:
+        study: the plan.
+        out: folder of the study.
+        jobs: runs side by side; half of the cores if left out. They share the cores, and none
+            has more threads than ``OMP_NUM_THREADS`` allows.
+        device: where all runs are computed; as configured if left out.
+        on_collect: called with folder and results once they are written, also after ctrl-C.
+
+    Raises:
+        UserError: ``out`` holds something else.
+        KeyboardInterrupt: after ctrl-C; results of what is finished are written.
+    """
+    out = Path(out)
+    check_study_folder(study, out)
+    if device is not None:
+        resolve_device(device)
+        variants = {n: c.replace(train={"device": device}) for n, c in study.variants.items()}
+        study = replace(study, variants=variants)
+    out.mkdir(parents=True, exist_ok=True)
+    save_plan(study, out)
+    failed: dict[str, str] = {}
+    try:
+        with _sigterm_as_ctrl_c():
+            _work_off(study, out, jobs, failed)
+    finally:
+        results = collect(out, study, failed)
+        if on_collect is not None:
+            on_collect(out, results)
+    return results
+
+
+def check_study_folder(study: Study, out: Path) -> None:
+    """Refuses a folder that holds anything but this study, or a part of it.
+
+    Raises:
+        UserError: it does.
+    """
+    out = Path(out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise UserError(f"--out: {out} is a file, not a folder; choose another")
+    if not (out / PLAN).is_file():
+        raise UserError(f"{out} is not empty and holds no study; choose another --out")
+    check_same_study(load_plan(out), study, out)
+
+
+def threads_per_job(cores: int) -> int:
+    """Threads of a job that has so many cores, no more than ``OMP_NUM_THREADS`` allows.
+
+    Threads beyond the cores wait for each other by spinning.
+    """
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores, int(allowed)) if allowed.isdigit() else cores)
+
+
+def _work_off(study: Study, out: Path, jobs: int | None, failed: dict[str, str]) -> None:
+    """Runs all jobs that are not done, says so line by line, and notes what failed."""
+    planned = study_jobs(study)
+    todo = [job for job in planned if not is_done(out, job.key)]
+    needed = {job.after for job in todo}
+    todo = [job for job in todo if job.key.kind == "run" or job.key in needed]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = max(1, min(jobs or cores // 2, len(todo)))
+    total = sum(job.key.kind == "run" for job in planned)
+    done = total - sum(job.key.kind == "run" for job in todo)
+    _say(
+        f"{total} runs: {len(study.variants)} variants x {len(study.folds)} held out x "
+        f"{len(study.seeds)} seeds; {done} are done, {processes} at a time"
+    )
+    for note in study.notes:
+        _say(f"note: {note}")
+    start = time.monotonic()
+    threads = threads_per_job(cores // processes)
+    for task, error in run_jobs(_Work(out), todo, processes=processes, threads=threads):
+        if error is not None:
+            failed[task.folder] = error
+        if task.kind == "run":
+            done += error is None
+            minutes = (time.monotonic() - start) / 60
+            told = f"failed: {error}" if error else f"{_score(out, task)}; {minutes:.1f} min in all"
+            held = f"{task.variant}, {task.fold} held out, seed {task.seed}"
+            _say(f"[{done}/{total}] {held}: {told}")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a process does for a job: all that it needs to know lies in the folder of the study."""
+
+    out: Path
+
+    def __call__(self, task: Task, stop: threading.Event | None) -> None:
+        study = load_plan(self.out)
+        folder = self.out / task.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ERROR).unlink(missing_ok=True)
+        work = _train_encoder if task.kind == "encoder" else _run
+        with log_to(folder / LOG):
+            try:
+                work(study, self.out, task, stop)
+            except Exception as error:
+                console.print(traceback.format_exc(), markup=False)
+                atomic_write(folder / ERROR, f"{error}\n")
+                raise
+
+
+def _train_encoder(study: Study, out: Path, task: Task, stop: threading.Event | None) -> None:
+    slides, fold = _slides_by_name(study, task), study.fold(task.fold)
+    folder = out / task.folder
+    fit_encoder(
+        [slides[name] for name in fold.train],
+        study.config(task.variant, task.seed),
+        folder,
+        donors=cv_groups(study, fold),
+        resume=(folder / LAST).is_file(),
+        stop=stop,
+    )
+
+
+def _run(study: Study, out: Path, task: Task, stop: threading.Event | None) -> None:
+    slides, fold = _slides_by_name(study, task), study.fold(task.fold)
+    folder, config = out / task.folder, study.config(task.variant, task.seed)
+    shared = encoder_task(study, task.variant, task.fold, task.seed)
+    start = time.monotonic()
+    result = fit(
+        [slides[name] for name in fold.train],
+        [] if fold.val is None else [slides[fold.val]],
+        config,
+        out=folder,
+        donors=cv_groups(study, fold),
+        resume=(folder / LAST).is_file(),
+        encoder=shared and out / shared.folder,
+        stop=stop,
+    )
+    trained = time.monotonic()
+    predictor = Predictor.load(folder, resolve_device(config.train.device))
+    baselines = config.eval.baselines and baseline_variants(study)[task.variant] == task.variant
+    evaluations = {}
+    for name in fold.test:
+        if stop is not None and stop.is_set():
+            raise KeyboardInterrupt
+        evaluations[name] = score_slide(predictor, slides[name], baselines=baselines)
+    scored = time.monotonic()
+    save_run(folder, result, evaluations, training=trained - start, scoring=scored - trained)
+
+
+def _slides_by_name(study: Study, task: Task) -> dict[str, Slide]:
+    return {slide.name: slide for slide in read_all(study.files, study.variants[task.variant])}
+
+
+def _score(out: Path, task: Task) -> str:
+    found = load_run(out, task)
+    scores = [slide["methods"]["model"]["distance_spearman"] for slide in found["slides"].values()]
+    seconds = found["seconds_training"] + found["seconds_scoring"]
+    return f"distance Spearman {np.mean(scores):.3f} in {seconds:.0f} s"
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """A polite kill is ctrl-C: workers save, and results so far are written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
