@@ -16,19 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from ipar_sparse.metrics.diagnostics import candidate_recall
-from ipar_sparse.metrics.layout import evaluate_layout
+from ipar_sparse.evaluation.study import find_donors, load_variants, plan_folds, read_all
 
 from ipar_sparse.config import RunConfig, resolve_device
 from ipar_sparse.data.expression import match_genes
 from ipar_sparse.data.slide import Slide
 from ipar_sparse.estimators.atlas import atlas_layout
 from ipar_sparse.estimators.regression import ridge_layout
-from ipar_sparse.evaluation.study import find_donors, load_variants, plan_folds, read_all
 from ipar_sparse.files import atomic_write
 from ipar_sparse.geometry.gauge import principal_plane
 from ipar_sparse.graph import knn
 from ipar_sparse.inference.checkpoint import LAST, load_checkpoint, read_meta
+from ipar_sparse.metrics.diagnostics import candidate_recall
+from ipar_sparse.metrics.layout import evaluate_layout
 from ipar_sparse.train.fit import build_encoder, embed_raw, fit_encoder, settle
 
 COLUMNS = {

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ipar_sparse.metrics.layout import evaluate_layout
 
 from ipar_sparse.data.simulation import TISSUES, simulate
 from ipar_sparse.estimators.regression import ridge_layout
@@ -23,6 +22,7 @@ from ipar_sparse.evaluation.baselines import pca_layout
 from ipar_sparse.evaluation.scoring import _reference
 from ipar_sparse.files import atomic_write
 from ipar_sparse.inference.predictor import Predictor
+from ipar_sparse.metrics.layout import evaluate_layout
 
 METRICS = {
     "distance_spearman": "distance Spearman",

@@ -12,14 +12,6 @@ import pytest
 import torch
 import yaml
 from ipar_sparse.data.anndata_io import write_slide
-from safetensors.torch import load_file
-
-from ipar_sparse import cli
-from ipar_sparse.config import load_config
-from ipar_sparse.data.simulation import simulate
-from ipar_sparse.errors import UserError
-from ipar_sparse.evaluation import study as study_module
-from ipar_sparse.evaluation.comparison import Record, compare
 from ipar_sparse.evaluation.study import (
     Study,
     find_donors,
@@ -28,6 +20,14 @@ from ipar_sparse.evaluation.study import (
     plan_study,
     run_study,
 )
+from safetensors.torch import load_file
+
+from ipar_sparse import cli
+from ipar_sparse.config import load_config
+from ipar_sparse.data.simulation import simulate
+from ipar_sparse.errors import UserError
+from ipar_sparse.evaluation import study as study_module
+from ipar_sparse.evaluation.comparison import Record, compare
 from ipar_sparse.inference.checkpoint import BEST, LAST, read_meta
 from ipar_sparse.report.study import answers
 from ipar_sparse.train import fit as trainer
