@@ -36,7 +36,7 @@ class NeighborTable:
     method: str | None = None
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.index.dim() != 2 or self.index.dtype != torch.int32:
             raise ValueError(
                 f"NeighborTable needs an int32 table (n, k); given {self.index.dtype} of shape "
@@ -112,7 +112,7 @@ class NeighborTable:
         flat = table.reshape(self.num_nodes * self.k, *table.shape[2:])
         return flat.index_select(0, self._slots()) if self.padded else flat
 
-    def to(self, device) -> "NeighborTable":
+    def to(self, device: torch.device | str) -> "NeighborTable":
         """The same graph on another device (itself where it is there already)."""
         index = self.index.to(device)
         return self if index is self.index else replace(self, index=index, _cache={})

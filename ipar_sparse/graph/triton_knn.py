@@ -89,9 +89,9 @@ class _Cloud:
         largest = torch.stack(self.point.aminmax()).abs().max()
         exponent = (14 - torch.frexp(largest).exponent).clamp(-126, 126)
         self.point *= torch.ldexp(torch.ones_like(largest), exponent)
-        # A product of float16 rows is summed by tensor cores with an error of at most
-        # (d + 16) 2^-23 |a| |b| (truncation of every term of every 16-wide step), and
-        # |a| |b| <= (|a|^2 + |b|^2) / 2; the rest is for the other roundings of the filter.
+        # Tensor cores truncate every term of every 16-wide step. The error of a product of
+        # float16 rows is at most (d + 16) 2^-23 |a| |b|, and |a| |b| <= (|a|^2 + |b|^2) / 2. The
+        # rest is for the other roundings of the filter.
         self.margin = (width + 32) * 2.0**-23
         # Those farthest out come first, where nothing is filtered: their copies' errors would
         # loosen the bounds of whole tiles.

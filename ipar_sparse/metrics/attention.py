@@ -29,7 +29,11 @@ class AttentionFocus:
 
 
 def attn_recall(
-    attention: Tensor, graph: NeighborTable, pos, k: int = 30, true_k: int | None = None
+    attention: Tensor,
+    graph: NeighborTable,
+    pos: Tensor | np.ndarray,
+    k: int = 30,
+    true_k: int | None = None,
 ) -> np.ndarray:
     """Fraction of the k most attended nodes that are true spatial neighbours, per head.
 

@@ -7,7 +7,9 @@ from ..graph import NeighborTable
 from .edges import per_edge, top_hits, true_edges, true_neighborhoods
 
 
-def candidate_recall(graph: NeighborTable, pos, k: int = 15) -> dict[str, float]:
+def candidate_recall(
+    graph: NeighborTable, pos: Tensor | np.ndarray, k: int = 15
+) -> dict[str, float]:
     """Fraction of a cell's true spatial neighbours that are among its candidates.
 
     Args:
@@ -35,7 +37,11 @@ def candidate_recall(graph: NeighborTable, pos, k: int = 15) -> dict[str, float]
 
 
 def gate_precision_recall(
-    logits: Tensor, graph: NeighborTable, pos, k: int = 30, true_k: int | None = None
+    logits: Tensor,
+    graph: NeighborTable,
+    pos: Tensor | np.ndarray,
+    k: int = 30,
+    true_k: int | None = None,
 ) -> dict[str, float]:
     """Precision and recall of each cell's k candidates with the largest gate logits.
 

@@ -30,7 +30,7 @@ def per_edge(values: Tensor, graph: NeighborTable, what: str) -> Tensor:
     return values
 
 
-def true_neighborhoods(graph: NeighborTable, pos, k: int) -> TrueNeighborhoods:
+def true_neighborhoods(graph: NeighborTable, pos: Tensor | np.ndarray, k: int) -> TrueNeighborhoods:
     """The k spatial neighbours of the graph's cells.
 
     Raises:

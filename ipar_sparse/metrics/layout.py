@@ -9,6 +9,7 @@ has none.
 import numpy as np
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import pdist
+from torch import Tensor
 
 from ..geometry.alignment import align, two_layouts
 from ..geometry.neighborhoods import TrueNeighborhoods, jitter, nearest, sample_pairs, unit_gauge
@@ -31,7 +32,12 @@ _EXACT_RANKS = 2000  # cells up to which every row's ranks are counted
 
 
 def distance_metrics(
-    pred, true, *, seed: int = 0, num_pairs: int = 200_000, max_exact: int = _EXACT_PAIRS
+    pred: Tensor | np.ndarray,
+    true: Tensor | np.ndarray,
+    *,
+    seed: int = 0,
+    num_pairs: int = 200_000,
+    max_exact: int = _EXACT_PAIRS,
 ) -> dict[str, float]:
     r"""Agreement of pairwise distances: Spearman, Pearson, and Kruskal's Stress-1.
 
@@ -42,8 +48,8 @@ def distance_metrics(
     with predicted distances :math:`d` and true ones :math:`\delta`. Stress-1 lies in [0, 1] and
     does not depend on either scale. All pairs are used up to ``max_exact`` cells. Beyond,
     ``num_pairs`` pairs are drawn independently. The standard error is then
-    :math:`\mathrm{sd}(\mathrm{IF})/\sqrt m`, with the influence function IF of each statistic in
-    closed form (Croux and Dehon, 2010).
+    :math:`\mathrm{sd}(\mathrm{IF})/\sqrt m`, with the influence functions IF in closed form (Croux
+    and Dehon, 2010).
 
     A layout collapsed to a point has correlations of 0 and a Stress-1 of 1.
 
@@ -84,7 +90,7 @@ def distance_metrics(
     return out
 
 
-def procrustes_metrics(pred, true) -> dict[str, float]:
+def procrustes_metrics(pred: Tensor | np.ndarray, true: Tensor | np.ndarray) -> dict[str, float]:
     r"""What is left after laying the map onto the tissue, reflection allowed.
 
     .. math::
@@ -113,8 +119,8 @@ def procrustes_metrics(pred, true) -> dict[str, float]:
 
 
 def neighborhood_metrics(
-    pred,
-    true,
+    pred: Tensor | np.ndarray,
+    true: Tensor | np.ndarray,
     *,
     ks: tuple[int, ...] = (10, 15),
     trust_k: int = 15,
@@ -189,8 +195,8 @@ def neighborhood_metrics(
 
 
 def evaluate_layout(
-    pred,
-    true,
+    pred: Tensor | np.ndarray,
+    true: Tensor | np.ndarray,
     *,
     seed: int = 0,
     ks: tuple[int, ...] = (10, 15),

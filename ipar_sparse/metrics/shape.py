@@ -13,7 +13,7 @@ from .correlation import mean_row_spearman
 
 
 def collapse_diagnostics(
-    pos, *, seed: int = 0, num_pairs: int = 200_000, max_exact: int = 1500
+    pos: Tensor | np.ndarray, *, seed: int = 0, num_pairs: int = 200_000, max_exact: int = 1500
 ) -> dict[str, float]:
     r"""Whether a layout has collapsed to a line or to a point, measured in the unit-RMS gauge.
 
@@ -55,7 +55,7 @@ def collapse_diagnostics(
     return out
 
 
-def boundary_mass(pos) -> float:
+def boundary_mass(pos: Tensor | np.ndarray) -> float:
     """Fraction of cells in the outer tenth of the layout's radius; large where a ring forms.
 
     The radius is the 99th percentile of the distances from the centre, so that single outliers
@@ -70,7 +70,9 @@ def boundary_mass(pos) -> float:
     return float((radius > edge).mean()) if edge > 0 else 0.0
 
 
-def density_correlation(pred, true, *, k: int = 15) -> float:
+def density_correlation(
+    pred: Tensor | np.ndarray, true: Tensor | np.ndarray, *, k: int = 15
+) -> float:
     """Spearman correlation of the cells' local densities on two layouts.
 
     Args:

@@ -33,10 +33,10 @@ class IPALiteConv(MessagePassing):
     update is equivariant to translation, and to rotation where :math:`W_x^h` commutes with it.
     It starts as the identity: :math:`W_x^h` and the MLP's last layer are zero.
 
-    With ``qk_norm``, queries and keys pass through a LayerNorm without affine part, and their
-    product is multiplied by a learned scale instead of :math:`1 / \sqrt{C}`. Products of
-    independent directions have a standard deviation of :math:`\sqrt{C}` times the scale. At
-    C = 32 a scale of 1 gives logits of 5.7, and one of :math:`\sqrt{32}` one-hot attention.
+    With ``qk_norm``, queries and keys pass through a LayerNorm without affine part. A learned
+    scale takes the place of :math:`1 / \sqrt{C}`. Products of independent directions then have a
+    standard deviation of :math:`\sqrt{C}` times the scale. At C = 32 a scale of 1 gives logits of
+    5.7, and one of :math:`\sqrt{32}` one-hot attention.
 
     On a :class:`~ipar_sparse.graph.NeighborTable` the layer runs fused, in bounded memory. It
     passes messages on PyG's ``edge_index``, ``SparseTensor``, ``EdgeIndex`` or a sparse tensor,
@@ -119,16 +119,14 @@ class IPALiteConv(MessagePassing):
         self.qk_scale = LearnedScalars([qk_scale], bounds) if qk_norm else None
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draw all weights anew; the layer starts as the identity on states and positions."""
         super().reset_parameters()
-        for module in (self.lin_query, self.lin_key, self.lin_value, self.norm, self.mlp):
+        linear = (self.lin_query, self.lin_key, self.lin_value)
+        for module in (*linear, self.norm, self.mlp, *self.terms.values(), self.qk_scale):
             inits.reset(module)
-        for module in (*self.terms.values(), self.qk_scale):
-            inits.reset(module)
-        nn.init.zeros_(self.weight_pos)
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
+        for parameter in (self.weight_pos, *self.mlp[-1].parameters()):
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -140,7 +138,7 @@ class IPALiteConv(MessagePassing):
         return_attention_weights: bool | None = None,
         batch: Tensor | None = None,
         use_terms: bool = True,
-    ):
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Update states and positions; see the class for shapes.
 
         Args:
@@ -177,6 +175,7 @@ class IPALiteConv(MessagePassing):
             edges = edge_index.edge_index if isinstance(edge_index, NeighborTable) else edge_index
             edge_bias = self._with_terms(edge_bias, pos_src, pos_dst, s_src, s_dst, edges, batch)
         pos_pair = (pos_src, pos_dst)
+        weights: tuple[Tensor, Tensor] | None = None
         if isinstance(edge_index, NeighborTable):
             out, displacement, _ = ops.edge_attention(
                 query, key, value, pos_pair, edge_bias, edge_index, backend=self.backend
@@ -186,6 +185,7 @@ class IPALiteConv(MessagePassing):
             out, displacement, attention = self._pass_messages(
                 query, key, value, pos_pair, edge_bias, edge_index, size
             )
+            weights = (edge_index, attention)
 
         # No matrix product, which autocast would compute in half precision.
         moved = self.weight_pos.to(displacement.dtype) * displacement.unsqueeze(-2)
@@ -193,8 +193,8 @@ class IPALiteConv(MessagePassing):
         aggregated = out.reshape(-1, self.heads * self.head_channels).to(query.dtype)
         normed = self._normed(s_dst).to(query.dtype)
         s_out = s_dst + self.mlp(torch.cat([normed, aggregated], dim=-1))
-        if return_attention_weights:
-            return s_out, pos_out, (edge_index, attention)
+        if return_attention_weights and weights is not None:
+            return s_out, pos_out, weights
         return s_out, pos_out
 
     def _pass_messages(

@@ -68,13 +68,13 @@ class SharedEncoder(nn.Module):
         self.register_buffer("gene_weight", torch.ones(in_channels) if prepare else None)
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draw all weights anew; with a linear skip the MLP's last layer is zero."""
         inits.reset(self.mlp)
         if self.linear is not None:
             self.linear.reset_parameters()
-            nn.init.zeros_(self._last().weight)
-            nn.init.zeros_(self._last().bias)
+            for parameter in self.mlp[-1].parameters():
+                nn.init.zeros_(parameter)
 
     @torch.no_grad()
     def init_linear(self, axes: Tensor, scale: float = 1.0) -> None:
@@ -107,7 +107,8 @@ class SharedEncoder(nn.Module):
         """
         if self.linear is None:
             raise ValueError("rotate_output needs an encoder with a linear map: skip=True")
-        last = self._last()
+        last = self.mlp[-1]
+        assert isinstance(last, nn.Linear)  # for type checkers
         last.weight.copy_(own.T @ last.weight)
         last.bias.copy_(last.bias @ own)
         self.linear.weight.copy_(own.T @ self.linear.weight + added.T)
@@ -116,9 +117,6 @@ class SharedEncoder(nn.Module):
         """Embed cells; see the class for shapes."""
         h = self.mlp(expression)
         return h if self.linear is None else h + self.linear(expression)
-
-    def _last(self) -> nn.Linear:
-        return self.mlp[-1]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"

@@ -45,7 +45,7 @@ class EdgeGateSoft(nn.Module):
             nn.Linear(hidden_channels, heads),
         )
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draw all weights anew."""
         inits.reset(self.mlp)
 

@@ -141,7 +141,7 @@ class IPALiteModel(nn.Module):
         if recycles and init_step_size is not None:
             self.step = LearnedScalars([init_step_size] * num_recycles, (0.0, 1.0))
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draw all weights anew."""
         for module in self.children():
             inits.reset(module)
@@ -157,7 +157,7 @@ class IPALiteModel(nn.Module):
         return_trajectory: bool = False,
         return_attention_weights: bool = False,
         initial: Tensor | None = None,
-    ):
+    ) -> Tensor | tuple[Any, ...]:
         """Predict positions; see the class for shapes.
 
         Args:

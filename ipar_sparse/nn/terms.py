@@ -1,9 +1,9 @@
 """Extra terms of the attention logits, and the learned scalars around them.
 
 Geometry terms are chosen by name from :data:`LOGIT_TERMS`. Each maps positions and states of an
-edge's two ends to logits (E, heads), which are added to the edge bias and so run under every
-attention backend. A pair term is made of the embeddings instead: :class:`PairBias`. Both save only
-their inputs and logits for the backward pass.
+edge's two ends to logits (E, heads). They are added to the edge bias, so that every attention
+backend can compute them. A pair term is made of the embeddings instead: :class:`PairBias`. Both
+save only their inputs and logits for the backward pass.
 """
 
 import math
@@ -46,11 +46,19 @@ class SquaredDistance(nn.Module):
         self.gamma = nn.Parameter(torch.empty(heads))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Start at softplus = 1."""
         nn.init.constant_(self.gamma, _SOFTPLUS_ONE)
 
-    def forward(self, pos_src, pos_dst, s_src, s_dst, edge_index, batch=None) -> Tensor:
+    def forward(
+        self,
+        pos_src: Tensor,
+        pos_dst: Tensor,
+        s_src: Tensor,
+        s_dst: Tensor,
+        edge_index: Tensor,
+        batch: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the edges; see the class for shapes."""
         slope = softplus(self.gamma).to(pos_dst.dtype)
         return ops.apply_edges(self._logits, edge_index, [pos_src], [pos_dst], [slope])
@@ -72,9 +80,9 @@ class RadialBasis(nn.Module):
             \exp\bigl(-\tfrac{(d_{ij} / \tilde d - \mu_m)^2}{2 \delta^2}\bigr),
             -b_{\max}, b_{\max}\Bigr)
 
-    with :math:`\tilde d` the median distance over the edges of a graph (no gradient passes
-    through it), :math:`\mu_m` evenly spaced on [0, 2] and :math:`\delta` their spacing. Weights
-    start at zero.
+    with :math:`\tilde d` the median distance over the edges of a graph, :math:`\mu_m` evenly
+    spaced on [0, 2] and :math:`\delta` their spacing. No gradient passes through
+    :math:`\tilde d`. Weights start at zero.
 
     Args:
         channels: width of the node state (not used).
@@ -100,11 +108,19 @@ class RadialBasis(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, centers))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Set all weights to zero, so that the term starts without effect."""
         nn.init.zeros_(self.weight)
 
-    def forward(self, pos_src, pos_dst, s_src, s_dst, edge_index, batch=None) -> Tensor:
+    def forward(
+        self,
+        pos_src: Tensor,
+        pos_dst: Tensor,
+        s_src: Tensor,
+        s_dst: Tensor,
+        edge_index: Tensor,
+        batch: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the edges; see :class:`SquaredDistance` for shapes."""
         with torch.no_grad():
             distance = ops.apply_edges(_distance, edge_index, [pos_src], [pos_dst]).squeeze(-1)
@@ -153,13 +169,21 @@ class PointAttention(nn.Module):
         self.log_sigma = nn.Parameter(torch.empty(heads))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Set all offsets to zero, so that the points are the cells."""
         nn.init.zeros_(self.lin_query.weight)
         nn.init.zeros_(self.lin_key.weight)
         nn.init.zeros_(self.log_sigma)
 
-    def forward(self, pos_src, pos_dst, s_src, s_dst, edge_index, batch=None) -> Tensor:
+    def forward(
+        self,
+        pos_src: Tensor,
+        pos_dst: Tensor,
+        s_src: Tensor,
+        s_dst: Tensor,
+        edge_index: Tensor,
+        batch: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the edges; see :class:`SquaredDistance` for shapes."""
         point_src = pos_src.unsqueeze(1) + self._offsets(self.lin_key, s_src).to(pos_src.dtype)
         point_dst = pos_dst.unsqueeze(1) + self._offsets(self.lin_query, s_dst).to(pos_dst.dtype)
@@ -236,7 +260,7 @@ class PairBias(nn.Module):
         self.read_out = nn.Parameter(torch.empty(num_blocks, heads, channels))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draw the MLP anew; read-outs are zero, so that the term starts without effect."""
         inits.reset(self.mlp)
         nn.init.zeros_(self.read_out)
@@ -287,7 +311,7 @@ class LearnedScalars(nn.Module):
         self.theta = nn.Parameter(torch.empty(len(self.initial)))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Set the numbers to their initial values."""
         values = torch.tensor(self.initial, dtype=torch.float64)
         if self.bounds is not None:

@@ -6,11 +6,11 @@ A program handles one node and the edges around it. With the embedding :math:`h_
 .. math::
     z = A_c + \big(W_o + W_m \operatorname{diag}(h_c)\big) h_o + W_d |h_c - h_o|,
 
-so that the products with :math:`h_o` and with :math:`h_c \odot h_o` are one, and in the backward
-pass one product :math:`\sum_e z'_e h_{o}^T` gives both gradients. The backward pass recomputes the
-tile. Over destinations it gives one half of the embeddings' gradient and the weights' gradients,
-as sums of each program that a last reduction adds in order. Over the reverse lists, with the two
-ends exchanged, it gives the other half.
+so that the products with :math:`h_o` and with :math:`h_c \odot h_o` are one. In the backward pass
+one product :math:`\sum_e z'_e h_{o}^T` gives the gradients of both. The backward pass recomputes
+the tile. Over destinations it gives one half of the embeddings' gradient and, in sums of each
+program that a last reduction adds in order, the weights' gradients. Over the reverse lists, with
+the two ends exchanged, it gives the other half.
 """
 
 import torch

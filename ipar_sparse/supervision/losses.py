@@ -1,7 +1,7 @@
 """Losses of a predicted layout: random walk, stress, repulsion, entropy, gate.
 
-Every function takes positions in the unit-RMS gauge (see :func:`ipar_sparse.gauge_fix`) unless
-it says otherwise, computes in their dtype, and causes no synchronisation with the device.
+Positions are in the unit-RMS gauge (:func:`ipar_sparse.gauge_fix`) unless a function says
+otherwise. Losses are computed in their dtype, without synchronisation with the device.
 """
 
 import warnings

@@ -16,7 +16,7 @@ def default_k(num_nodes: int) -> int:
     return max(0, min(num_nodes - 1, max(20, 15 * num_nodes // 100)))
 
 
-def reference_positions(pos) -> Tensor:
+def reference_positions(pos: Tensor | np.ndarray) -> Tensor:
     """True positions (n, 2) as float64 on the CPU, in the unit-RMS gauge.
 
     Raises:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 
@@ -12,7 +13,7 @@ from torch import Tensor
 class TensorRecord:
     """A dataclass whose tensors, and records of tensors, move between devices together."""
 
-    def to(self, device) -> Self:
+    def to(self, device: torch.device | str) -> Self:
         """The same record on another device; itself where it is there already."""
         moved: dict[str, Any] = {}
         for item in fields(self):

@@ -48,7 +48,12 @@ class StressTarget(TensorRecord):
 
 
 def build_stress_target(
-    pos, seed: int = 0, *, k: int | None = None, ring: int = 10, landmarks: int | None = None
+    pos: Tensor | np.ndarray,
+    seed: int = 0,
+    *,
+    k: int | None = None,
+    ring: int = 10,
+    landmarks: int | None = None,
 ) -> StressTarget:
     """Distances to neighbours, ring partners and landmarks (stress family of IPA-Lite).
 

@@ -85,7 +85,7 @@ class SlideTarget(TensorRecord):
 
 
 def build_target(
-    pos,
+    pos: Tensor | np.ndarray,
     *,
     seed: int = 0,
     mode: str = "auto",
@@ -128,7 +128,7 @@ def build_target(
 
 
 def target_graph(
-    pos, *, seed: int = 0, mode: str = "auto", partners: int = PARTNERS
+    pos: Tensor | np.ndarray, *, seed: int = 0, mode: str = "auto", partners: int = PARTNERS
 ) -> NeighborTable:
     """The true neighbours on which :func:`build_target` of the same arguments builds, as a graph.
 

@@ -145,7 +145,9 @@ class WalkTarget(TensorRecord):
         return powers
 
 
-def build_walk_target(pos, k: int | None = None, steps: int | None = None) -> WalkTarget:
+def build_walk_target(
+    pos: Tensor | np.ndarray, k: int | None = None, steps: int | None = None
+) -> WalkTarget:
     """The random walk on all spatial neighbours (random-walk family of IPA-Lite).
 
     With the default k this is O(n^2) pairs; :func:`~ipar_sparse.supervision.build_target` samples
