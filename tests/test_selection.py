@@ -204,7 +204,7 @@ def test_a_run_without_recycles_hands_out_its_initial_layout(slides, tmp_path):
 
 def test_what_follows_from_the_data_is_decided_from_the_training_slides(slides):
     config = resolve_from_data(load_config(None, []), slides)
-    totals = [np.median(s.expression.sum(1)) for s in slides]
+    totals = [np.median(np.asarray(s.expression.sum(1)).ravel()) for s in slides]
     assert config.data.target_sum == pytest.approx(np.median(totals))
     assert config.data.normalized is False
     assert config.encoder.steps == 400

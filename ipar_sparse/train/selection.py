@@ -26,7 +26,7 @@ from .loop import Loop, TrainingLoop
 logger = logging.getLogger(__name__)
 
 _ERROR_WITHOUT_ATLAS = 0.75  # mean square error, in squared tissue radii, on four public sets
-_FIRST = {"model.recycling": False, "refine.distance_correction_steps": 0}  # until they are chosen
+_CORRECTION = "refine.distance_correction_steps"
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,13 @@ class Choice:
 
     Args:
         setting: what is chosen, in words.
+        keys: settings that it decides; it is made where one of them is open.
         candidates: the first is taken unless another is better by a standard error.
     """
 
     setting: str
+    keys: tuple[str, ...]
     candidates: tuple[Candidate, ...]
-
-    @property
-    def keys(self) -> set[str]:
-        """Settings that it decides."""
-        return {key for candidate in self.candidates for key in candidate.values}
 
 
 def _refinement(rca_power: float, anchor_weight: float, full: bool = False) -> Candidate:
@@ -74,14 +71,17 @@ def _refinement(rca_power: float, anchor_weight: float, full: bool = False) -> C
 GRID = (
     Choice(
         "initial layout",
+        ("model.init",),
+        # an atlas alone tells how uncertain places are, which the correction is for
         (
-            Candidate("atlas", {"model.init": "atlas"}),
-            Candidate("pca", {"model.init": "pca"}),
-            Candidate("mlp", {"model.init": "mlp"}),
+            Candidate("atlas", {"model.init": "atlas", _CORRECTION: 200}),
+            Candidate("pca", {"model.init": "pca", _CORRECTION: 0}),
+            Candidate("mlp", {"model.init": "mlp", _CORRECTION: 0}),
         ),
     ),
     Choice(
         "components of expression",
+        ("encoder.component_kind",),
         (
             Candidate("principal", {"encoder.component_kind": "principal"}),
             Candidate("spatial", {"encoder.component_kind": "spatial"}),
@@ -89,13 +89,15 @@ GRID = (
     ),
     Choice(
         "distance correction",
+        (_CORRECTION,),
         (
-            Candidate("no", {"refine.distance_correction_steps": 0}),
-            Candidate("yes", {"refine.distance_correction_steps": 200}),
+            Candidate("no", {_CORRECTION: 0}),
+            Candidate("yes", {_CORRECTION: 200}),
         ),
     ),
     Choice(
         "how refinement is done",
+        ("refine.rca_power", "refine.anchor_weight"),
         (
             _refinement(0.5, 5.0),
             _refinement(0.5, 2.0),
@@ -108,6 +110,7 @@ GRID = (
     ),
     Choice(
         "recycles",
+        ("model.recycling",),
         (
             Candidate("no", {"model.recycling": False}),
             Candidate("yes", {"model.recycling": True}),
@@ -115,6 +118,7 @@ GRID = (
     ),
     Choice(
         "refinement",
+        ("refine.steps",),
         (
             Candidate("no", {"refine.steps": 0}),
             Candidate("yes", {"refine.steps": DEFAULT_SELECTION["refine.steps"]}),
@@ -183,7 +187,8 @@ def select_settings(
                 {"held_out": [s.name for s in test], "train": [s.name for s in train]}
                 for train, test in groups
             ]
-            values |= {key: value for key, value in _FIRST.items() if key in open_keys}
+            if "model.recycling" in open_keys:
+                values["model.recycling"] = False  # models are not trained until they are asked for
             for choice in choices:
                 if choice.setting == "distance correction" and values["model.init"] != "atlas":
                     continue  # nothing tells how uncertain places are
@@ -229,7 +234,7 @@ def _untried(values: Mapping[str, Any]) -> dict[str, Any]:
     if values["model.init"] == "atlas":
         return {}
     return {
-        "refine.distance_correction_steps": 0,
+        _CORRECTION: 0,
         "uncertainty.error_intercept": _ERROR_WITHOUT_ATLAS,
         "uncertainty.error_slope": 0.0,
     }
@@ -279,7 +284,7 @@ def _open_choices(config: RunConfig, open_keys: set[str]) -> list[Choice]:
         closed.add("how refinement is done")
     found = []
     for choice in GRID:
-        if choice.setting in closed or not choice.keys & open_keys:
+        if choice.setting in closed or not open_keys.intersection(choice.keys):
             continue
         kept: dict[tuple, Candidate] = {}
         for candidate in choice.candidates:
@@ -288,7 +293,7 @@ def _open_choices(config: RunConfig, open_keys: set[str]) -> list[Choice]:
             values = {k: v for k, v in candidate.values.items() if k in open_keys}
             kept.setdefault(tuple(values.items()), Candidate(candidate.name, values))
         if len(kept) > 1:
-            found.append(Choice(choice.setting, tuple(kept.values())))
+            found.append(Choice(choice.setting, choice.keys, tuple(kept.values())))
     return found
 
 
