@@ -113,7 +113,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tmp_path):
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     with TrainingLoop(tmp_path, 0, CPU) as loop, loop.stage("gate", 3, optimizer) as stage:
-        with pytest.raises(UserError, match="loss became nan at step 1 of the gate; lower train.lr"):
+        with pytest.raises(
+            UserError, match="loss became nan at step 1 of the gate; lower train.lr"
+        ):
             for _ in stage:
                 stage.record({"loss": torch.tensor(math.nan)})
 
