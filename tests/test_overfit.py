@@ -45,10 +45,10 @@ def fit_one(h, pos, steps, lr=2e-3, seed=0):
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not SLIDE.exists(), reason="no real slides beside the repository")
 def test_one_real_miniset_is_fitted():
-    from ipar_sparse.data.anndata_io import read_slides
     from sklearn.decomposition import PCA
 
     from ipar_sparse.data.expression import Expression, match_genes
+    from ipar_sparse.data.readers import read_slides
 
     slide = read_slides(SLIDE, require_pos=True)[0]
     rows = np.random.default_rng(0).permutation(slide.num_cells)[:200]

@@ -111,7 +111,7 @@ class Predictor:
         lacking = [name for name in modules if name not in meta["modules"]]
         if lacking:
             raise UserError(
-                f"{run} was stopped before its {lacking[0].replace('_', ' ')} was fitted; go on "
+                f"{run} was stopped before it had fitted its {lacking[0].replace('_', ' ')}; go on "
                 f"with it first: ipar-sparse train --resume --out {run}"
             )
         load_checkpoint(path, modules)

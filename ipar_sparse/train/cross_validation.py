@@ -166,6 +166,7 @@ class DonorFold:
 
     def _scores(self, values: Mapping[str, Any]) -> Scores:
         by_donor: dict[str, list[tuple[float, float]]] = {}
+        self.loop.after_step()  # nothing may have to be trained: here, too, a run can be stopped
         for number, slide in enumerate(self._fitted(values).test):
             layout = self._layout(number, values).double().cpu()
             near = candidate_recall(knn(layout, NEIGHBORS), slide.pos, NEIGHBORS)
