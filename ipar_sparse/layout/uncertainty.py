@@ -1,4 +1,4 @@
-"""How far a cell may lie from its place, in the size of errors that were measured.
+"""The predicted error of each cell, calibrated on errors of left-out donors.
 
 The predictive variance of an atlas is the size of errors only if its model is right. Noise on the
 embedding moves some cells more than others, which shows which are uncertain, but not by how much.

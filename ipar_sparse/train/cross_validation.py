@@ -40,25 +40,25 @@ NEIGHBORS = 15
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a fold may cost.
+    """How much a cross-validation may cost, all folds together.
 
     Args:
         cells: of a slide, at most, drawn at random.
-        encoder_share: of the encoder steps of the run.
-        minisets: in the pool that gate and model are trained on.
-        gate_steps: of the gate.
-        epochs: passes of the model over the pool.
+        encoder: share of the encoder steps of the run.
+        model: share of its gate steps and of its model steps.
     """
 
     cells: int
-    encoder_share: float
-    minisets: int
-    gate_steps: int
-    epochs: int
+    encoder: float
+    model: float
+
+    def per_fold(self, folds: int) -> Budget:
+        """The share of one of so many folds."""
+        return Budget(self.cells, self.encoder / folds, self.model / folds)
 
 
-QUICK = Budget(cells=1000, encoder_share=0.1, minisets=24, gate_steps=12, epochs=2)
-FULL = Budget(cells=3000, encoder_share=0.5, minisets=100, gate_steps=75, epochs=3)
+QUICK = Budget(cells=1000, encoder=0.1, model=0.12)
+FULL = Budget(cells=3000, encoder=1.5, model=1.5)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class FoldModel:
 
     Args:
         train: embedded slides that are learned from.
-        test: embedded slides of the donors left out.
+        test: embedded slides of the left-out donors.
         relevant_components: of the first.
         atlas: of the first.
     """
@@ -113,11 +113,11 @@ class FoldModel:
 
 
 class DonorFold:
-    """Slides to learn from, those of the donors left out, and what settings reach on these.
+    """Slides to learn from, those of the left-out donors, and what settings reach on these.
 
     Args:
         train: slides of the other donors.
-        test: slides of the donors left out.
+        test: slides of the left-out donors.
         donors: slide name to donor.
         genes: of the encoder; None where embeddings are brought along.
         config: settings of the run, those of the data decided.
@@ -284,19 +284,20 @@ class DonorFold:
 
 
 def _brief(config: RunConfig, budget: Budget, slides: Sequence[Slide]) -> RunConfig:
-    """Settings of a short training."""
-    cells = min(slide.num_cells for slide in slides)
-    smallest = min(config.train.miniset_min, cells)
+    """Settings of a short training: minisets alone, and the random walk at its cap at once."""
+    settings = config.train
+    total = settings.epochs * (settings.steps_per_epoch or settings.minisets)
+    steps_taken = math.ceil(budget.model * total)
     return config.replace(
-        encoder={"steps": math.ceil(budget.encoder_share * (config.encoder.steps or 0))},
+        encoder={"steps": math.ceil(budget.encoder * (config.encoder.steps or 0))},
         train={
             "batch_kind": "miniset",
-            "minisets": min(budget.minisets, config.train.minisets),
-            "steps_per_epoch": min(budget.minisets, config.train.minisets),
+            "minisets": min(steps_taken, settings.minisets),
+            "miniset_min": min(settings.miniset_min, *(slide.num_cells for slide in slides)),
             "batch_size": 1,
-            "miniset_min": smallest,
-            "epochs": min(budget.epochs, config.train.epochs),
-            "gate_steps": min(budget.gate_steps, config.train.gate_steps),
+            "epochs": 1,
+            "steps_per_epoch": steps_taken,
+            "gate_steps": math.ceil(budget.model * settings.gate_steps),
             "warmup_epochs": 0,
             "ramp_epochs": 0,
         },
