@@ -30,14 +30,15 @@ def test_a_step_on_a_whole_slide_never_waits(tmp_path, monkeypatch, precision):
     pytest.importorskip("anndata")
     from ipar_sparse.config import load_config
     from ipar_sparse.data.simulation import simulate
-    from ipar_sparse.train import fit as trainer
+    from ipar_sparse.train import model as training
+    from ipar_sparse.train.fit import fit
 
     config = load_config(
         None,
         [
             "encoder.steps=2",
             "encoder.hidden=[24]",
-            "train.unit=slide",
+            "train.batch_kind=slide",
             "train.epochs=2",
             "train.steps_per_epoch=3",
             "train.warmup_epochs=0",
@@ -48,26 +49,27 @@ def test_a_step_on_a_whole_slide_never_waits(tmp_path, monkeypatch, precision):
             "train.lambda_long=0.1",
             "train.lambda_multiscale=0.1",
             "data.max_genes=60",
+            "selection.mode=none",
             "train.device=cuda",
             f"train.precision={precision}",
         ],
     )
-    step, watched = trainer._Run._joint_step, []
+    step, watched = training.training_step, []
 
-    def watch(run, *args):
-        if run.state.step == 0:  # compiles kernels, and orders the graph
-            return step(run, *args)
-        watched.append(run.state.step)
+    def watch(*args):
+        watched.append(len(watched))
+        if len(watched) == 1:  # compiles kernels, and orders the graph
+            return step(*args)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return step(run, *args)
+            return step(*args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(trainer._Run, "_joint_step", watch)
+    monkeypatch.setattr(training, "training_step", watch)
     slides = simulate("cortex", slides=2, spots=1500, genes=80, seed=3)
-    trainer.fit(slides[:1], slides[1:], config, tmp_path)
-    assert watched == [1, 2, 3, 4, 5]
+    fit(slides[:1], slides[1:], config, tmp_path)
+    assert watched == list(range(6))
 
 
 def train(precision, seed, steps=200):

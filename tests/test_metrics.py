@@ -34,7 +34,7 @@ def noisy(pos, noise, seed=1):
     return unit_gauge(pos) + noise * np.random.default_rng(seed).normal(size=pos.shape)
 
 
-def turn(pos, angle=0.7, flip=True, scale=37.0, shift=(11.0, -4.0)):
+def moved_by(pos, angle=0.7, flip=True, scale=37.0, shift=(11.0, -4.0)):
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     if flip:
         rotation = rotation @ np.diag([1.0, -1.0])
@@ -49,7 +49,7 @@ def neighbor_sets(pos, k):
 
 def test_distance_metrics_equal_their_definitions():
     true = tissue(120)
-    pred = turn(noisy(true, 0.3))
+    pred = moved_by(noisy(true, 0.3))
     d, delta = pdist(pred), pdist(true)
     got = distance_metrics(pred, true)
     assert got["distance_spearman"] == pytest.approx(spearmanr(d, delta)[0], abs=1e-9)
@@ -62,7 +62,7 @@ def test_distance_metrics_equal_their_definitions():
 
 def test_procrustes_equals_scipy_and_rssd_is_its_root():
     true = tissue(80)
-    pred = turn(noisy(true, 0.4))
+    pred = moved_by(noisy(true, 0.4))
     got = procrustes_metrics(pred, true)
     assert got["procrustes"] == pytest.approx(scipy_procrustes(true, pred)[2], abs=1e-12)
     assert got["rssd"] == pytest.approx(math.sqrt(got["procrustes"]))
@@ -97,7 +97,11 @@ def test_no_metric_sees_the_gauge(n, flip):
     true = tissue(n)
     pred = noisy(true, 0.2)
     before = evaluate_layout(pred, true, num_rows=200)
-    after = evaluate_layout(turn(pred, flip=flip), turn(true, 2.1, False, 1e-3), num_rows=200)
+    after = evaluate_layout(
+        moved_by(pred, flip=flip), moved_by(true, 2.1, False, 1e-3), num_rows=200
+    )
+        moved_by(pred, flip=flip), moved_by(true, 2.1, False, 1e-3), num_rows=200
+    )
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert after[name] == pytest.approx(value, abs=1e-6), name
@@ -107,7 +111,7 @@ def test_the_truth_scores_perfectly_on_a_regular_grid_in_float32():
     """Spot grids are full of ties, which rounding must not turn into errors."""
     grid = np.stack(np.meshgrid(np.arange(24.0), np.arange(18.0)), -1).reshape(-1, 2)
     grid[:, 0] += 0.5 * (grid[:, 1] % 2)
-    pred = torch.from_numpy(turn(grid)).float()
+    pred = torch.from_numpy(moved_by(grid)).float()
     got = evaluate_layout(pred, torch.from_numpy(grid))
     assert got["neighbor_hit@10"] == got["neighbor_hit@15"] == 1.0
     assert got["trustworthiness@15"] > 0.9995
@@ -155,7 +159,7 @@ def test_standard_error_of_spearman_is_that_of_repeated_samples():
 
 def test_align_recovers_a_transform_and_moves_unweighted_cells_along():
     true = tissue(50)
-    moved = turn(true, 1.1, True, 0.01)
+    moved = moved_by(true, 1.1, True, 0.01)
     aligned, transform = align(moved, true)
     np.testing.assert_allclose(aligned, true, atol=1e-8)
     assert transform.reflects and transform.scale == pytest.approx(100)

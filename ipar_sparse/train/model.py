@@ -89,9 +89,9 @@ def train_model(parts: Trained, batches: Batches, loop: Loop) -> None:
                 generator = loop.generator("joint", step)
                 batch = subsample_edges(batches.at("joint", step), settings, generator)
                 set_lr(optimizer, cosine(step, total, settings.lr, settings.lr_min))
-                losses = losses_of(parts, batch, generator, step / per_epoch)
-                update(parts, losses, optimizer, scaler)
-                stage.record(losses)
+                stage.record(
+                    training_step(parts, batch, generator, step / per_epoch, optimizer, scaler)
+                )
             validate(parts, batches.val, epoch, loop)
             loop.save(stage)
             loop.between_steps(stage)
@@ -103,6 +103,23 @@ def train_model(parts: Trained, batches: Batches, loop: Loop) -> None:
                 first_counted_epoch(settings) + 1,
             )
         loop.save_best()
+
+
+def training_step(
+    parts: Trained,
+    batch: GraphBatch,
+    generator: torch.Generator,
+    epoch: float,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> dict[str, Any]:
+    """One step of gate and model; returns its losses, see :func:`losses_of`.
+
+    On a GPU it never waits for the device, but for float16's scale.
+    """
+    losses = losses_of(parts, batch, generator, epoch)
+    update(parts, losses, optimizer, scaler)
+    return losses
 
 
 def losses_of(
@@ -158,7 +175,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> None:
-    """One optimiser step; on a GPU it never waits for the device, but for float16's scale."""
+    """One optimiser step, clipped; a gradient that is not finite changes nothing."""
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(losses["loss"]).backward()
     scaler.unscale_(optimizer)
