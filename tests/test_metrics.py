@@ -100,8 +100,6 @@ def test_no_metric_sees_the_gauge(n, flip):
     after = evaluate_layout(
         moved_by(pred, flip=flip), moved_by(true, 2.1, False, 1e-3), num_rows=200
     )
-        moved_by(pred, flip=flip), moved_by(true, 2.1, False, 1e-3), num_rows=200
-    )
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert after[name] == pytest.approx(value, abs=1e-6), name
