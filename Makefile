@@ -1,6 +1,6 @@
 # make demo          simulate slides, train, predict a held-out slide, write a report
 # make test          the tests; EXT=1 also builds torch-scatter and torch-cluster and tests against them
-# make lint          ruff
+# make lint          ruff, layers of imports, types, words that were given up
 # make clean         remove what the targets above made, except the environment
 #
 # PYTHON, TORCH and VENV can be overridden, e.g. make test TORCH='torch==2.11.0' VENV=.venv-2.11
@@ -66,6 +66,11 @@ demo: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+	$(BIN)/python tests/lint_words.py
 
 clean:
-	rm -rf $(DEMO_DIR) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO_DIR) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache \
+	  .pytest_cache .ruff_cache

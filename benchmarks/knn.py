@@ -1,16 +1,10 @@
-"""Nearest-neighbour backends side by side: time, peak memory, and recall against the definition.
+"""Nearest-neighbour searches side by side: time, peak memory, and recall against the definition.
 
-On CPU each measurement runs in a process of its own, so that peak memory is that of one backend.
-A backend stops where it runs out of memory, refuses the input, or can be expected to take longer
-than the budget, by its time at the size before and the number of pairs.
+An implementation that refuses its input or runs out of memory is not tried at larger sizes.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,10 +13,10 @@ from torch import Tensor
 
 from ipar_sparse.graph.knn import KNN_BACKENDS
 
-from .compare import _sheet, _size, _time, describe_machine, make_embedding
+from . import harness
+from .model import make_embedding
 
 _CHECKED_ROWS = 200  # on which recall is taken
-_COLORS = {"exact": "#0072B2", "triton": "#009E73", "faiss": "#E69F00", "torch_cluster": "#D55E00"}
 
 
 def run(
@@ -31,56 +25,58 @@ def run(
     device: torch.device | str = "cpu",
     *,
     k: int = 100,
-    backends: list[str] | None = None,
+    implementations: list[str] | None = None,
     repeats: int = 3,
     seed: int = 0,
-    budget: float = 60.0,
+    patience: float = 60.0,
 ) -> list[dict]:
-    """Measure every backend at every size; write JSON, a table and a figure.
+    """Measures every implementation at every size; writes ``knn.json`` and ``knn.png``.
 
     Args:
         sizes: numbers of points, in 128 dimensions.
-        out: folder for ``knn.json`` and ``knn.png``.
-        device: cpu or cuda; faiss always searches on CPU.
-        k: neighbours a point.
-        backends: of ``KNN_BACKENDS``; all that are installed if left out.
-        repeats: timed repetitions; the median counts.
+        out: folder of the files.
+        device: cpu or cuda; faiss always searches on the CPU.
+        k: neighbours of a point.
+        implementations: of ``KNN_BACKENDS``; by default all for any dimension that are installed.
+        repeats: timed calls; the median counts.
         seed: of the points.
-        budget: seconds that one search may be expected to take.
+        patience: seconds that one search may be expected to take.
 
-    Returns:
-        One row a measurement: backend, n, seconds, peak bytes and recall, or why there is none.
+    Raises:
+        ValueError: an unknown implementation.
     """
     device = torch.device(device)
-    backends = list(backends or _installed(device))
-    if unknown := [name for name in backends if name not in KNN_BACKENDS]:
-        raise ValueError(f"unknown {', '.join(unknown)}; choose from {', '.join(KNN_BACKENDS)}")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    machine = describe_machine(device)
-    print(f"{machine['device']}, torch {machine['torch']}, {machine['threads']} threads, k = {k}")
-    rows: list[dict] = []
-    last: dict[str, dict] = {}
-    for n in sorted(sizes):
-        for backend in backends:
-            row = {"backend": backend, "n": n, "k": k, "device": str(device)}
-            if reason := _too_long(last.get(backend), n, budget):
-                row["skipped"] = reason
-            else:
-                row |= _measure({**row, "repeats": repeats, "seed": seed})
-                last[backend] = row
-            rows.append(row)
-            print(_line(row), flush=True)
-            (out / "knn.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-    print()
-    print(table(rows))
-    figure(rows, machine, out / "knn.png")
-    return rows
+    implementations = list(implementations or _installed(device))
+    harness.check_names("implementation", implementations, KNN_BACKENDS)
+    given = {"k": k, "device": str(device), "repeats": repeats, "seed": seed}
+    jobs = [
+        {"implementation": name, "task": "knn", "n": n, **given}
+        for n in sorted(sizes)
+        for name in implementations
+    ]
+    benchmark = harness.Benchmark(
+        name="knn",
+        title=f"Nearest neighbours in 128 dimensions, k = {k}",
+        measure=measure,
+        work=lambda job: job["n"] ** 2,
+        memory=lambda job: 4096 * job["n"],
+    )
+    return harness.run(benchmark, jobs, Path(out), device, patience)
 
 
-def points(n: int, seed: int, device) -> Tensor:
-    """Embeddings (n, 128) of a tissue-like sheet, the same as in the other benchmark."""
-    return make_embedding(_sheet(n, seed), torch.Generator(device).manual_seed(seed))
+def measure(job: dict) -> dict:
+    """Time, memory and recall of one search."""
+    device, found = torch.device(job["device"]), {}
+    pos = torch.randn(job["n"], 2, generator=torch.Generator().manual_seed(job["seed"]))
+    points = make_embedding(pos, job["seed"], device)
+    rows = torch.randperm(job["n"], generator=torch.Generator().manual_seed(0))
+
+    def search():
+        found.clear()
+        found["index"] = KNN_BACKENDS[job["implementation"]](points, min(job["k"], job["n"] - 1))[0]
+
+    result = harness.measure(search, device, job["repeats"])
+    return result | {"recall": recall(points, found["index"], rows[:_CHECKED_ROWS].to(device))}
 
 
 def recall(points: Tensor, index: Tensor, rows: Tensor) -> float:
@@ -101,140 +97,7 @@ def recall(points: Tensor, index: Tensor, rows: Tensor) -> float:
     return hits / (len(rows) * k)
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as text: one line a size, one column a backend."""
-    names, width = list(dict.fromkeys(row["backend"] for row in rows)), 34
-    cells = {(row["n"], row["backend"]): row for row in rows}
-    lines = [f"{'points':>10}" + "".join(f"{name:>{width}}" for name in names)]
-    for n in dict.fromkeys(row["n"] for row in rows):
-        texts = (_cell(cells[n, name]) for name in names)
-        lines.append(f"{n:>10,}" + "".join(f"{text:>{width}}" for text in texts))
-    return "\n".join(lines)
-
-
-def figure(rows: list[dict], machine: dict, path: Path) -> None:
-    """Time and peak memory over the number of points, both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    done = [row for row in rows if "seconds" in row]
-    if not done:
-        return
-    fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.6))
-    ticks = sorted({row["n"] for row in done})
-    for axis, key, unit in ((axes[0], "seconds", 1), (axes[1], "peak_bytes", 2**30)):
-        for name in dict.fromkeys(row["backend"] for row in done):
-            mine = [row for row in done if row["backend"] == name]
-            values = [max(row[key] / unit, 1e-6) for row in mine]
-            axis.loglog([row["n"] for row in mine], values, "o-", color=_COLORS[name], label=name)
-        axis.set_xlabel("points")
-        axis.grid(True, which="major", alpha=0.3)
-        axis.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=30)
-        axis.tick_params(axis="x", which="minor", labelbottom=False)
-    axes[0].set_ylabel("seconds")
-    axes[1].set_ylabel("peak memory, GiB")
-    axes[0].legend(frameon=False)
-    fig.suptitle(f"{machine['device']}, 128 dimensions, k = {rows[0]['k']}", fontsize=11)
-    fig.tight_layout()
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
-
-
 def _installed(device: torch.device) -> list[str]:
-    needed = {"triton": "triton", "faiss": "faiss", "torch_cluster": "torch_cluster"}
-    names = [name for name in _COLORS if name not in needed or find_spec(needed[name])]
-    return [name for name in names if name != "triton" or device.type == "cuda"]
-
-
-def _too_long(last: dict | None, n: int, budget: float) -> str | None:
-    """Why a backend is not run at a size, by how its last run went."""
-    if last is None:
-        return None
-    if "seconds" not in last:
-        return last["failed"]
-    seconds = last["seconds"] * (n / last["n"]) ** 2
-    return f"would take about {seconds:.0f} s" if seconds > budget else None
-
-
-def _measure(job: dict) -> dict:
-    if job["device"] != "cpu":
-        return _search(job)
-    command = [sys.executable, "-m", f"{__package__}.knn", "--measure", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return {"failed": reason[0][:200]}
-
-
-def _search(job: dict) -> dict:
-    from .worker import measure
-
-    device = torch.device(job["device"])
-    found = {}
-    try:
-        h = points(job["n"], job["seed"], device)
-        rows = torch.randperm(job["n"], generator=torch.Generator().manual_seed(0))
-        rows = rows[:_CHECKED_ROWS].to(device)
-
-        def search():
-            found.clear()
-            found["index"] = KNN_BACKENDS[job["backend"]](h, min(job["k"], job["n"] - 1))[0]
-
-        result = measure(search, device, job["repeats"])
-        return {**result, "recall": recall(h, found["index"], rows)}
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        return {"failed": "out of memory"}
-    except (ValueError, ImportError) as error:
-        return {"failed": str(error)}
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _cell(row: dict) -> str:
-    if "seconds" not in row:
-        reason = row.get("skipped") or row["failed"]
-        known = {"would take": "too slow", "out of memory": "out of memory"}
-        return next((text for start, text in known.items() if reason.startswith(start)), "refused")
-    return f"{_time(row['seconds'])} {_size(row['peak_bytes']):>9}, recall {row['recall']:.4f}"
-
-
-def _line(row: dict) -> str:
-    head = f"  n = {row['n']:<10,} {row['backend']:<13}"
-    if "seconds" in row:
-        return f"{head} {_cell(row)}, ± {1000 * row['seconds_spread']:.1f} ms"
-    return f"{head} skipped: {row['skipped']}" if "skipped" in row else f"{head} {row['failed']}"
-
-
-def main(argv: list[str] | None = None) -> None:
-    """``python -m benchmarks.knn``: ``ipar-sparse benchmark --works knn``, with more choice."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="1000,3000,10000")
-    parser.add_argument("--out", type=Path, default=Path("benchmark"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--k", type=int, default=100)
-    parser.add_argument("--backends")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--budget", type=float, default=60.0)
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.measure:
-        print(json.dumps(_search(json.loads(args.measure))))
-        return
-    run(
-        [int(float(size)) for size in args.sizes.split(",")],
-        args.out,
-        args.device,
-        k=args.k,
-        backends=args.backends.split(",") if args.backends else None,
-        repeats=args.repeats,
-        budget=args.budget,
-    )
-
-
-if __name__ == "__main__":
-    main()
+    names = ["exact", *(name for name in ("faiss", "torch_cluster") if find_spec(name))]
+    fused = device.type == "cuda" and find_spec("triton")
+    return [*names, "triton"] if fused else names

@@ -24,8 +24,13 @@ _HOME = {
     "build_target": "supervision",
     "gauge_fix": "geometry",
     "refine_layout": "layout",
+    "RunConfig": "config",
+    "load_config": "config",
+    "fit": "train.fit",
+    "Predictor": "inference.predictor",
     "UserError": "errors",
 }
+"""Public name -> the module that holds it."""
 
 __all__ = [*_HOME, "__version__"]
 

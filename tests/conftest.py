@@ -1,4 +1,4 @@
-"""What every test may ask for: devices, compiled extensions, real slides."""
+"""What every test may ask for: devices, compiled extensions, a small run, real slides."""
 
 import importlib.util
 import os
@@ -27,12 +27,24 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _private_cache(tmp_path_factory):
-    """Keeps the cache of the person who runs the tests out of them."""
-    os.environ["IPAR_SPARSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    del os.environ["IPAR_SPARSE_CACHE"]
+@pytest.fixture(scope="session")
+def small_slides():
+    """Four slides of 140 simulated cells; the fourth takes part in no run."""
+    from ipar_sparse.data.simulation import simulate
+
+    return simulate("cortex", slides=4, spots=140, genes=80, seed=3)
+
+
+@pytest.fixture(scope="session")
+def small_run(small_slides, tmp_path_factory) -> Path:
+    """Folder of a finished run on the first two of the small slides, validated on the third."""
+    from small_run import small_config
+
+    from ipar_sparse.train.fit import fit
+
+    out = tmp_path_factory.mktemp("run")
+    fit(small_slides[:2], small_slides[2:3], small_config(), out)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,15 @@ import json
 import pytest
 import yaml
 
-from ipar_sparse.config import PRESETS, RunConfig, describe, load_config
+from ipar_sparse.config import (
+    DECIDED_FROM_DATA,
+    DEFAULT_SELECTION,
+    MAIN_SETTINGS,
+    PRESETS,
+    RunConfig,
+    describe,
+    load_config,
+)
 from ipar_sparse.errors import UserError
 
 
@@ -35,13 +43,59 @@ def test_values_are_read_as_yaml():
     assert config.eval.ks == (5,)
 
 
+def decided(**sections):
+    """A configuration that leaves nothing open."""
+    return load_config(**sections).with_values(
+        {
+            **DEFAULT_SELECTION,
+            "data.normalized": False,
+            "data.target_sum": 1e4,
+            "encoder.steps": 400,
+            "train.steps_per_epoch": 120,
+        }
+    )
+
+
 def test_saved_configuration_is_the_same_one(tmp_path):
-    config = load_config(overrides=["train.epochs=3", "model.heads=2", "data.layer=counts"])
+    config = decided(train={"epochs": 3}, model={"heads": 2}, data={"layer": "counts"})
     config.save(tmp_path)
     assert RunConfig.load(tmp_path) == config
-    as_yaml = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert as_yaml == json.loads((tmp_path / "config.json").read_text())
-    assert load_config(tmp_path / "config.yaml") == config
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["epochs"] == 3
+
+
+def test_saved_request_is_the_same_one(tmp_path):
+    request = load_config(overrides=["train.epochs=3", "model.heads=2", "selection.mode=none"])
+    request.save_request(tmp_path)
+    assert RunConfig.load_request(tmp_path) == request
+    assert load_config(tmp_path / "requested.yaml") == request
+    assert yaml.safe_load((tmp_path / "requested.yaml").read_text())["model"]["init"] == "auto"
+
+
+def test_a_configuration_with_open_values_is_not_saved(tmp_path):
+    request = load_config()
+    assert set(request.unresolved()) == set(DECIDED_FROM_DATA)
+    with pytest.raises(ValueError, match="model.init"):
+        request.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert decided().unresolved() == []
+
+
+def test_named_defaults_are_settings_that_can_be_left_open():
+    assert set(DEFAULT_SELECTION) <= set(DECIDED_FROM_DATA)
+    assert not DEFAULT_SELECTION["uncertainty.calibrated"]
+
+
+def test_none_is_a_mode_of_selection_and_no_missing_value(tmp_path):
+    assert load_config(overrides=["selection.mode=none"]).selection.mode == "none"
+    (tmp_path / "run.yaml").write_text("selection: {mode: none}")
+    assert load_config(tmp_path / "run.yaml").selection.mode == "none"
+
+
+def test_values_are_read_and_changed_by_key():
+    config = RunConfig().with_values({"train.epochs": 3, "model.init": "pca"})
+    assert (config.get("train.epochs"), config.get("model.init")) == (3, "pca")
+    with pytest.raises(UserError, match="did you mean train.epochs"):
+        config.with_values({"train.epoch": 3})
 
 
 def test_replace_checks_what_it_is_given():
@@ -62,7 +116,10 @@ def test_replace_checks_what_it_is_given():
         ("train.lr=-1", ["train.lr", "-1", "greater than 0"]),
         ("train.lr=.nan", ["train.lr", "nan"]),
         ("model.heads=2.5", ["model.heads", "2.5", "integer"]),
-        ("train.unit=cell", ["train.unit", "'cell'", "'miniset', 'slide' or 'mixed'"]),
+        ("train.batch_kind=cell", ["batch_kind", "'cell'", "'miniset', 'slide' or 'mixed'"]),
+        ("selection.mode=fast", ["selection.mode", "'quick', 'full' or 'none'"]),
+        ("refine.rca_power=-1", ["refine.rca_power", "greater than or equal to 0"]),
+        ("train.k_fraction_range=[0.2,0.1]", ["k_fraction_range must rise, got 0.2 to 0.1"]),
         ("eval.ks=10", ["eval.ks", "a list"]),
         ("model.gate_heads=3", ["gate_heads must be 1 or heads (4), got 3"]),
         ("train.miniset_min=500", ["miniset_min (500)", "miniset_max (384)"]),
@@ -113,20 +170,57 @@ def test_missing_file_and_foreign_folder(tmp_path):
         RunConfig.load(tmp_path)
 
 
+def test_a_run_of_another_format_is_refused(tmp_path):
+    decided().save(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    for found in (1, 99, None):
+        path.write_text(json.dumps({**values, "format": found}))
+        with pytest.raises(UserError, match=f"run format {found}, this version reads format 2"):
+            RunConfig.load(tmp_path)
+
+
+def test_a_run_stopped_before_anything_was_decided_says_how_to_go_on(tmp_path):
+    load_config().save_request(tmp_path)
+    with pytest.raises(UserError, match="train --resume --out"):
+        RunConfig.load(tmp_path)
+    (tmp_path / "requested.yaml").write_text("[1, 2")
+    with pytest.raises(UserError, match="requested.yaml cannot be read"):
+        RunConfig.load_request(tmp_path)
+
+
 def test_every_setting_is_explained():
-    rows = describe()
-    assert len(rows) == len({key for key, *_ in rows})
-    assert all(kind and default and text for _, kind, default, text in rows)
+    settings = describe()
+    assert len(settings) == len({setting.key for setting in settings})
+    for key, values, default, text in settings:
+        assert values and default, key
+        assert text.endswith(".") and "\n" not in text, key
+
+
+def test_the_settings_that_matter_most_are_settings():
+    keys = [key for group in MAIN_SETTINGS.values() for key in group]
+    assert len(keys) == len(set(keys)) <= 16
+    assert set(keys) <= {setting.key for setting in describe()}
+
+
+def test_values_are_told_in_words():
+    told = {setting.key: (setting.values, setting.default) for setting in describe()}
+    assert told["selection.mode"] == ("quick | full | none", "quick")
+    assert told["data.max_genes"] == ("integer | none", "2000")
+    assert told["model.geo_schedule"] == ("all | last | list of integer", "all")
+    assert told["train.k_fraction_range"] == ("list of number | none", "none")
+    assert told["model.shared"] == ("true | false", "true")
+    assert told["eval.ks"] == ("list of integer", "[10, 15]")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_a_run_that_can_be_saved(preset, tmp_path):
-    config = load_config(preset=preset)
+    config = decided(preset=preset)
     config.save(tmp_path)
     assert RunConfig.load(tmp_path) == config and config.preset == preset
 
 
-def test_stage_a_is_as_long_as_its_cells_ask():
+def test_an_encoder_is_trained_for_as_many_steps_as_its_cells_ask_for():
     settings = RunConfig().encoder
     assert settings.steps_for(500) == 400
     assert settings.steps_for(8000) == round(50 * 8000 / 512) == 781
@@ -134,37 +228,8 @@ def test_stage_a_is_as_long_as_its_cells_ask():
     assert RunConfig().replace(encoder={"steps": 7}).encoder.steps_for(10**6) == 7
 
 
-def test_a_run_saved_before_a_setting_existed_keeps_what_was_done_then(tmp_path):
-    config = RunConfig().replace(
-        data={"target_sum": 1e4},
-        encoder={"standardize": 0.0, "spatial_genes": 0.0, "keep": 0.0, "kept": "principal"},
-    )
-    config.save(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    del values["data"]["target_sum"]
-    for name in ("standardize", "spatial_genes", "keep", "kept"):
-        del values["encoder"][name]
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    assert RunConfig.load(tmp_path) == config != RunConfig()
-
-
-def test_a_run_saved_when_whole_slides_took_two_passes_is_read(tmp_path):
-    config = RunConfig()
-    config.save(tmp_path)
-    path = tmp_path / "config.json"
-    values = json.loads(path.read_text())
-    values["graph"]["fine"] = 15  # how many candidates the second one looked at
-    del values["refine"]["expected"]
-    path.write_text(json.dumps(values))
-    found = RunConfig.load(tmp_path)
-    assert found.refine.expected == 0 and found.graph == config.graph
-    with pytest.raises(UserError, match="unknown config key graph.fine"):
-        load_config(None, ["graph.fine=5"])
-
-
-def test_what_a_run_once_left_to_donors_is_read(tmp_path):
-    RunConfig().save(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    values["encoder"]["keep"] = None
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    assert RunConfig.load(tmp_path).encoder.keep == 0.5
+def test_a_model_without_recycles_has_no_use_for_a_gate():
+    assert RunConfig().model.gated
+    for values in ({"beta": 0.0}, {"recycling": False}):
+        assert not RunConfig().replace(model=values).model.gated
+    load_config(preset="gate-mix").replace(model={"recycling": False})  # as selection may find

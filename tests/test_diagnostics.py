@@ -3,12 +3,26 @@ import math
 import numpy as np
 import pytest
 import torch
-from ipar_sparse.metrics.diagnostics import HEALTHY, RecycleRecord, diagnose, health_warnings
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import entropy, spearmanr
 
 from ipar_sparse.graph import NeighborTable, knn
-from ipar_sparse.metrics import diagnostics
+from ipar_sparse.metrics import edges
+from ipar_sparse.metrics.attention import (
+    attention_entropy,
+    attention_term_spearman,
+    attn_recall,
+    head_diversity,
+    logit_std,
+)
+from ipar_sparse.metrics.candidates import candidate_recall, gate_precision_recall
+from ipar_sparse.metrics.diagnostics import HEALTHY, RecycleRecord, diagnose, health_warnings
+from ipar_sparse.metrics.shape import (
+    boundary_mass,
+    collapse_diagnostics,
+    density_correlation,
+    step_sizes,
+)
 
 
 def cells(n, seed=0):
@@ -48,11 +62,11 @@ def test_candidate_recall_counts_true_neighbors_and_chance(padded):
     truth = spatial_sets(pos, 8)
     rows = rows_of(graph, torch.zeros(graph.num_edges))
     expected = np.mean([len(set(src) & truth[i]) / 8 for i, (src, _) in enumerate(rows)])
-    got = diagnostics.candidate_recall(graph, pos, 8)
+    got = candidate_recall(graph, pos, 8)
     assert got["candidate_recall@8"] == pytest.approx(expected)
     assert got["candidate_recall_chance@8"] == pytest.approx(graph.num_edges / (60 * 59))
     assert "candidate_recall_lift" not in got  # a third of all cells: no lift to be had
-    near = diagnostics.candidate_recall(knn(pos, 8), pos, 8)
+    near = candidate_recall(knn(pos, 8), pos, 8)
     assert near["candidate_recall@8"] == 1.0
     assert near["candidate_recall_lift"] == pytest.approx(59 / 8)
 
@@ -69,7 +83,7 @@ def test_gate_precision_and_recall_equal_their_definitions(padded):
             best = set(src[np.argsort(-value)][:14])
             precision.append(len(best & truth[i]) / len(best))
             recall.append(len(best & truth[i]) / 9)
-    got = diagnostics.gate_precision_recall(logits, graph, pos, k=14, true_k=9)
+    got = gate_precision_recall(logits, graph, pos, k=14, true_k=9)
     assert got["gate_precision@14"] == pytest.approx(np.mean(precision))
     assert got["gate_recall@14"] == pytest.approx(np.mean(recall))
     assert got["candidate_precision"] == pytest.approx(inside / graph.num_edges)
@@ -80,7 +94,7 @@ def test_a_gate_that_knows_the_distances_is_perfect():
     pos = cells(80, 3)
     graph = knn(pos, 60)
     src, dst = graph.edge_index
-    got = diagnostics.gate_precision_recall(-(pos[src] - pos[dst]).norm(dim=-1), graph, pos, 30)
+    got = gate_precision_recall(-(pos[src] - pos[dst]).norm(dim=-1), graph, pos, 30)
     assert got["gate_precision@30"] == got["gate_recall@30"] == 1.0
     assert got["candidate_precision"] == pytest.approx(0.5)
 
@@ -91,10 +105,10 @@ def test_attn_recall_looks_at_each_head_alone():
     src, dst = graph.edge_index
     distance = (pos[src] - pos[dst]).norm(dim=-1)
     attention = softmax(graph, torch.stack([-distance, distance], dim=-1))
-    near, far = diagnostics.attn_recall(attention, graph, pos, k=15)
+    near, far = attn_recall(attention, graph, pos, k=15)
     assert near == 1.0
     assert far == 0.0
-    assert diagnostics.attn_recall(attention, graph, pos, k=15, true_k=25)[0] == 1.0
+    assert attn_recall(attention, graph, pos, k=15, true_k=25)[0] == 1.0
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -113,27 +127,27 @@ def test_entropy_std_and_spearman_equal_scipy(padded):
             if len(a)
         ]
         expected = np.mean([entropy(a) for a, _ in rows])
-        assert diagnostics.attention_entropy(attention, graph)[h] == pytest.approx(expected)
+        assert attention_entropy(attention, graph)[h] == pytest.approx(expected)
         expected = np.mean([entropy(a) / math.log(len(a)) for a, _ in rows])
-        relative = diagnostics.attention_entropy(attention, graph, relative=True)
+        relative = attention_entropy(attention, graph, relative=True)
         assert relative[h] == pytest.approx(expected)
         expected = np.mean([spearmanr(a, t)[0] for a, t in rows])
-        got = diagnostics.attention_term_spearman(attention, term, graph)
+        got = attention_term_spearman(attention, term, graph)
         assert got[h] == pytest.approx(expected)
     expected = logits.numpy().std(axis=0)
-    np.testing.assert_allclose(diagnostics.logit_std(logits, graph), expected)
+    np.testing.assert_allclose(logit_std(logits, graph), expected)
     removed = logits.clone()
     removed[::4] = -math.inf
     kept = torch.isfinite(removed[:, 0])
     expected = logits[kept].numpy().std(axis=0)
-    np.testing.assert_allclose(diagnostics.logit_std(removed, graph), expected)
+    np.testing.assert_allclose(logit_std(removed, graph), expected)
 
 
 def test_a_constant_term_has_no_correlation():
     graph = random_graph(20, 6)
     attention = softmax(graph, torch.randn(graph.num_edges, 1))
     constant = torch.ones(graph.num_edges)
-    assert diagnostics.attention_term_spearman(attention, constant, graph)[0] == 0.0
+    assert attention_term_spearman(attention, constant, graph)[0] == 0.0
 
 
 def test_head_diversity_is_mean_total_variation():
@@ -141,15 +155,15 @@ def test_head_diversity_is_mean_total_variation():
     a = softmax(graph, torch.randn(graph.num_edges, 3, dtype=torch.float64))
     pairs = [(0, 1), (0, 2), (1, 2)]
     expected = np.mean([0.5 * (a[:, g] - a[:, h]).abs().sum().item() / 30 for g, h in pairs])
-    assert diagnostics.head_diversity(a, graph) == pytest.approx(expected)
-    assert diagnostics.head_diversity(a[:, :1].expand(-1, 3), graph) == 0.0
+    assert head_diversity(a, graph) == pytest.approx(expected)
+    assert head_diversity(a[:, :1].expand(-1, 3), graph) == 0.0
 
 
-def test_blocks_of_rows_do_not_change_the_measures(monkeypatch):
+def test_blocks_of_rows_do_not_change_the_diagnostics(monkeypatch):
     pos, graph = cells(50, 1), random_graph(50, 24, padded=True)
     attention = softmax(graph, torch.randn(graph.num_edges, 2, dtype=torch.float64))
     whole = diagnose(graph, [RecycleRecord(attention, attention)], pos=pos, k=10)
-    monkeypatch.setattr(diagnostics, "_ROW_BLOCK", 7)
+    monkeypatch.setattr(edges, "ROW_BLOCK", 7)
     parts = diagnose(graph, [RecycleRecord(attention, attention)], pos=pos, k=10)
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
@@ -162,24 +176,24 @@ def test_collapse_is_seen_and_does_not_depend_on_units():
     line = torch.stack([angle, 0.01 * angle.sin()], -1)
     disc = cells(4000) - 0.5
     disc = disc[disc.norm(dim=-1) < 0.5]
-    assert diagnostics.boundary_mass(ring) > 0.95
-    assert diagnostics.boundary_mass(disc) == pytest.approx(0.2, abs=0.03)
-    assert diagnostics.boundary_mass(torch.ones(5, 2)) == 0.0
-    assert diagnostics.collapse_diagnostics(line)["lambda_ratio"] < 0.001
-    got = diagnostics.collapse_diagnostics(1e5 * disc[:500] + 7.0)
+    assert boundary_mass(ring) > 0.95
+    assert boundary_mass(disc) == pytest.approx(0.2, abs=0.03)
+    assert boundary_mass(torch.ones(5, 2)) == 0.0
+    assert collapse_diagnostics(line)["lambda_ratio"] < 0.001
+    got = collapse_diagnostics(1e5 * disc[:500] + 7.0)
     unit = disc[:500] - disc[:500].mean(0)
     unit = unit / unit.square().sum(-1).mean().sqrt()
     assert got["median_distance"] == pytest.approx(np.median(pdist(unit.numpy())))
     small, large = np.linalg.eigvalsh(np.cov(unit.numpy().T))
     assert got["lambda_ratio"] == pytest.approx(small / large)
-    assert diagnostics.collapse_diagnostics(torch.zeros(1, 2))["median_distance"] == 0.0
+    assert collapse_diagnostics(torch.zeros(1, 2))["median_distance"] == 0.0
 
 
 def test_density_correlation_follows_density_not_position():
     dense = torch.randn(600, 2, dtype=torch.float64)
-    assert diagnostics.density_correlation(dense.flip(-1) * 3, dense) == pytest.approx(1.0)
-    assert abs(diagnostics.density_correlation(cells(600), dense)) < 0.2
-    assert diagnostics.density_correlation(torch.zeros(600, 2), dense) == 0.0
+    assert density_correlation(dense.flip(-1) * 3, dense) == pytest.approx(1.0)
+    assert abs(density_correlation(cells(600), dense)) < 0.2
+    assert density_correlation(torch.zeros(600, 2), dense) == 0.0
 
 
 def test_step_sizes_are_root_mean_square_movements():
@@ -187,11 +201,11 @@ def test_step_sizes_are_root_mean_square_movements():
     pos = pos - pos.mean(0)
     pos = pos / pos.square().sum(-1).mean().sqrt()
     turned = pos @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
-    assert diagnostics.step_sizes([pos, pos, turned]) == pytest.approx([0.0, math.sqrt(2)])
+    assert step_sizes([pos, pos, turned]) == pytest.approx([0.0, math.sqrt(2)])
 
 
-def test_health_warnings_name_the_measure_its_place_and_its_meaning():
-    measures = {
+def test_health_warnings_give_value_place_and_meaning():
+    found = {
         "attn_recall@30/r0/h0": 0.62,
         "attn_recall@30/r0/h1": 0.31,
         "attn_recall@30/r1/h0": 0.05,
@@ -200,7 +214,7 @@ def test_health_warnings_name_the_measure_its_place_and_its_meaning():
         "median_distance": math.nan,
         "unheard_of": -1.0,
     }
-    lines = health_warnings(measures)
+    lines = health_warnings(found)
     assert len(lines) == 3
     recall, std, median = lines
     assert "attn_recall@30 is 0.05 at recycle 2, head 1" in recall
@@ -210,13 +224,13 @@ def test_health_warnings_name_the_measure_its_place_and_its_meaning():
     assert not health_warnings({"attn_recall@30/r0/h0": 0.41, "logit_std/r0/h0": 5.0})
 
 
-def test_diagnose_gathers_every_measure_with_a_healthy_range():
+def test_diagnose_gathers_everything_that_has_a_healthy_range():
     pos = cells(200, 8)
     graph = knn(pos, 40)
     logits = torch.randn(graph.num_edges, 4)
-    measures = {"beta": torch.tensor(1.5), "eta": 0.2, "offset_norm": torch.tensor([0.1, 3.0])}
+    scalars = {"beta": torch.tensor(1.5), "eta": 0.2, "offset_norm": torch.tensor([0.1, 3.0])}
     terms = {"gate": logits[:, 0], "qk": logits}
-    records = (RecycleRecord(softmax(graph, logits), logits, terms, measures) for _ in range(2))
+    records = (RecycleRecord(softmax(graph, logits), logits, terms, scalars) for _ in range(2))
     got = diagnose(
         graph, records, pos=pos, trajectory=[pos, pos + 0.1 * pos.flip(0)], gate_logits=logits[:, 0]
     )
@@ -229,7 +243,7 @@ def test_diagnose_gathers_every_measure_with_a_healthy_range():
     line = pos * torch.tensor([1.0, 0.01])
     after = diagnose(graph, pos=pos, trajectory=[pos, pos], final=line)
     assert after["lambda_ratio"] < 0.001 < 0.1 < got["lambda_ratio"] and after["step_size/r0"] == 0
-    assert after["boundary_mass"] == diagnostics.boundary_mass(line)
+    assert after["boundary_mass"] == boundary_mass(line)
     assert any("collapsed to a line" in text for text in health_warnings(after))
 
 
@@ -248,6 +262,6 @@ def test_one_cell_and_no_edges_are_not_an_error():
 def test_attention_of_another_graph_is_refused():
     graph = random_graph(10, 4)
     with pytest.raises(ValueError, match="E = 40 edges"):
-        diagnostics.attention_entropy(torch.rand(39, 2), graph)
+        attention_entropy(torch.rand(39, 2), graph)
     with pytest.raises(ValueError, match="10 cells; given 9"):
-        diagnostics.attn_recall(torch.rand(40, 2), graph, torch.rand(9, 2))
+        attn_recall(torch.rand(40, 2), graph, torch.rand(9, 2))

@@ -103,7 +103,7 @@ def test_library_size_counts_all_genes_of_the_slide():
     np.testing.assert_allclose(out[:, 0], np.log1p([1000, 5000]), rtol=1e-6)
 
 
-def test_counts_are_scaled_to_what_is_asked_and_genes_weighted_after_the_logarithm():
+def test_counts_are_scaled_to_the_target_and_genes_weighted_after_the_logarithm():
     counts = np.array([[1, 9], [5, 5], [0, 4]])
     weight = np.array([2.0, 0.5])
     e = Expression.from_slide(slide_of(counts), ["g0", "g1"], target_sum=20.0, weight=weight)
@@ -111,7 +111,7 @@ def test_counts_are_scaled_to_what_is_asked_and_genes_weighted_after_the_logarit
     np.testing.assert_allclose(e.rows(), plain - plain.mean(0), atol=1e-5)
 
 
-def test_the_median_cell_of_the_median_slide():
+def test_median_total_is_a_median_over_cells_then_over_slides():
     def slide(*totals, **more):
         return slide_of(np.array([[total, 0] for total in totals]), **more)
 
@@ -120,7 +120,7 @@ def test_the_median_cell_of_the_median_slide():
     assert median_total([slide(0.5, normalized=True), slide(0, 0)]) == 1e4
 
 
-def test_morans_i_is_the_correlation_with_the_surroundings():
+def test_morans_i_is_the_correlation_with_the_neighbours():
     rng = np.random.default_rng(0)
     values = rng.poisson(1.0, (60, 5)).astype(np.float32)
     values[:, 3] = np.repeat(np.arange(6), 10)  # the same in ten cells that are neighbours
@@ -155,7 +155,7 @@ def test_gene_weights_even_out_the_variance(power):
     np.testing.assert_allclose(spatial / spatial[4], [1, 2, 4, 8, 1, 1], rtol=1e-4)
 
 
-def test_genes_that_never_vary_are_left_as_they_are():
+def test_genes_that_never_vary_have_weight_one():
     flat = Expression(np.ones((5, 3)), ["a", "b", "c"])
     np.testing.assert_array_equal(gene_weights([flat], 0.5), np.ones(3))
 

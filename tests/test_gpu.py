@@ -7,7 +7,8 @@ import torch
 
 from ipar_sparse import EdgeGateSoft, IPALiteModel
 from ipar_sparse.graph import NeighborTable, knn
-from ipar_sparse.nn.model import _ORDER_FROM
+from ipar_sparse.graph.order import local_order
+from ipar_sparse.nn.model import REORDER_FROM
 from ipar_sparse.supervision.losses import gate_loss, geometry_terms
 from ipar_sparse.supervision.targets import build_target, gate_target
 
@@ -29,14 +30,15 @@ def test_a_step_on_a_whole_slide_never_waits(tmp_path, monkeypatch, precision):
     pytest.importorskip("anndata")
     from ipar_sparse.config import load_config
     from ipar_sparse.data.simulation import simulate
-    from ipar_sparse.train import fit as trainer
+    from ipar_sparse.train import model as training
+    from ipar_sparse.train.fit import fit
 
     config = load_config(
         None,
         [
             "encoder.steps=2",
             "encoder.hidden=[24]",
-            "train.unit=slide",
+            "train.batch_kind=slide",
             "train.epochs=2",
             "train.steps_per_epoch=3",
             "train.warmup_epochs=0",
@@ -47,26 +49,27 @@ def test_a_step_on_a_whole_slide_never_waits(tmp_path, monkeypatch, precision):
             "train.lambda_long=0.1",
             "train.lambda_multiscale=0.1",
             "data.max_genes=60",
+            "selection.mode=none",
             "train.device=cuda",
             f"train.precision={precision}",
         ],
     )
-    step, watched = trainer._Run._joint_step, []
+    step, watched = training.training_step, []
 
-    def watch(run, *args):
-        if run.state.step == 0:  # compiles kernels, and orders the graph
-            return step(run, *args)
-        watched.append(run.state.step)
+    def watch(*args):
+        watched.append(len(watched))
+        if len(watched) == 1:  # compiles kernels, and orders the graph
+            return step(*args)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return step(run, *args)
+            return step(*args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(trainer._Run, "_joint_step", watch)
+    monkeypatch.setattr(training, "training_step", watch)
     slides = simulate("cortex", slides=2, spots=1500, genes=80, seed=3)
-    trainer.fit(slides[:1], slides[1:], config, tmp_path)
-    assert watched == [1, 2, 3, 4, 5]
+    fit(slides[:1], slides[1:], config, tmp_path)
+    assert watched == list(range(6))
 
 
 def train(precision, seed, steps=200):
@@ -116,7 +119,7 @@ def test_bfloat16_converges_as_float32_does():
 
 @pytest.mark.parametrize("saving", [False, True])
 def test_large_graphs_run_in_another_order_and_come_back(saving):
-    n = _ORDER_FROM
+    n = REORDER_FROM
     _, h = sheet(n, 16)
     index = knn(h, 12).index
     bias = torch.randn(n * 12, device="cuda")
@@ -131,15 +134,15 @@ def test_large_graphs_run_in_another_order_and_come_back(saving):
             num_recycles=3,
             reorder=reorder,
             checkpoint_recycles=saving,
-            init_noise=0.0,
+            init_std=0.0,
         ).cuda()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
         graph = NeighborTable(index)
-        assert model._orders(graph) is (reorder is None)
         given = [h.clone().requires_grad_(), bias.clone().requires_grad_()]
         pos = model(given[0], graph, edge_bias=given[1])
+        assert (local_order(graph) is not None) is (reorder is None)
         grads = torch.autograd.grad((pos * weigh).sum(), [*given, *model.parameters()])
         results.append([pos.detach(), *grads])
     # The gauge makes the gradient of the first positions' bias a sum that cancels to nothing.
@@ -154,7 +157,7 @@ def test_checkpointed_recycles_compute_the_same_in_less_memory(precision):
     _, h = sheet(n, 32)
     graph = knn(h, k)
     torch.manual_seed(0)
-    model = IPALiteModel(32, init_noise=0.0).cuda()
+    model = IPALiteModel(32, init_std=0.0).cuda()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

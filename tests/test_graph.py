@@ -76,7 +76,7 @@ def test_exact_search_in_blocks_is_the_search_in_one(monkeypatch):
     module = sys.modules["ipar_sparse.graph.knn"]
     points = torch.randn(300, 8)
     whole = knn(points, 7, backend="exact").index
-    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 2048)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 2048)
     assert torch.equal(knn(points, 7, backend="exact").index, whole)
 
 
@@ -98,7 +98,7 @@ def test_approximate_search_reports_its_recall(monkeypatch):
     import sys
 
     pytest.importorskip("faiss")
-    monkeypatch.setattr(sys.modules["ipar_sparse.graph.knn"], "_FAISS_FLAT_LIMIT", 1000)
+    monkeypatch.setattr(sys.modules["ipar_sparse.graph.knn"], "FAISS_FLAT_LIMIT", 1000)
     points = torch.randn(3000, 8)
     table = knn(points, 10, backend="faiss")
     distance, _ = plain_knn(points, 10)
@@ -154,10 +154,6 @@ def test_edge_index_is_row_major_and_round_trips():
     assert table.padded and table.num_edges == 50
     assert torch.equal(table.edge_index, edge_index[:, perm])
     assert bool((table.edge_index[1].diff() >= 0).all())
-    dense = torch.zeros(12, 12).index_put_((edge_index[1], edge_index[0]), values, accumulate=True)
-    torch.testing.assert_close(table.to_coo(values[perm]).to_dense(), dense)
-    csr = table.to_csr(values[perm])
-    torch.testing.assert_close(csr @ torch.eye(12), dense)
     laid_out = table.to_table(values[perm], fill=7.0)
     assert torch.equal(table.from_table(laid_out), values[perm])
     assert int((laid_out == 7.0).sum()) == table.num_nodes * table.k - 50

@@ -1,4 +1,4 @@
-"""Modules against their dense definitions, and the manners of a PyG layer."""
+"""Modules against their dense definitions, and what PyG expects of a layer."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from ipar_sparse.geometry.gauge import gauge_fix, principal_plane
 from ipar_sparse.graph import NeighborTable, knn_candidates
 from ipar_sparse.nn import LOGIT_TERMS
 from ipar_sparse.ops import chunked
+from ipar_sparse.ops.selective_checkpoint import saved_or
 
 N, K, D = 60, 12, 16
 
@@ -139,7 +140,7 @@ def test_the_gate_changes_the_output(h, graph):
     torch.testing.assert_close(constant, without)  # softmax does not see a constant
 
 
-def test_a_fresh_model_is_its_first_layout(h, graph):
+def test_a_fresh_model_returns_its_initial_layout(h, graph):
     model = IPALiteModel(D).double().eval()
     pos, trajectory = model(h, graph, return_trajectory=True)
     assert len(trajectory) == 6
@@ -288,10 +289,11 @@ def test_checkpointed_recycles_have_the_same_gradients(h, graph):
 
 def test_checkpointed_recycles_do_not_attend_twice(h, graph, monkeypatch):
     model, calls = scramble(IPALiteModel(D, checkpoint_recycles=True)), []
-    sums = chunked._Attention._sums
-    monkeypatch.setattr(
-        chunked._Attention, "_sums", staticmethod(lambda *a: calls.append(1) or sums(*a))
-    )
+
+    def counted(compute):
+        return saved_or(lambda: calls.append(1) or compute())
+
+    monkeypatch.setattr(chunked, "saved_or", counted)
     (model(h, graph) ** 3).sum().backward()
     assert len(calls) == model.num_recycles
 
@@ -314,7 +316,7 @@ def test_reordering_inside_is_invisible(h, graph, bias_heads):
     assert_all_close(*results)
 
 
-def test_start_noise_follows_the_generator(h, graph):
+def test_initial_noise_follows_the_generator(h, graph):
     model = scramble(IPALiteModel(D))
     first, again, other = (
         model(h, graph, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
@@ -377,23 +379,42 @@ def test_encoder_shapes_and_dropout():
     assert torch.equal(encoder(x), encoder(x))
 
 
-def test_model_begins_where_it_is_told():
+def test_recycles_begin_from_a_given_layout():
     torch.manual_seed(0)
     h = torch.randn(60, 8, dtype=torch.float64)
     graph = knn_candidates(h, 10)
     model = IPALiteModel(8, channels=12, heads=2, head_channels=4, num_recycles=2).double().eval()
-    start = principal_plane(h)
-    pos, trajectory = model(h, graph, start=5 * start + 3, return_trajectory=True)
-    torch.testing.assert_close(trajectory[0], gauge_fix(start))
-    torch.testing.assert_close(pos, gauge_fix(start))  # untrained blocks move nothing
+    plane = principal_plane(h)
+    pos, trajectory = model(h, graph, initial=5 * plane + 3, return_trajectory=True)
+    torch.testing.assert_close(trajectory[0], gauge_fix(plane))
+    torch.testing.assert_close(pos, gauge_fix(plane))  # untrained blocks move nothing
     assert not torch.allclose(model(h, graph), pos)
     torch.nn.init.normal_(model.blocks[0].weight_pos, std=0.1)
     model.reorder = True
-    ordered = model(h, graph, start=start)
+    ordered = model(h, graph, initial=plane)
     model.reorder = False
-    torch.testing.assert_close(ordered, model(h, graph, start=start))
-    with pytest.raises(ValueError, match="start needs shape"):
-        model(h, graph, start=start[:5])
+    torch.testing.assert_close(ordered, model(h, graph, initial=plane))
+    with pytest.raises(ValueError, match="initial needs shape"):
+        model(h, graph, initial=plane[:5])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_without_recycles_the_model_is_its_initial_layout(h, graph, shared):
+    """Whatever options the blocks would have had."""
+    options = {"terms": ("mono",), "pair_hidden": (8,), "init_step_size": 0.2, "reorder": True}
+    model = scramble(IPALiteModel(D, num_recycles=0, shared=shared, **options)).eval()
+    assert {name.split(".")[0] for name in model.state_dict()} == {"mlp_state", "mlp_pos"}
+    bias = torch.zeros(graph.num_edges).double()
+    pos, trajectory = model(h, graph, edge_bias=bias, return_trajectory=True)
+    assert len(trajectory) == 1 and trajectory[0] is pos
+    torch.testing.assert_close(pos, gauge_fix(model.mlp_pos(h)))
+    plane = principal_plane(h)
+    torch.testing.assert_close(model(h, graph, initial=plane), gauge_fix(plane))
+    model.train()
+    noisy = model(h, graph, initial=plane, generator=torch.Generator().manual_seed(0))
+    assert 0.01 < float((noisy - gauge_fix(plane)).std()) < 0.1
+    with pytest.raises(ValueError, match="at least 0"):
+        IPALiteModel(D, num_recycles=-1)
 
 
 def test_principal_plane_is_pca_and_takes_narrow_embeddings():

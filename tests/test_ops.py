@@ -140,7 +140,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     table = random_table(300, 20, generator, "popular")
     given = inputs(table, 2, 8, "heads", generator)
     whole = run(table, given, "chunked")
-    monkeypatch.setattr(chunked, "_BLOCK_VALUES", 500)
+    monkeypatch.setattr(chunked, "BLOCK_VALUES", 500)
     for ours, theirs in zip(run(table, given, "chunked"), whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
@@ -201,7 +201,7 @@ def test_bipartite_attention():
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("as_table", [True, False])
 def test_chunked_gate_is_the_reference(heads, as_table, monkeypatch):
-    monkeypatch.setattr(chunked, "_GATE_EDGES", 64)
+    monkeypatch.setattr(chunked, "GATE_EDGES", 64)
     generator = torch.Generator().manual_seed(1)
     h = torch.randn(60, 12, generator=generator, dtype=torch.float64).requires_grad_()
     h.data[3] = h.data[4]  # |h_i - h_j| has a corner there
@@ -270,7 +270,7 @@ def test_torch_scatter_sums_are_torchs_own(monkeypatch):
     src = torch.randn(500, 3, generator=generator, dtype=torch.float64).requires_grad_()
     results = []
     for use in (True, False):
-        monkeypatch.setattr(segment, "_use_torch_scatter", use)
+        monkeypatch.setattr(segment, "use_torch_scatter", use)
         out = segment.scatter_sum(src, index, 45)
         soft = segment.segment_softmax(src, index, 45)[0]
         grads = torch.autograd.grad((out**2).sum() + (soft * src).sum(), src)

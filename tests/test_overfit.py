@@ -47,8 +47,8 @@ def fit_one(h, pos, steps, lr=2e-3, seed=0):
 def test_one_real_miniset_is_fitted():
     from sklearn.decomposition import PCA
 
-    from ipar_sparse.data.readers import read_slides
     from ipar_sparse.data.expression import Expression, match_genes
+    from ipar_sparse.data.readers import read_slides
 
     slide = read_slides(SLIDE, require_pos=True)[0]
     rows = np.random.default_rng(0).permutation(slide.num_cells)[:200]

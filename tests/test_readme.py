@@ -1,12 +1,17 @@
-"""What the README shows must run."""
+"""What the README and the docs show must run."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FOLDERS = ("docs", "data", "experiments")
+PAGES = [ROOT / "README.md", *(page for name in FOLDERS for page in (ROOT / name).rglob("*.md"))]
+SHOWN = r"(?:^\s*|`)ipar-sparse ([a-z][a-z-]*)((?:[^\n`]*\\\n)*[^\n`]*)"
+"""A command with its options: at the start of a line, going on after backslashes, or in `code`."""
 
 
 def test_the_python_of_the_readme_runs():
@@ -17,20 +22,22 @@ def test_the_python_of_the_readme_runs():
     assert names["s"].shape == (150, 96)
 
 
-def test_its_commands_and_options_exist():
-    import pytest
-
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_options_and_settings_that_are_shown_exist(page):
     pytest.importorskip("typer")
     import typer
 
     from ipar_sparse.cli import app
+    from ipar_sparse.config import describe
 
+    settings = {setting.key for setting in describe()}
+    assert set(re.findall(r"--set\s+([a-z_.]+)=", page.read_text())) <= {*settings, "section.key"}
     commands = typer.main.get_command(app).commands
-    lines = re.findall(r"^\s*ipar-sparse (\S+)(.*)$", README, flags=re.M)
-    assert len(lines) >= 8
-    for name, rest in lines:
+    shown = re.findall(SHOWN, page.read_text(), flags=re.M)
+    assert shown or page.name != "README.md"
+    for name, rest in shown:
         options = {o for p in commands[name].params for o in (*p.opts, *p.secondary_opts)}
-        for option in re.findall(r"(?<=\s)--[a-z-]+", rest.split("#")[0]):
+        for option in re.findall(r"(?<=\s)--[a-z-]+", re.sub("#.*", "", rest)):
             assert option in options, f"ipar-sparse {name} has no {option}"
 
 

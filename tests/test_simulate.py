@@ -9,7 +9,7 @@ from sklearn.metrics import r2_score
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from ipar_sparse.data.expression import Expression, select_genes
-from ipar_sparse.data.simulation import Region, _negative_binomial, simulate
+from ipar_sparse.data.simulation import Region, simulate, zero_inflated_negative_binomial
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_counts_are_zero_inflated_negative_binomial():
     mean = np.array([0.2, 2.0, 30.0, 300.0])
     dispersion = np.array([0.5, 0.2, 0.3, 0.1])
     dropout = np.array([0.1, 0.3, 0.2, 0.0])
-    row, column, count = _negative_binomial(
+    row, column, count = zero_inflated_negative_binomial(
         np.tile(mean, (n, 1)).astype(np.float32), dispersion, dropout, np.random.default_rng(0)
     )
     assert count.min() == 1 and np.all(np.diff(row) >= 0)

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import shutil
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from small_run import SMALL, stop_after
 
 from ipar_sparse import cli
 from ipar_sparse.config import load_config
@@ -36,31 +36,14 @@ from ipar_sparse.inference.checkpoint import BEST, LAST, read_meta
 from ipar_sparse.report import write_study_report
 from ipar_sparse.train.fit import fit, fit_encoder
 
-SMALL = {
-    "encoder.steps": 4,
-    "encoder.hidden": [16],
-    "encoder.out": 8,
-    "model.dim": 8,
-    "model.channels": 8,
-    "model.heads": 2,
-    "model.head_channels": 4,
-    "model.recycles": 2,
-    "train.minisets": 3,
-    "train.miniset_min": 30,
-    "train.miniset_max": 40,
-    "train.epochs": 2,
-    "train.warmup_epochs": 0,
-    "train.ramp_epochs": 1,
-    "train.gate_steps": 2,
-    "train.val_minisets": 1,
-    "train.lr": 5e-3,
-    "graph.k": 10,
-    "data.max_genes": 50,
-    "selection.mode": "none",
-    "refine.distance_correction_steps": 5,
-    "refine.steps": 5,
-}
-SETTINGS = [f"{key}={value}" for key, value in SMALL.items()]
+SETTINGS = [
+    *SMALL,
+    "train.minisets=3",
+    "train.miniset_min=30",
+    "train.epochs=2",
+    "refine.distance_correction_steps=5",
+    "refine.steps=5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -250,18 +233,6 @@ def test_a_stopped_study_goes_on_where_it_was(copy, done, plan, monkeypatch):
     assert (lost[0] / LAST).stat().st_mtime_ns == trained
 
 
-class Pressed(threading.Event):
-    """Ctrl-C that comes after it has been looked for so many times."""
-
-    def __init__(self, after):
-        super().__init__()
-        self.left = after
-
-    def is_set(self):
-        self.left -= 1
-        return self.left < 0
-
-
 def test_a_study_stopped_in_an_encoder_goes_on_with_it(copy, done, plan, monkeypatch):
     """What a stopped encoder, for which several runs wait, has left behind is not used."""
     shutil.rmtree(next(copy.glob("encoders/*/B2/seed1")))
@@ -269,20 +240,22 @@ def test_a_study_stopped_in_an_encoder_goes_on_with_it(copy, done, plan, monkeyp
         shutil.rmtree(copy / "runs" / variant / "B2" / "seed1")
     folders = []
 
-    def press(slides, config, out, *, stop, **named):
-        folders.append(out)
-        fit_encoder(slides, config, out, stop=Pressed(after=1), **named)
-
     with monkeypatch.context() as patch:
+        asked = stop_after(patch, "encoder", 2)
+
+        def press(slides, config, out, *, stop, **named):
+            folders.append(out)
+            fit_encoder(slides, config, out, stop=asked, **named)
+
         patch.setattr(study_run, "fit_encoder", press)
         with pytest.raises(KeyboardInterrupt):
             run_study(plan, copy, jobs=1)
     (folder,) = folders
     meta = read_meta(folder / LAST)
-    assert meta["stage"] == "encoder" and 0 < meta["step"] < SMALL["encoder.steps"]
+    assert (meta["stage"], meta["step"]) == ("encoder", 2)
     results = run_study(plan, copy, jobs=1)
     assert results.done == 8 and not results.failed
-    assert f"resuming the encoder at step {meta['step']}" in (folder / "log.txt").read_text()
+    assert "resuming the encoder at step 2" in (folder / "log.txt").read_text()
     assert (copy / "results.csv").read_text() == (done / "results.csv").read_text()
 
 

@@ -139,7 +139,7 @@ def test_attention_reads_packed_and_strided_rows_in_place():
     table = make_table(20, 4)
     packed = torch.randn(20, 3, 2, 16, device=DEVICE)
     views = packed.unbind(1)
-    assert all(triton_attention._rows(view) is view for view in views)
+    assert all(triton_attention.contiguous_rows(view) is view for view in views)
     x = torch.randn(2, 20, device=DEVICE).T
     got = ops.edge_attention(*views, x, None, table, backend="triton")
     want = ops.edge_attention(

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from ipar_sparse.ops import triton_walk
-from ipar_sparse.supervision.losses import _probe_kl, rw_kl_loss
+from ipar_sparse.supervision.losses import probe_kl, rw_kl_loss
 from ipar_sparse.supervision.targets import build_walk_target, collate_walks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,7 +49,7 @@ def test_transition_and_divergence_are_the_definition(kind):
 
     exact = start.clone().requires_grad_()
     values = walk.transition(exact)
-    loss = _probe_kl(values, walk, rows)
+    loss = probe_kl(values, walk, rows)
     (grad,) = torch.autograd.grad(loss, exact)
 
     found, there = start.float().to(DEVICE).requires_grad_(), walk.to(DEVICE)
@@ -75,7 +75,7 @@ def test_walks_in_parts_add_up(monkeypatch):
     weight = torch.rand(walk.steps, PROBES, device=DEVICE)
     totals = []
     for size in (1 << 40, 1):
-        monkeypatch.setattr(triton_walk, "_STATE_BYTES", size)
+        monkeypatch.setattr(triton_walk, "STATE_BYTES", size)
         values = triton_walk.transition(pos, walk).requires_grad_()
         total = triton_walk.probe_divergence(values, walk, rows, weight)
         totals.append((total.detach(), *torch.autograd.grad(total, values)))
@@ -86,8 +86,8 @@ def test_walks_in_parts_add_up(monkeypatch):
 def test_true_positions_cost_nothing():
     walk = walk_of("plain").to(DEVICE)
     values = triton_walk.transition(walk.pos.float(), walk)
-    walk._cache["reference", torch.float32] = values
     rows = torch.arange(PROBES, device=DEVICE)
     weight = torch.ones(walk.steps, PROBES, device=DEVICE)
-    assert triton_walk.probe_divergence(values, walk, rows, weight) == 0
+    limit = 1e-5 if INTERPRETED else 0.0  # there the reference is computed by torch
+    assert abs(float(triton_walk.probe_divergence(values, walk, rows, weight))) <= limit
     assert abs(float(rw_kl_loss(walk.pos.float(), walk, PROBES))) < 1e-5

@@ -1,16 +1,16 @@
-"""From files, presets and command lines to a configuration; the device that a name means."""
+"""How files, presets and options become a configuration, and a name becomes a device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from ..errors import UserError
 from .presets import PRESETS
-from .schema import RunConfig, Section
+from .schema import RunConfig
 from .validation import merge, suggest
 
 
@@ -21,7 +21,7 @@ def load_config(
     preset: str | None = None,
     **sections: Mapping[str, Any],
 ) -> RunConfig:
-    """Builds the configuration of a run: preset, then file, then ``sections``, then overrides.
+    """The configuration that a run is asked for; later wins: preset, file, sections, overrides.
 
     Args:
         path: YAML file with any part of the tree.
@@ -64,40 +64,6 @@ def resolve_device(name: str):
             + " or auto"
         ) from None
     return device
-
-
-def describe() -> list[tuple[str, str, str, str]]:
-    """Every setting as (key, type, default, what it is)."""
-    rows = []
-    for name, field in RunConfig.model_fields.items():
-        if isinstance(field.default, Section):
-            for key, leaf in type(field.default).model_fields.items():
-                rows.append((f"{name}.{key}", *_field_row(leaf)))
-        else:
-            rows.append((name, *_field_row(field)))
-    return rows
-
-
-def _field_row(field) -> tuple[str, str, str]:
-    default = field.default
-    shown = list(default) if isinstance(default, tuple) else default
-    text = yaml.safe_dump(shown, default_flow_style=True).removesuffix("...\n").strip()
-    return _type_name(field.annotation), "none" if default is None else text, field.description
-
-
-def _type_name(annotation) -> str:
-    origin, args = getattr(annotation, "__origin__", None), getattr(annotation, "__args__", ())
-    if origin is Literal:
-        return " | ".join(map(str, args))
-    if origin is tuple:
-        return f"list of {_type_name(args[0])}"
-    if hasattr(annotation, "__metadata__"):  # Annotated
-        return _type_name(annotation.__origin__)
-    if args:  # a union
-        return " | ".join(_type_name(a) for a in args)
-    return {"NoneType": "none", "str": "text", "float": "number", "bool": "true | false"}.get(
-        annotation.__name__, annotation.__name__
-    )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

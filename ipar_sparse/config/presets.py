@@ -1,4 +1,4 @@
-"""Named variants, each the values in which it differs from the defaults."""
+"""Named variants of the model and its training, and named defaults of what a run selects."""
 
 from typing import Any
 
@@ -77,9 +77,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""Named variants, each the values in which it differs from the defaults.
+"""Name of a variant to the values in which it differs from the defaults, by section.
 
-The unshared ones learn one gate weight per recycle: their parameter counts on record hold one
-number per recycle more than the blocks do, which that count alone does not name. A weight that
-starts at the fixed one changes least; ``model.learned_betas=none`` is without.
+The unshared ones learn one gate weight per recycle. Parameter counts published for them hold one
+number per recycle more than the blocks do, and do not name it; ``model.learned_betas=none`` is
+without.
 """
+
+DEFAULT_SELECTION: dict[str, Any] = {
+    "model.init": "atlas",
+    "model.recycling": True,
+    "encoder.component_kind": "principal",
+    "refine.distance_correction_steps": 200,
+    "refine.steps": 400,
+    "refine.anchor_weight": 5.0,
+    "refine.rca_power": 0.5,
+    "uncertainty.error_intercept": 0.1,
+    "uncertainty.error_slope": 1.1,
+    "uncertainty.calibrated": False,
+}
+"""Values of settings that a request leaves open, where nothing is cross-validated."""

@@ -1,4 +1,4 @@
-"""Nested settings: laid over one another, checked, and their errors told in one line."""
+"""Nested settings: how they are merged, and what is said of a wrong one in one line."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ from pydantic import ValidationError
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values of ``base``, with those of ``top`` in place of its own."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = merge(below, value) if both else value
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = merge(below, value)
+        merged[key] = value
     return merged
 
 
 def explain(error: ValidationError, source, known: Iterable[str]) -> str:
+    """The first of pydantic's errors in one line, and how many more there are.
+
+    Args:
+        error: what pydantic raised.
+        source: file or call that the values came from; None names none.
+        known: keys among which the nearest to an unknown one is suggested.
+    """
     first, *others = error.errors()
     where = f" in {source}" if source else ""
     more = f" (and {len(others)} more)" if others else ""
@@ -40,6 +49,7 @@ def explain(error: ValidationError, source, known: Iterable[str]) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the most similar known one, if there is one."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close:

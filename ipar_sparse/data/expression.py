@@ -1,50 +1,59 @@
-"""From counts to the encoder's input, without ever densifying a slide."""
+"""From counts to the encoder's input; a slide stays sparse all the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 from scipy.stats import rankdata
 
 from ..errors import UserError
+from .slide import Slide
 
-_LEAST_MORAN = 0.01  # what noise reaches on a thousand cells
+Genes = Sequence[str] | np.ndarray
+
+_MIN_MORANS_I = 0.01  # noise reaches it on a thousand cells
+_BLOCK = 1 << 22  # stored values converted to float64 at a time
 
 
-def log_normalize(counts, target_sum=1e4, totals=None):
-    """Scale every cell to the same total, then take log(1 + x).
+def log_normalize(
+    counts: sparse.spmatrix, target_sum: float = 1e4, totals: ArrayLike | None = None
+) -> sparse.csr_matrix:
+    """Scales every cell to the same total, then takes log(1 + x).
 
         y_ig = log(1 + target_sum * c_ig / sum_g c_ig)
 
     Args:
-        counts: (n, G) sparse matrix of non-negative counts; left unchanged.
-        target_sum: total every cell is scaled to.
-        totals: (n,) library sizes; the row sums of `counts` by default. Give them when `counts`
+        counts: non-negative counts (n, G); left unchanged.
+        target_sum: total that every cell is scaled to.
+        totals: library sizes (n,); row sums of `counts` if left out. Give them where `counts`
             holds only some of the genes.
 
     Returns:
-        (n, G) float32 CSR with the sparsity of `counts`; cells with no counts stay zero.
+        (n, G) float32 CSR with the sparsity of `counts`; cells without counts stay zero.
     """
     counts = sparse.csr_matrix(counts)
-    if totals is None:
-        totals = counts.sum(axis=1)
-    totals = np.asarray(totals, dtype=np.float64).ravel()
-    scale = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
+    totals = counts.sum(axis=1) if totals is None else totals
+    size = np.asarray(totals, dtype=np.float64).ravel()
+    scale = np.divide(target_sum, size, out=np.zeros_like(size), where=size > 0)
     data = counts.data.astype(np.float32)
     data *= np.repeat(scale.astype(np.float32), np.diff(counts.indptr))
     np.log1p(data, out=data)
     return sparse.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape)
 
 
-def match_genes(slides, genes=None):
+def match_genes(slides: Sequence[Slide], genes: Genes | None = None) -> tuple[list[str], list[str]]:
     """Genes to use over several slides, matched by name.
 
     Args:
-        slides: list of `Slide`.
-        genes: the genes of a trained run; without it, the genes all slides share.
+        slides: the slides.
+        genes: the genes of a trained run; without them, those that all slides share are found.
 
     Returns:
-        genes: the shared genes in the first slide's order, or the given list itself.
-        missing: with `genes`, those that some slide lacks; without, those of the first slide that
-            some other slide lacks.
+        The given genes, or the shared ones in the order of the first slide. Beside them, those of
+        the given genes, or of the first slide, that some slide lacks.
 
     Raises:
         UserError: if some slide has none of the genes, or no gene is on all slides.
@@ -67,7 +76,7 @@ def match_genes(slides, genes=None):
     return [g for g in wanted if g in shared] if genes is None else wanted, missing
 
 
-def _no_shared_genes(partner, wanted, slide):
+def _no_shared_genes(partner: str, wanted: list[str], slide: Slide) -> str:
     own = [str(g) for g in slide.genes]
     message = (
         f"{slide.name}: shares no gene with {partner} "
@@ -84,86 +93,75 @@ def _no_shared_genes(partner, wanted, slide):
     return f"{message}; put the same kind of gene name (symbols or Ensembl ids) into var_names"
 
 
-def select_genes(slides, genes, n_top):
-    """The genes that vary most in log-normalised expression.
+def select_genes(slides: Sequence[Slide], genes: Genes, n_top: int) -> list[str]:
+    """The genes of largest variance in log-normalised expression.
 
-    A gene's score is the rank of its variance, averaged over slides, so that no slide dominates.
-    On breast-tumour sections across donors this keeps more of the spatial neighbourhoods (0.157 of
-    15 neighbours with 2000 genes) than variance standardised by mean, by bins (0.136) or by a
-    fitted trend of the counts (0.136), and as many as the variance of Pearson residuals (0.157),
-    which need counts.
+    Genes are ranked by variance on each slide, and ranks are averaged, so that slides have equal
+    weight.
 
     Args:
-        slides: training slides, raw or log-normalised.
+        slides: training slides, counts or log-normalised.
         genes: candidate genes, present on every slide.
-        n_top: how many to keep; all are kept if there are no more than that.
+        n_top: number of genes to select; all if there are fewer.
 
     Returns:
-        The chosen genes, most variable first. Ties keep the order of `genes`.
+        The selected genes, most variable first. Ties keep the order of `genes`.
+
+    Raises:
+        ValueError: if `n_top` is below 1.
     """
     if n_top < 1:
         raise ValueError(f"n_top is {n_top}, expected at least 1")
-    score = sum(rankdata(-_variance(normalized_expression(s, genes))) for s in slides)
-    chosen = np.argsort(score, kind="stable")[:n_top]
-    return [str(genes[i]) for i in chosen]
+    ranks = sum(rankdata(-_variance(normalized_expression(s, genes))) for s in slides)
+    selected = np.argsort(ranks, kind="stable")[:n_top]
+    return [str(genes[i]) for i in selected]
 
 
-def _column_sums(x, power=1, block=1 << 22):
+def _column_sums(x: sparse.csr_matrix, power: int = 1) -> np.ndarray:
     # scipy adds float32 columns in float32, which loses digits over a million rows
     total = np.zeros(x.shape[1])
-    for start in range(0, len(x.data), block):
-        part = slice(start, start + block)
+    for start in range(0, len(x.data), _BLOCK):
+        part = slice(start, start + _BLOCK)
         values = x.data[part].astype(np.float64) ** power
         total += np.bincount(x.indices[part], weights=values, minlength=x.shape[1])
     return total
 
 
-def _variance(x):
+def _variance(x: sparse.csr_matrix) -> np.ndarray:
     n = max(x.shape[0], 1)
     return _column_sums(x, power=2) / n - (_column_sums(x) / n) ** 2
 
 
-def normalized_expression(slide, genes, target_sum=1e4):
+def normalized_expression(slide: Slide, genes: Genes, target_sum: float = 1e4) -> sparse.csr_matrix:
     """Log-normalised expression of some genes; library sizes count all genes of the slide.
 
     Args:
-        slide: a `Slide` with expression.
-        genes: G gene names; those the slide lacks become zero columns.
+        slide: the slide.
+        genes: names of G genes; those that the slide lacks become columns of zeros.
         target_sum: total that raw counts are scaled to.
 
     Returns:
         (n, G) float32 CSR.
+
+    Raises:
+        UserError: if the slide has no expression.
     """
     if slide.expression is None:
         raise UserError(f"{slide.name}: has no expression, only an embedding")
-    matrix = take_genes(slide, genes)
+    matrix = _take_columns(slide.expression, slide.genes, genes)
     if slide.normalized:
         return matrix
     return log_normalize(matrix, target_sum, totals=slide.expression.sum(axis=1))
 
 
-def take_genes(slide, genes):
-    """A slide's expression of some genes, as it is.
+def median_total(slides: Sequence[Slide]) -> float:
+    """Median counts per cell of each slide, and the median of these over slides.
 
     Args:
-        slide: a `Slide` with expression.
-        genes: G gene names; those the slide lacks become zero columns.
+        slides: the slides. Log-normalised slides, and cells without counts, are left out.
 
     Returns:
-        (n, G) CSR.
-    """
-    return _take_columns(slide.expression, slide.genes, genes)
-
-
-def median_total(slides):
-    """What a cell of these slides has in counts: the median over slides of their median cell's.
-
-    Args:
-        slides: list of `Slide`; those that came log-normalised, and cells without counts, say
-            nothing.
-
-    Returns:
-        The total, or 1e4 where no slide has counts.
+        Counts per cell; 1e4 where no slide has counts.
     """
     medians = []
     for slide in slides:
@@ -175,80 +173,86 @@ def median_total(slides):
     return float(np.median(medians)) if medians else 1e4
 
 
-def morans_i(matrix, neighbors, rows=None):
-    """Moran's I of every gene: how alike it is in a cell and in the cells around.
+def morans_i(
+    matrix: sparse.csr_matrix, neighbors: np.ndarray, rows: np.ndarray | None = None
+) -> np.ndarray:
+    """Moran's I of every gene: correlation of a cell's expression with that of its neighbours.
 
         I_g = cov_i(x_ig, mean_j x_jg) / var_i(x_ig),  j in neighbors(i)
 
     Args:
-        matrix: (n, G) CSR.
-        neighbors: (n, k) row numbers.
-        rows: of the cells whose surroundings are looked at; all by default.
+        matrix: expression (n, G).
+        neighbors: row numbers of the neighbours of each cell (n, k).
+        rows: row numbers of the cells i; all if left out.
 
     Returns:
-        (G,) float64; 0 where a gene does not vary.
+        (G,) float64; 0 for genes that do not vary.
     """
     n, k = neighbors.shape
     rows = np.arange(n) if rows is None else np.asarray(rows)
-    share = sparse.csr_matrix(
+    average = sparse.csr_matrix(
         (np.full(len(rows) * k, 1 / k), neighbors[rows].ravel(), np.arange(len(rows) + 1) * k),
         shape=(len(rows), n),
     )
-    own, around = matrix[rows], (share @ matrix).tocsr()
+    own, around = matrix[rows], (average @ matrix).tocsr()
     count = max(len(rows), 1)
     product = _column_sums(own.multiply(around).tocsr()) / count
     covariance = product - _column_sums(own) * _column_sums(around) / count**2
     variance = _variance(own)
-    some = variance > 1e-12 * max(variance.max(initial=0.0), 1e-300)
-    return np.where(some, covariance / np.where(some, variance, 1.0), 0.0)
+    varies = variance > 1e-12 * max(variance.max(initial=0.0), 1e-300)
+    return np.where(varies, covariance / np.where(varies, variance, 1.0), 0.0)
 
 
-def gene_weights(slides, power, morans=None, spatial_power=0.0):
-    """Weights that bring genes of large and of small variance nearer to one another, and those
-    that tell of the place forward.
+def gene_weights(
+    slides: Sequence[Expression],
+    scale_power: float,
+    morans: np.ndarray | None = None,
+    morans_i_power: float = 0.0,
+) -> np.ndarray:
+    """Weights of genes by their variance and their spatial autocorrelation.
 
-        w_g = c * s_g^(-power) * max(I_g, 0.01)^spatial_power
+        w_g = c * s_g^(-scale_power) * max(I_g, 0.01)^morans_i_power
 
-    with s_g the standard deviation of a gene within slides, each slide counted alike, and c such
-    that the weighted genes have a mean variance of one. Power 0 leaves genes as they are, 1 gives
-    each the same variance, 0.5 is Pareto scaling. Genes that hardly vary are weighted as if they
-    had a tenth of the root mean square of s.
+    with s_g the standard deviation of a gene within slides, which have equal weight, and I_g its
+    Moran's I. The constant c brings the mean variance of weighted genes to 1. Scale power 0 leaves
+    genes as they are, 1 gives each the same variance, and 0.5 is Pareto scaling. s_g is at least a
+    tenth of the root mean square over genes.
 
     Args:
-        slides: list of `Expression` of the same G genes.
-        power: 0 to 1.
-        morans: (G,) Moran's I, for the second factor.
-        spatial_power: 0 to 1.
+        slides: expression of the same G genes.
+        scale_power: 0 to 1.
+        morans: Moran's I (G,); without it the last factor is 1.
+        morans_i_power: 0 to 1.
 
     Returns:
-        (G,) float32; ones if nothing varies.
+        (G,) float32; ones if no gene varies.
     """
     variance = np.maximum(sum(_variance(slide.matrix) for slide in slides) / len(slides), 0.0)
     typical = variance.mean()
     if typical == 0:
         return np.ones(len(variance), dtype=np.float32)
-    weight = np.maximum(variance, 0.01 * typical) ** (-power / 2)
+    weight = np.maximum(variance, 0.01 * typical) ** (-scale_power / 2)
     if morans is not None:
-        weight = weight * np.maximum(morans, _LEAST_MORAN) ** spatial_power
+        weight = weight * np.maximum(morans, _MIN_MORANS_I) ** morans_i_power
     return (weight / np.sqrt((weight**2 * variance).mean())).astype(np.float32)
 
 
-def _take_columns(matrix, own, wanted):
+def _take_columns(matrix: sparse.csr_matrix, own: Genes, wanted: Genes) -> sparse.csr_matrix:
     target = {str(g): j for j, g in enumerate(wanted)}
     if len(target) != len(wanted):
         raise ValueError(f"genes has {len(wanted) - len(target)} repeated names, expected unique")
-    place = np.array([target.get(str(g), -1) for g in own], dtype=np.int64)
-    keep = np.flatnonzero(place >= 0)
-    taken = matrix[:, keep]
+    column = np.array([target.get(str(g), -1) for g in own], dtype=np.int64)
+    present = np.flatnonzero(column >= 0)
+    taken = matrix[:, present]
     taken = sparse.csr_matrix(
-        (taken.data, place[keep].astype(taken.indices.dtype)[taken.indices], taken.indptr),
+        (taken.data, column[present].astype(taken.indices.dtype)[taken.indices], taken.indptr),
         shape=(matrix.shape[0], len(wanted)),
     )
     taken.sort_indices()
     return taken
 
 
-def _weighted(matrix, weight):
+def _weighted(matrix: sparse.csr_matrix, weight: ArrayLike | None) -> sparse.csr_matrix:
     if weight is None:
         return matrix
     data = matrix.data * np.asarray(weight, dtype=np.float32)[matrix.indices]
@@ -256,22 +260,28 @@ def _weighted(matrix, weight):
 
 
 class Expression:
-    """One slide's log-normalised expression of a gene list, handed out as centred dense rows.
+    """Log-normalised expression of one slide, returned as centred dense rows.
 
         x_ig = y_ig - mean_i y_ig
 
-    The mean runs over the cells that have counts. Empty cells and missing genes come out as zero,
-    the average cell, rather than as a cell that switched every gene off.
+    The mean runs over cells with counts. Cells without counts and missing genes become zero, the
+    mean cell. Uncentred, they would look like a cell in which every gene is off.
 
     Args:
-        matrix: (n, G) float32 CSR of log-normalised values.
-        genes: the G gene names of its columns.
-        empty: (n,) bool, cells without counts; none by default.
-        mix: (n, n) sparse, rows adding up to one: every cell handed out is this average of
-            cells; each by itself by default.
+        matrix: log-normalised values (n, G), float32 CSR.
+        genes: names of its G columns.
+        empty: True for cells without counts (n,); none if left out.
+        mix: sparse (n, n) with row sums 1; each returned cell is this average of cells. Left out,
+            it is the cell itself.
     """
 
-    def __init__(self, matrix, genes, empty=None, mix=None):
+    def __init__(
+        self,
+        matrix: ArrayLike | sparse.spmatrix,
+        genes: Genes,
+        empty: ArrayLike | None = None,
+        mix: sparse.csr_matrix | None = None,
+    ):
         self.matrix = sparse.csr_matrix(matrix)
         self.genes = [str(g) for g in genes]
         n, num_genes = self.matrix.shape
@@ -283,29 +293,31 @@ class Expression:
         self.mix = mix
 
     @classmethod
-    def from_slide(cls, slide, genes, target_sum=1e4, weight=None):
-        """Restrict a slide to `genes`, in that order.
+    def from_slide(
+        cls, slide: Slide, genes: Genes, target_sum: float = 1e4, weight: ArrayLike | None = None
+    ) -> Expression:
+        """The expression of some genes of a slide, in their order.
 
         Args:
-            slide: with expression.
-            genes: G names.
+            slide: the slide.
+            genes: names of G genes.
             target_sum: total that raw counts are scaled to before the logarithm.
-            weight: (G,) factor of each gene after it; none by default.
+            weight: factor of each gene after the logarithm (G,); 1 if left out.
 
         Raises:
-            UserError: if the slide has none of them, or no expression.
+            UserError: if the slide has none of the genes, or no expression.
         """
         matrix = normalized_expression(slide, genes, target_sum)
         match_genes([slide], genes)
         return cls(_weighted(matrix, weight), genes, slide.empty)
 
-    def smoothed(self, neighbors):
-        """The same slide with every cell averaged half and half with other cells of it.
+    def smoothed(self, neighbors: np.ndarray) -> Expression:
+        """The same slide, every cell averaged with its neighbours.
 
             x_i <- 1/2 x_i + 1/2 mean_j x_j,  j in neighbors(i) with counts
 
         Args:
-            neighbors: (n, k) row numbers, none of them the cell itself.
+            neighbors: row numbers (n, k), none of them the cell itself.
         """
         n = self.shape[0]
         share = (~self.empty)[neighbors].astype(np.float32)
@@ -319,14 +331,15 @@ class Expression:
         return Expression(self.matrix, self.genes, self.empty, mix)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int]:
+        """Cells and genes (n, G)."""
         return self.matrix.shape
 
-    def rows(self, index=None):
-        """Dense, centred rows.
+    def rows(self, index: ArrayLike | None = None) -> np.ndarray:
+        """Dense, centred rows; memory m * G * 4 bytes.
 
         Args:
-            index: (m,) row numbers, or None for all rows: then memory is n * G * 4 bytes.
+            index: row numbers (m,); all n if left out.
 
         Returns:
             (m, G) float32.
@@ -338,5 +351,5 @@ class Expression:
         dense[self.empty[index]] = 0.0
         return dense
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Expression({self.shape[0]} cells, {self.shape[1]} genes)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -11,22 +12,25 @@ from scipy import sparse
 
 @dataclass
 class Slide:
-    """Expression of n cells (or spots), with positions where they were measured.
+    """Expression of n cells (or spots) and, where measured, their positions.
 
     Args:
         name: what reports and figures call the slide.
-        expression: (n, G) float32 CSR of raw counts, or log-normalised values if `normalized`;
-            None when the cells come with an embedding alone.
-        genes: (G,) unique gene names.
-        cell_names: (n,) unique cell names.
-        pos: (n, 2) float64 positions in the user's units, or None for dissociated cells.
-        embedding: (n, d) float32 embedding the user brought, or None.
-        normalized: True if `expression` is used as it is.
-        empty: (n,) bool, True where a cell has no counts.
-        obs: a few columns of per-cell annotation, each (n,).
-        rows: (n,) int64 row of each cell in the file it was read from; 0..n-1 by default.
-        notes: what was recognised in the input and should be told to the user, one line each.
-        path: file it was read from, None where it was not.
+        expression: raw counts, or log-normalised values if `normalized`, float32 CSR (n, G);
+            None for cells that come with an embedding alone.
+        genes: unique gene names (G,).
+        cell_names: unique cell names (n,).
+        pos: positions (n, 2), float64, in the user's units; None for dissociated cells.
+        embedding: embedding from the user's file (n, d), float32, or None.
+        normalized: whether `expression` is log-normalised already.
+        empty: True for cells without counts (n,); found in `expression` if left out.
+        obs: a few columns of annotation, each (n,).
+        rows: row of each cell in its file (n,), int64; 0 to n - 1 if left out.
+        notes: lines for the user about what was recognised in the input.
+        path: file that the slide was read from; None for a slide made in memory.
+
+    Raises:
+        ValueError: if a shape does not fit the number of cells and genes.
     """
 
     name: str
@@ -36,13 +40,13 @@ class Slide:
     pos: np.ndarray | None = None
     embedding: np.ndarray | None = None
     normalized: bool = False
-    empty: np.ndarray | None = None
+    empty: np.ndarray = None  # never None once made
     obs: dict[str, np.ndarray] = field(default_factory=dict)
-    rows: np.ndarray | None = None
+    rows: np.ndarray = None
     notes: list[str] = field(default_factory=list)
     path: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = len(self.cell_names)
         if self.empty is None:
             self.empty = (
@@ -52,12 +56,7 @@ class Slide:
             )
         if self.rows is None:
             self.rows = np.arange(n)
-        expected = {
-            "expression": (n, len(self.genes)),
-            "pos": (n, 2),
-            "empty": (n,),
-            "rows": (n,),
-        }
+        expected = {"expression": (n, len(self.genes)), "pos": (n, 2), "empty": (n,), "rows": (n,)}
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is not None and value.shape != shape:
@@ -67,16 +66,17 @@ class Slide:
 
     @property
     def num_cells(self) -> int:
+        """Number of cells n."""
         return len(self.cell_names)
 
     def take(self, cells: np.ndarray) -> Slide:
-        """Some of its cells as a slide of their own.
+        """A slide of some of the cells.
 
         Args:
-            cells: (m,) which, in the order they are to have.
+            cells: row numbers (m,), in the order of the new slide.
         """
 
-        def of(values):
+        def of(values: Any) -> Any:
             return None if values is None else values[cells]
 
         return replace(
@@ -90,7 +90,7 @@ class Slide:
             rows=self.rows[cells],
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         kind = "log-normalised" if self.normalized else "counts"
         parts = [f"{self.num_cells} cells"]
         if self.expression is not None:
@@ -102,7 +102,14 @@ class Slide:
 
 
 def slide_digest(slide: Slide) -> str:
-    """A digest of a slide's cells and positions, by which it is known under any file name."""
+    """A digest of cell names and positions, which identifies a slide under any file name.
+
+    Args:
+        slide: a slide with positions.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     digest = hashlib.sha256("\0".join(map(str, slide.cell_names)).encode())
     digest.update(np.ascontiguousarray(slide.pos, dtype=np.float64).tobytes())
     return digest.hexdigest()[:16]

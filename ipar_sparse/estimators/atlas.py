@@ -1,102 +1,139 @@
-"""A map of the embedding over the tissue, read backwards: where would a cell like this lie?
+"""Positions by Bayes' rule from a map of the embedding over the tissue.
 
-A regression from embedding to position must find, for every one of 128 dimensions, what it says
-of the place. It is easier to go the other way: over the tissue, the embedding is a smooth field,
-and what is left around it is noise whose covariance can be measured. Bayes' rule then gives the
-place. A field knows nothing of kinds of cells that lie side by side; the training cells that are
-most like a cell do, and where they lie is the other half of the answer.
+A regression from embedding to position must learn what each of 128 dimensions says about the
+place. The other direction is easier: over the tissue, the embedding is a smooth field plus noise
+whose covariance can be measured. Bayes' rule then gives the place of a cell. A smooth field cannot
+describe cell types that lie side by side. The nearest training cells in the embedding can, so the
+atlas averages both answers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..geometry.alignment import align_slides
+from ..geometry.alignment import EmbeddedSlides, align_slides
 
-_SIDE = 48  # grid points along each side of the tissue's frame
-_KNOTS = 10  # centres of the field along each side
-_KNOT_WIDTH = 0.25  # of a centre, in RMS radii of a slide
-_DENSITY_WIDTH = 0.08  # at which the density of the tissue is looked at
-_SPARSE = 0.1  # of the mean density: below, no tissue
-_SMOOTHNESS = 1e-4  # ridge penalty of a field, relative to the number of cells
-_SHRINKAGE = 0.1  # of the noise's covariance towards its diagonal
-_CELLS = 4000  # that density is looked at by
+_SIDE = 48  # grid points along each side of the common frame
+_DENSITY_WIDTH = 0.08  # kernel width of the tissue density, in RMS radii of a slide
+_MIN_DENSITY = 0.1  # relative to the mean density; below it is no tissue
+_DENSITY_CELLS = 4000  # cells from which density is estimated
+_FIT_CELLS = 50_000  # cells used of a slide; more do not change a field of 100 knots
+_KNOWN_CELLS = 20_000  # training cells that are remembered
 _BLOCK = 4096  # cells placed at once
-_FITTED = 50_000  # cells of a slide that it is fitted on; more do not move a field of 100 knots
-_NEAREST = 15  # training cells whose places are averaged
-_KNOWN = 20_000  # training cells that are remembered
+
+
+class TissueField(NamedTuple):
+    """Mean embedding and density over a tissue, on a grid of P points.
+
+    Args:
+        grid: places (P, 2) in RMS radii of a slide.
+        log_density: log of the tissue density (P,), -inf where no tissue is.
+        field: mean embedding at each place, whitened (P, d).
+        whiten: matrix (d, d) that brings the noise around the field to unit covariance.
+    """
+
+    grid: Tensor
+    log_density: Tensor
+    field: Tensor
+    whiten: Tensor
 
 
 class Atlas(nn.Module):
-    r"""A cell's place given its embedding: half its posterior mean, half where cells like it lie.
+    r"""Places a cell by its embedding: half posterior mean, half mean of nearest training cells.
 
     .. math::
         \hat{\mathbf{x}} = \tfrac12\, E[\mathbf{x} \mid \mathbf{h}]
         + \tfrac12\, \frac{1}{k} \sum_{j \in N_k(\mathbf{h})} \mathbf{x}_j
 
-    with the k = 15 training cells that are nearest in the embedding, and
+    with the k nearest training cells in the embedding, and
 
     .. math::
         \mathbf{h} = f(\mathbf{x}) + \varepsilon, \quad \varepsilon \sim N(0, \Sigma), \qquad
         p(\mathbf{x} \mid \mathbf{h}) \propto \rho(\mathbf{x})
         \exp\bigl(-\tfrac{T}{2}\, \|\Sigma^{-1/2} (\mathbf{h} - f(\mathbf{x}))\|^2 \bigr)
 
-    on a grid of the common frame that
-    :func:`~ipar_sparse.evaluation.baselines.align_slides` turns the training slides into. f is a ridge
-    regression on Gaussian bumps and a plane, :math:`\Sigma` the covariance of what it leaves,
-    shrunk by a tenth towards its diagonal, :math:`\rho` the density of the training slides. T below
-    1 says that cells of another animal differ from the field by more than those it was fitted on.
+    on a grid of the frame that :func:`~ipar_sparse.geometry.alignment.align_slides` finds for the
+    training slides. The field f is a ridge regression on Gaussian bumps and a plane. The noise
+    covariance :math:`\Sigma` is that of its residuals, shrunk towards its diagonal. The density of
+    the training slides is :math:`\rho`. A temperature T below 1 allows for new donors, whose cells
+    lie farther from the field.
 
-    Slides count in f, :math:`\Sigma` and :math:`\rho` alike, unless what is placed is like few of
-    them, as a section of a tumour is like its sisters and not like those of other tumours. By
+    Training slides have equal weight in f, :math:`\Sigma` and :math:`\rho`, unless the new cells
+    resemble only few of them. A tumour section, for example, resembles sections of the same
+    tumour. All cells i that are placed together give slide s, of :math:`n_s` cells, the weight
 
     .. math::
-        w_s \propto \Bigl(\frac{1}{n_s} \sum_i |N_k(\mathbf{h}_i) \cap s|\Bigr)^2
+        w_s \propto \Bigl(\frac{1}{n_s} \sum_i |N_k(\mathbf{h}_i) \cap s|\Bigr)^2.
 
-    over all cells i that are placed together, slides count if :math:`1 / \sum_s w_s^2`, the number
-    of slides that it is like, is less than half of them.
+    The weights are used if :math:`1 / \sum_s w_s^2`, the effective number of slides, is below half
+    their number.
 
     Args:
         channels: width d of the embedding.
         temperature: T.
-        cells: training cells that are remembered, at most 20,000, drawn alike from every slide;
-            fitting sets it. With 0, as in runs saved before there were any, the place is the
-            posterior mean.
-        origins: whether it is known of which slide they are; fitting sets it. Without, as in runs
-            saved before it was, slides count alike.
+        cells: number of training cells in the buffers, for loading the state of a fitted atlas;
+            :meth:`fit` sets it, to 20,000 at most, the same number from every slide.
+        neighbors: k.
+        knots: centres of bumps along each side of the frame; those outside the tissue are left out.
+        knot_width: standard deviation of a bump, in RMS radii of a slide.
+        ridge: penalty on the coefficients of bumps, relative to the number of cells.
+        shrinkage: of :math:`\Sigma` towards its diagonal, 0 to 1.
 
     Shapes:
-        - **input:** embeddings (n, d), of all cells of a slide: they say which slides are like it
-        - **output:** positions (n, 2) in the common frame
+        - **input:** embeddings (n, d) of all cells of a slide; together they set the weights
+        - **output:** positions (n, 2) in the common frame, in RMS radii of a slide
     """
 
+    grid: Tensor  # the first four are a TissueField
+    log_density: Tensor
+    field: Tensor
+    whiten: Tensor
+    known: Tensor  # embeddings of remembered training cells (m, d)
+    places: Tensor  # their positions (m, 2)
+    origin: Tensor  # number of their slide (m,)
+
     def __init__(
-        self, channels: int, temperature: float = 0.5, cells: int = 0, origins: bool = False
+        self,
+        channels: int,
+        temperature: float = 0.5,
+        cells: int = 0,
+        *,
+        neighbors: int = 15,
+        knots: int = 10,
+        knot_width: float = 0.25,
+        ridge: float = 1e-4,
+        shrinkage: float = 0.1,
     ):
         super().__init__()
-        self.channels, self.temperature = channels, temperature
+        self.channels, self.temperature, self.neighbors = channels, temperature, neighbors
+        self._field_options: dict[str, Any] = {
+            "knots": knots,
+            "knot_width": knot_width,
+            "ridge": ridge,
+            "shrinkage": shrinkage,
+        }
         self.register_buffer("grid", torch.zeros(_SIDE**2, 2))
-        self.register_buffer("log_density", torch.zeros(_SIDE**2))  # -inf where no tissue is
-        self.register_buffer("field", torch.zeros(_SIDE**2, channels))  # whitened
+        self.register_buffer("log_density", torch.zeros(_SIDE**2))
+        self.register_buffer("field", torch.zeros(_SIDE**2, channels))
         self.register_buffer("whiten", torch.eye(channels))
-        self.register_buffer("known", torch.zeros(cells, channels) if cells else None)
-        self.register_buffer("places", torch.zeros(cells, 2) if cells else None)
-        origin = torch.zeros(cells, dtype=torch.long) if cells and origins else None
-        self.register_buffer("origin", origin)  # of which slide they are
+        self.register_buffer("known", torch.zeros(cells, channels))
+        self.register_buffer("places", torch.zeros(cells, 2))
+        self.register_buffer("origin", torch.zeros(cells, dtype=torch.long))
 
     @property
     def cells(self) -> int:
-        """Training cells that are remembered."""
-        return 0 if self.known is None else len(self.known)
+        """Number of training cells that are remembered; 0 before :meth:`fit`."""
+        return len(self.known)
 
     @torch.no_grad()
-    def fit(self, slides: Sequence[tuple]) -> Atlas:
-        """Learn field, noise and density.
+    def fit(self, slides: EmbeddedSlides) -> Atlas:
+        """Learn field, noise and density, and remember training cells.
 
         Args:
             slides: pairs (embedding (n_s, d), positions (n_s, 2)) of training slides.
@@ -106,98 +143,92 @@ class Atlas(nn.Module):
         """
         if not slides or any(h.shape[1] != self.channels for h, _ in slides):
             raise ValueError(f"an atlas is fitted on slides of embeddings (n, {self.channels})")
-        values = [_some(torch.as_tensor(h).cpu(), _FITTED).double() for h, _ in slides]
-        seen = [_some(torch.as_tensor(pos), _FITTED).double() for _, pos in slides]
-        pairs = [(h.numpy(), x.numpy()) for h, x in zip(values, seen, strict=True)]
-        places = [torch.from_numpy(np.asarray(x)).double() for x in align_slides(pairs)]
-        alike = torch.full((len(places),), 1 / len(places), dtype=torch.float64)
-        self._learn(values, places, alike)
-        share = _KNOWN // len(places)
-        known = [_some(h, share) for h in values]
+        pairs = [(_fit_sample(h), _fit_sample(pos)) for h, pos in slides]
+        embeddings = [h for h, _ in pairs]
+        places = [torch.from_numpy(x) for x in align_slides(pairs)]
+        equal = torch.full((len(places),), 1 / len(places), dtype=torch.float64)
+        learned = fit_tissue_field(embeddings, places, equal, **self._field_options)
+        for name, value in learned._asdict().items():
+            getattr(self, name).copy_(value)
+        share = _KNOWN_CELLS // len(places)
+        known = [_sample(h, share) for h in embeddings]
         self.known = torch.cat(known).to(self.field)
-        self.places = torch.cat([_some(x, share) for x in places]).to(self.field)
+        self.places = torch.cat([_sample(x, share) for x in places]).to(self.field)
         sizes = torch.tensor([len(h) for h in known])
         self.origin = torch.arange(len(sizes)).repeat_interleave(sizes).to(self.field.device)
         return self
 
-    def _learn(self, values: list[Tensor], places: list[Tensor], weight: Tensor) -> None:
-        """Field, noise and density of slides in one frame, which count by a weight (S,)."""
-        grid, log_density = tissue_grid(places, _SIDE, weight)
-        knots = _lattice(*grid.aminmax(dim=0), _KNOTS)
-        seen = torch.cat([_some(x, _CELLS // len(places)) for x in places])
-        knots = knots[torch.cdist(knots, seen).amin(1) < _KNOT_WIDTH]
-        gram, cross = 0.0, 0.0
-        for w, h, x in zip(weight, values, places, strict=True):
-            basis = _bumps(x, knots)
-            gram = gram + w * (basis.T @ basis) / len(x)
-            cross = cross + w * (basis.T @ h) / len(x)
-        penalty = torch.full((len(gram),), _SMOOTHNESS, dtype=torch.float64)
-        penalty[:3] = 1e-6  # the plane is free
-        field = torch.linalg.solve(gram + penalty.diag(), cross)
-
-        noise = 0.0
-        for w, h, x in zip(weight, values, places, strict=True):
-            rest = h - _bumps(x, knots) @ field
-            noise = noise + w * (rest.T @ rest) / len(x)
-        variance = noise.diagonal()
-        noise = (1 - _SHRINKAGE) * noise + _SHRINKAGE * variance.diag()
-        noise = noise + 1e-6 * variance.mean().clamp(min=1e-12) * torch.eye(self.channels)
-        factor = torch.linalg.cholesky(noise)
-        whiten = torch.linalg.solve_triangular(
-            factor, torch.eye(self.channels).double(), upper=False
-        )
-        self.grid.copy_(grid)
-        self.log_density.copy_(log_density)
-        self.whiten.copy_(whiten.T)
-        self.field.copy_(_bumps(grid, knots) @ field @ whiten.T)
-
     @torch.no_grad()
     def forward(self, h: Tensor, nearest: bool = True) -> Tensor:
-        """Places (n, 2) of cells with embeddings (n, d).
+        """Positions (n, 2) of cells with embeddings (n, d).
 
         Args:
-            h: embeddings.
-            nearest: whether training cells like them have their say. Without, it is the posterior
-                mean alone: cells of a training slide are most like themselves.
+            h: embeddings of all cells of a slide.
+            nearest: whether nearest training cells take part. Without them the position is the
+                posterior mean, slides weighted equally. Use that on training slides, where each
+                cell is nearest to itself.
         """
+        if nearest:
+            return self.mean_and_variance(h)[0]
+        self._check(h)
+        return self._posterior(h, self._own_field())[0]
+
+    @torch.no_grad()
+    def mean_and_variance(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Position of every cell and its predictive variance.
+
+        The variance is that of places drawn half from the posterior and half from the nearest
+        training cells. It is large where either is broad, or where the two disagree.
+
+        Args:
+            h: embeddings (n, d) of all cells of a slide.
+
+        Returns:
+            Positions :math:`\hat{\mathbf{x}}` (n, 2) in RMS radii of a slide; mean square distance
+            of those places from them (n,).
+        """
+        self._check(h)
+        nearest = self._nearest_cells(h)
+        halves = self._posterior(h, self._field_for(nearest)), self._around(nearest, h.dtype)
+        place = torch.stack([mean for mean, _ in halves]).mean(0)
+        square = [variance + (mean - place).square().sum(1) for mean, variance in halves]
+        return place, torch.stack(square).mean(0)
+
+    @torch.no_grad()
+    def std(self, h: Tensor) -> Tensor:
+        """Predictive standard deviation of every cell (n,), in RMS radii of a slide.
+
+        Args:
+            h: embeddings (n, d) of all cells of a slide.
+        """
+        return self.mean_and_variance(h)[1].sqrt()
+
+    @torch.no_grad()
+    def slide_weights(self, h: Tensor) -> Tensor:
+        """Weight of each of S training slides in placing these cells (S,), float64, sum 1.
+
+        Args:
+            h: embeddings (n, d) of all cells of a slide.
+        """
+        self._check(h)
+        weight = self._unequal_weights(self._nearest_cells(h))
+        if weight is not None:
+            return weight
+        count = int(self.origin.max()) + 1
+        return torch.full((count,), 1 / count, dtype=torch.float64)
+
+    def _check(self, h: Tensor) -> None:
         if h.dim() != 2 or h.size(1) != self.channels:
             raise ValueError(
                 f"Atlas({self.channels}) needs embeddings (n, {self.channels}); "
                 f"given {tuple(h.shape)}"
             )
-        return self.moments(h)[0] if nearest else self._posterior(h)[0]
-
-    @torch.no_grad()
-    def spread(self, h: Tensor) -> Tensor:
-        r"""How far a cell may lie from where it is placed (n,), in RMS radii of a slide.
-
-        The standard deviation around :math:`\hat{\mathbf{x}}` of places drawn half of the time
-        from the posterior, and else from those of the nearest training cells: large where either
-        is broad, or where they disagree.
-
-        Args:
-            h: embeddings (n, d).
-        """
-        return self.moments(h)[1].sqrt()
-
-    @torch.no_grad()
-    def moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Place (n, 2) of every cell, and the square of :meth:`spread` (n,), found together.
-
-        Args:
-            h: embeddings (n, d).
-        """
         if not self.cells:
-            return self._posterior(h)
-        nearest = self._neighbors(h)
-        halves = self._like(nearest)._posterior(h), self._around(nearest, h.dtype)
-        place = torch.stack([mean for mean, _ in halves]).mean(0)
-        square = [variance + (mean - place).square().sum(1) for mean, variance in halves]
-        return place, torch.stack(square).mean(0)
+            raise RuntimeError("the atlas is not fitted; call fit or load a fitted state")
 
-    def _likeness(self, nearest: Tensor) -> Tensor | None:
-        """Weight (S,) of every slide for cells with these nearest (n, k), sum 1; None if alike."""
-        if self.origin is None or not len(nearest):
+    def _unequal_weights(self, nearest: Tensor) -> Tensor | None:
+        """Weights (S,) of slides for cells with these nearest (n, k); None if they are equal."""
+        if not len(nearest):
             return None
         sizes = self.origin.bincount().cpu()
         found = self.origin[nearest.flatten()].bincount(minlength=len(sizes)).cpu()
@@ -205,33 +236,35 @@ class Atlas(nn.Module):
         weight = weight / weight.sum()
         return weight if 1 / weight.square().sum() < len(weight) / 2 else None
 
-    def _like(self, nearest: Tensor) -> Atlas:
-        """This atlas, learned again from the cells it remembers if slides do not count alike."""
-        weight = self._likeness(nearest)
-        if weight is None:
-            return self
-        sizes = self.origin.bincount().tolist()
-        values, places = (x.cpu().double().split(sizes) for x in (self.known, self.places))
-        like = Atlas(self.channels, self.temperature).to(self.field)
-        like._learn(values, places, weight)
-        return like
+    def _own_field(self) -> TissueField:
+        return TissueField(self.grid, self.log_density, self.field, self.whiten)
 
-    def _posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _field_for(self, nearest: Tensor) -> TissueField:
+        """The field, fitted again on remembered cells if slides have unequal weights."""
+        weight = self._unequal_weights(nearest)
+        if weight is None:
+            return self._own_field()
+        sizes = self.origin.bincount().tolist()
+        known, places = (x.cpu().double().split(sizes) for x in (self.known, self.places))
+        learned = fit_tissue_field(known, places, weight, **self._field_options)
+        return TissueField(*(value.to(self.field) for value in learned))
+
+    def _posterior(self, h: Tensor, learned: TissueField) -> tuple[Tensor, Tensor]:
         """Mean (n, 2) and variance (n,) of the place given the embedding."""
-        tissue = self.log_density.isfinite()
-        field, grid, prior = self.field[tissue], self.grid[tissue], self.log_density[tissue]
+        tissue = learned.log_density.isfinite()
+        grid, prior, field = (x[tissue] for x in learned[:3])
         # |h - f|^2 without |h|^2, which is the same at every place
         prior = prior - self.temperature / 2 * field.square().sum(1)
-        moments = torch.cat([grid, grid.square().sum(1, keepdim=True)], dim=1)
+        values = torch.cat([grid, grid.square().sum(1, keepdim=True)], dim=1)
         blocks = []
-        for part in (h.to(field) @ self.whiten).split(_BLOCK):
+        for part in (h.to(field) @ learned.whiten).split(_BLOCK):
             log_posterior = torch.addmm(prior, part, field.T, alpha=self.temperature)
-            blocks.append(log_posterior.softmax(1) @ moments)
+            blocks.append(log_posterior.softmax(1) @ values)
         return _mean_and_variance(torch.cat(blocks).to(h.dtype))
 
-    def _neighbors(self, h: Tensor) -> Tensor:
-        """Nearest training cells (n, k)."""
-        count = min(_NEAREST, self.cells)
+    def _nearest_cells(self, h: Tensor) -> Tensor:
+        """Nearest training cells in the embedding (n, k)."""
+        count = min(self.neighbors, self.cells)
         norm = self.known.square().sum(1)
         blocks = []
         for part in h.to(self.known).split(_BLOCK // 4):
@@ -243,57 +276,90 @@ class Atlas(nn.Module):
     def _around(self, nearest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Mean (n, 2) and variance (n,) of the places of the nearest training cells (n, k)."""
         square = self.places.square().sum(1, keepdim=True)
-        moments = torch.cat([self.places, square], dim=1)
-        means = [moments[part].mean(1) for part in nearest.split(_BLOCK)]
+        values = torch.cat([self.places, square], dim=1)
+        means = [values[part].mean(1) for part in nearest.split(_BLOCK)]
         return _mean_and_variance(torch.cat(means).to(dtype))
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.channels}, temperature={self.temperature})"
+    def extra_repr(self) -> str:
+        return f"{self.channels}, temperature={self.temperature}, cells={self.cells}"
 
 
-def tissue_grid(
-    places: Sequence[Tensor], side: int = _SIDE, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """A grid over slides in one frame, and the log of their density there.
+def fit_tissue_field(
+    embeddings: Sequence[Tensor],
+    places: Sequence[Tensor],
+    weight: Tensor,
+    *,
+    knots: int = 10,
+    knot_width: float = 0.25,
+    ridge: float = 1e-4,
+    shrinkage: float = 0.1,
+) -> TissueField:
+    """Field, noise covariance and density of slides in one frame; see :class:`Atlas`.
 
     Args:
-        places: positions (n_s, 2) of each slide, float64, in RMS radii.
-        side: grid points along each side.
-        weight: of each slide (S,), sum 1; alike if left out.
-
-    Returns:
-        Points (side^2, 2), and log density (side^2,), -inf where no tissue is.
+        embeddings: (n_s, d) of each of S slides, float64.
+        places: positions (n_s, 2) in the common frame, float64, in RMS radii.
+        weight: weight of each slide (S,), float64, sum 1.
+        knots, knot_width, ridge, shrinkage: as in :class:`Atlas`.
     """
-    low, high = (torch.stack([x.aminmax(dim=0)[i] for x in places]) for i in (0, 1))
-    grid = _lattice(low.amin(0), high.amax(0), side)
-    density = torch.zeros(len(grid), dtype=torch.float64)
-    for number, x in enumerate(places):
-        seen = _some(x, _CELLS // len(places))
-        bumps = torch.exp(-torch.cdist(grid, seen).square() / (2 * _DENSITY_WIDTH**2))
-        density += bumps.mean(1) * (1 / len(places) if weight is None else weight[number])
-    log_density = density.clamp(min=1e-12).log()
-    log_density[density < _SPARSE * density.mean()] = -math.inf
-    return grid, log_density
+    grid, log_density = _tissue_grid(places, weight)
+    centres = _lattice(*grid.aminmax(dim=0), knots)
+    seen = torch.cat([_sample(x, _DENSITY_CELLS // len(places)) for x in places])
+    centres = centres[torch.cdist(centres, seen).amin(1) < knot_width]
+    gram = cross = noise = torch.zeros((), dtype=torch.float64)
+    for w, h, x in zip(weight, embeddings, places, strict=True):
+        basis = _plane_and_bumps(x, centres, knot_width)
+        gram = gram + w * (basis.T @ basis) / len(x)
+        cross = cross + w * (basis.T @ h) / len(x)
+    penalty = torch.full((len(gram),), ridge, dtype=torch.float64)
+    penalty[:3] = 1e-6  # of the plane; it only keeps the system solvable
+    coefficients = torch.linalg.solve(gram + penalty.diag(), cross)
+
+    for w, h, x in zip(weight, embeddings, places, strict=True):
+        rest = h - _plane_and_bumps(x, centres, knot_width) @ coefficients
+        noise = noise + w * (rest.T @ rest) / len(x)
+    variance = noise.diagonal()
+    eye = torch.eye(len(noise))
+    noise = (1 - shrinkage) * noise + shrinkage * variance.diag()
+    noise = noise + 1e-6 * variance.mean().clamp(min=1e-12) * eye
+    factor = torch.linalg.cholesky(noise)
+    whiten = torch.linalg.solve_triangular(factor, eye.double(), upper=False).T
+    field = _plane_and_bumps(grid, centres, knot_width) @ coefficients @ whiten
+    return TissueField(grid, log_density, field, whiten.contiguous())
 
 
-def atlas_layout(h, train: Sequence[tuple]) -> np.ndarray:
-    """Cells placed by an :class:`Atlas` of training slides.
+def atlas_layout(h: Tensor | np.ndarray, train: EmbeddedSlides) -> np.ndarray:
+    """Positions of cells by an :class:`Atlas` of training slides.
 
     Args:
-        h: embedding of the cells to lay out (n, d).
+        h: embedding of the cells to place (n, d).
         train: pairs (embedding (n_s, d), positions (n_s, 2)) of training slides.
 
     Returns:
-        (n, 2), float64.
+        Positions (n, 2), float64, in RMS radii of a slide.
     """
     h = torch.as_tensor(h).float()
     return Atlas(h.size(1)).fit(train)(h).double().numpy()
 
 
-def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Of places, from the means of x, y and x^2 + y^2 (n, 3)."""
-    mean = moments[:, :2]
-    return mean, (moments[:, 2] - mean.square().sum(1)).clamp(min=0)
+def _tissue_grid(places: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A grid over slides in one frame (P, 2), and the log of their density there (P,)."""
+    low, high = (torch.stack([x.aminmax(dim=0)[i] for x in places]) for i in (0, 1))
+    grid = _lattice(low.amin(0), high.amax(0), _SIDE)
+    density = torch.zeros(len(grid), dtype=torch.float64)
+    for w, x in zip(weight, places, strict=True):
+        seen = _sample(x, _DENSITY_CELLS // len(places))
+        bumps = torch.exp(-torch.cdist(grid, seen).square() / (2 * _DENSITY_WIDTH**2))
+        density += bumps.mean(1) * w
+    log_density = density.clamp(min=1e-12).log()
+    log_density[density < _MIN_DENSITY * density.mean()] = -math.inf
+    return grid, log_density
+
+
+def _mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (n, 2) and variance (n,) of places from the means of x, y and x^2 + y^2 (n, 3)."""
+    mean = values[:, :2]
+    return mean, (values[:, 2] - mean.square().sum(1)).clamp(min=0)
 
 
 def _lattice(low: Tensor, high: Tensor, side: int) -> Tensor:
@@ -301,14 +367,18 @@ def _lattice(low: Tensor, high: Tensor, side: int) -> Tensor:
     return torch.cartesian_prod(*axes)
 
 
-def _bumps(x: Tensor, knots: Tensor) -> Tensor:
-    """A plane, and Gaussian bumps around the knots (n, 3 + knots)."""
-    bumps = torch.exp(-torch.cdist(x, knots).square() / (2 * _KNOT_WIDTH**2))
+def _plane_and_bumps(x: Tensor, centres: Tensor, width: float) -> Tensor:
+    """Features of places: 1, x, y, and a Gaussian bump around each centre (n, 3 + C)."""
+    bumps = torch.exp(-torch.cdist(x, centres).square() / (2 * width**2))
     return torch.cat([x.new_ones(len(x), 1), x, bumps], dim=1)
 
 
-def _some(x: Tensor, count: int) -> Tensor:
-    """Rows drawn at random, the same of tensors of the same length."""
+def _fit_sample(x: Tensor | np.ndarray) -> Tensor:
+    return _sample(torch.as_tensor(x).cpu(), _FIT_CELLS).double()
+
+
+def _sample(x: Tensor, count: int) -> Tensor:
+    """Random rows, the same rows of all tensors of one length."""
     if len(x) <= count:
         return x
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

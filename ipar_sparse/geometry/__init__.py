@@ -1,5 +1,5 @@
-"""Layouts as geometry: gauge, alignment, principal axes, neighbourhoods."""
+"""Layouts as geometry: gauge, principal axes, alignment, neighbourhoods."""
 
-from .gauge import gauge_fix, leading_components, principal_plane
+from .gauge import gauge_fix, leading_components, principal_plane, svd_flip
 
-__all__ = ["gauge_fix", "leading_components", "principal_plane"]
+__all__ = ["gauge_fix", "leading_components", "principal_plane", "svd_flip"]

@@ -1,4 +1,7 @@
-"""The gauge: what a layout is known up to, and the representative we keep."""
+"""The gauge: what data leave open about a layout, and the choice made for it.
+
+The centre, scale and rotation of a layout are open, and so are the signs of its axes.
+"""
 
 import torch
 from torch import Tensor
@@ -37,40 +40,71 @@ def gauge_fix(pos: Tensor, batch: Tensor | None = None, num_graphs: int | None =
     return centred * (square / count).clamp(min=1e-12).rsqrt()[batch]
 
 
-def principal_plane(h: Tensor) -> Tensor:
-    """The two principal components of an embedding, each at its own variance, as a first layout.
+def svd_flip(axes: Tensor) -> Tensor:
+    """Axes with their signs chosen: the largest loading of each is positive.
 
-    Found from the cells at hand alone, it places cells by how they differ from one another and
-    not by what they are, so it holds where a map learned on other donors does not.
+    An eigenvector is known up to its sign, and libraries differ in the one they return.
 
     Args:
-        h: embedding (n, d), d >= 1; missing second components are zero.
+        axes: one axis per column (d, r).
 
     Returns:
-        (n, 2), in h's units; the largest loading of each component is positive.
+        The same axes (d, r). A column of zeros stays zero.
+    """
+    largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
+    return axes * largest.sign()
+
+
+def pca_axes(centred: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Principal axes of points, with fixed signs.
+
+    Args:
+        centred: points of mean zero (n, d), best in float64.
+
+    Returns:
+        Orthonormal axes (d, d), one per column, and :math:`n \cdot` variance along each (d,).
+        The axis of largest variance comes first.
+    """
+    square, axes = torch.linalg.eigh(centred.T @ centred)
+    return svd_flip(axes.flip(1)), square.flip(0)
+
+
+def principal_plane(h: Tensor) -> Tensor:
+    """The first two principal components of an embedding, as a layout.
+
+    It depends on the cells at hand alone. It still works on donors whose cells no trained map
+    places well.
+
+    Args:
+        h: embedding (n, d), d >= 1; with d = 1 the second component is zero.
+
+    Returns:
+        Layout (n, 2) in the units of ``h``. The largest loading of each axis is positive.
     """
     centred = h.double() - h.double().mean(dim=0, keepdim=True)
-    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :2]
-    largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
-    pos = (centred @ (axes * largest.sign())).to(h.dtype)
+    axes = pca_axes(centred)[0][:, :2]
+    pos = (centred @ axes).to(h.dtype)
     return torch.nn.functional.pad(pos, (0, 2 - pos.size(1)))
 
 
 @torch.no_grad()
 def leading_components(h: Tensor, power: float = 1.0) -> Tensor:
-    """An embedding in which components count more the more they vary.
+    r"""Principal components, each weighted by a power of its standard deviation.
 
-    Principal components, each times this power of its standard deviation, relative to the largest;
-    0 leaves distances between cells as they are, large powers leave nothing but the first.
+    .. math::
+        z_{ir} = (\mathbf{h}_i - \bar{\mathbf{h}})^\top \mathbf{v}_r\, (s_r / s_1)^p
+
+    with :math:`s_r` the standard deviation along the axis :math:`\mathbf{v}_r`. Power 0 leaves
+    distances between cells as they are; a large power leaves only the first component.
 
     Args:
-        h: embeddings (n, d).
+        h: embedding (n, d).
         power: p.
 
     Returns:
-        (n, d), float32.
+        (n, d), float32, the component of largest variance first.
     """
-    x = h.double() - h.double().mean(0)
-    variance, axes = torch.linalg.eigh(x.T @ x)
-    spread = (variance.clamp(min=0) / variance.max().clamp(min=1e-12)).sqrt()
-    return (x @ (axes * spread**power)).float()
+    centred = h.double() - h.double().mean(0)
+    axes, square = pca_axes(centred)
+    std = (square.clamp(min=0) / square[0].clamp(min=1e-12)).sqrt()
+    return (centred @ (axes * std**power)).float()

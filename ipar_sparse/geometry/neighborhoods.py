@@ -1,20 +1,27 @@
-"""Small helpers on points, shared by what draws layouts, scores them and diagnoses the model."""
+"""Points in the plane: checked, centred and scaled, sampled, and their nearest neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.spatial import cKDTree
+from torch import Tensor
 
-_TIE = 1e-6  # relative; distances this close are equal (float32 positions, regular spot grids)
-_QUERY_ROWS = 1 << 17  # rows of a tree query held at once
+# Relative. Distances this close count as equal: float32 positions, spots on a regular grid.
+_TIE = 1e-6
+_QUERY_ROWS = 1 << 17  # points whose neighbours are held in memory at once
 
 
-def as_layout(pos, what: str = "positions", min_points: int = 1) -> np.ndarray:
+def as_layout(pos: Tensor | ArrayLike, what: str = "positions", min_points: int = 1) -> np.ndarray:
     """A layout as float64 (n, 2) on the host.
 
     Args:
-        pos: (n, 2), tensor or array, any units.
-        what: the name to use in errors.
-        min_points: the fewest points that make sense to the caller.
+        pos: positions (n, 2), tensor or array, any units.
+        what: what errors call it.
+        min_points: least number of points that the caller accepts.
 
     Raises:
         ValueError: if the shape is not (n, 2), there are too few points, or one is not finite.
@@ -36,32 +43,47 @@ def as_layout(pos, what: str = "positions", min_points: int = 1) -> np.ndarray:
 def unit_gauge(pos: np.ndarray) -> np.ndarray:
     """Centre and scale to unit root-mean-square radius; a layout of one point becomes zeros.
 
-    Unlike :func:`ipar_sparse.geometry.gauge.gauge_fix`, which has to keep gradients finite, this must not
-    blow rounding noise of a constant layout up into a shape, nor overflow on large units.
+    :func:`ipar_sparse.geometry.gauge.gauge_fix` does the same with gradients. This one also
+    works on very large units, and does not scale up the rounding noise of a constant layout.
+
+    Args:
+        pos: positions (n, 2), finite, any units.
+
+    Returns:
+        Positions (n, 2), float64.
     """
     largest = np.abs(pos).max(initial=0.0)
     if largest == 0:
         return np.zeros_like(pos)
     scaled = pos / largest
     scaled = scaled - scaled.mean(axis=0)
-    spread = np.abs(scaled).max()
-    if spread <= 64 * np.finfo(np.float64).eps:
+    largest = np.abs(scaled).max()
+    if largest <= 64 * np.finfo(np.float64).eps:
         return np.zeros_like(pos)
-    scaled = scaled / spread
+    scaled = scaled / largest
     return scaled / np.sqrt(np.square(scaled).sum(axis=1).mean())
 
 
 def sample_pairs(n: int, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` independent uniform draws (with replacement) of two different points."""
+    """Random pairs of different points, drawn uniformly with replacement.
+
+    Args:
+        n: number of points, at least 2.
+        count: number of pairs.
+        rng: source of the draw.
+
+    Returns:
+        Point numbers (count,) and (count,).
+    """
     first = rng.integers(0, n, count)
     second = rng.integers(0, n - 1, count)
     return first, second + (second >= first)
 
 
 def jitter(n: int, seed: int) -> np.ndarray:
-    """Displacements (n, 2) of 1e-9 that break ties in a unit-gauge layout at random.
+    """Displacements (n, 2) of 1e-9, which break ties of a unit-gauge layout at random.
 
-    Without them a tie is broken by row number, and row numbers are often spatial.
+    Without them the row number breaks a tie, and cells are often stored in spatial order.
     """
     return 1e-9 * np.random.default_rng([seed, 7]).uniform(-1.0, 1.0, (n, 2))
 
@@ -69,30 +91,41 @@ def jitter(n: int, seed: int) -> np.ndarray:
 def nearest(
     tree: cKDTree, pos: np.ndarray, rows: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distances and numbers (len(rows), k) of the k nearest points, self left out."""
+    """Distances to the k nearest other points, and their numbers.
+
+    Args:
+        tree: of ``pos``.
+        pos: points (n, 2).
+        rows: numbers of the points asked about (m,).
+        k: at most n - 1.
+
+    Returns:
+        Distances (m, k), nearest first, and point numbers (m, k).
+    """
     distance, index = tree.query(pos[rows], k=k + 1, workers=-1)
     own = index == rows[:, None]
-    own[:, -1] |= ~own.any(axis=1)  # duplicates of the point have displaced it from its own list
+    own[:, -1] |= ~own.any(axis=1)  # duplicates may push a point off its own list
     shape = (len(rows), k)
     return distance[~own].reshape(shape), index[~own].reshape(shape)
 
 
 class TrueNeighborhoods:
-    r"""Who counts as a spatial neighbour: every cell no farther than the k-th nearest one.
+    r"""The spatial neighbours of a cell: all cells no farther away than its k-th nearest.
 
     .. math::
         S_i = \{ j \ne i : \|x_i - x_j\| \le r_i (1 + 10^{-6}) \}, \quad
         r_i = \text{distance from i to its k-th nearest cell}
 
-    On cells in general position :math:`|S_i| = k`. On a regular grid the k-th place is shared
-    by several cells, and which of them a search returns is rounding noise; all of them count.
+    On cells in general position :math:`|S_i| = k`. On a regular grid several cells share the
+    k-th distance, and rounding decides which of them a search returns. Here all of them count.
 
     Args:
         pos: true positions (n, 2), finite.
-        ks: the neighbourhood sizes wanted; each is lowered to n - 1 where there are fewer cells.
+        ks: neighbourhood sizes; each is lowered to n - 1 where there are fewer cells.
 
     Attributes:
-        size: dict k -> (n,) number of cells in S_i. Ties beyond k + 8 more cells are not counted.
+        k: the lowered size of each k.
+        size: number of cells in S_i (n,) for each k. At most k + 8 ties are counted.
     """
 
     def __init__(self, pos: np.ndarray, ks: tuple[int, ...]):
@@ -115,7 +148,16 @@ class TrueNeighborhoods:
                 self.size[k][rows] = (distance <= reach[:, None]).sum(axis=1)
 
     def contains(self, rows: np.ndarray, others: np.ndarray, k: int) -> np.ndarray:
-        """Whether ``others`` (m, c) are in S of ``rows`` (m,); padding (-1) and self never are."""
+        """Whether cells are spatial neighbours of others.
+
+        Args:
+            rows: cells (m,).
+            others: cells compared with each of them (m, c), padded with -1.
+            k: one of ``ks``.
+
+        Returns:
+            (m, c) bool; False for padding and for the cell itself.
+        """
         offset = self.pos[others] - self.pos[rows][:, None, :]
         distance = np.sqrt(np.square(offset).sum(axis=-1))
         near = distance <= self._reach[k][rows][:, None]
@@ -127,12 +169,12 @@ class TrueNeighborhoods:
         return float(self.size[k].mean() / (n - 1)) if n > 1 else 1.0
 
 
-def rolled(values, shifts: list[int]) -> torch.Tensor:
-    """Values of points (n, ...), each rolled by its shift (1 to n - 1), in one copy.
+def rolled(values: Sequence[Tensor] | Tensor, shifts: list[int]) -> Tensor:
+    """Values of points, each set rolled by its own shift, in one copy.
 
     Args:
-        values: as many tensors (n, ...) as shifts, or one (shifts, n, ...).
-        shifts: by how many points.
+        values: as many tensors (n, ...) as shifts, or one tensor (shifts, n, ...).
+        shifts: numbers of points, each 1 to n - 1.
 
     Returns:
         (shifts, n, ...).

@@ -1,4 +1,4 @@
-"""Points to neighbour tables: the one representation of a graph, and how it is found."""
+"""Neighbour tables, the one representation of a graph, and nearest-neighbour search."""
 
 from .knn import KNN_BACKENDS, knn, knn_candidates, pooled_candidates
 from .table import NeighborTable, validate_table

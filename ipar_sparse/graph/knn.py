@@ -1,8 +1,10 @@
-"""k nearest neighbours: several backends, one contract, one validator."""
+"""k nearest neighbours: several backends whose results meet the same checks."""
 
 import logging
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +13,12 @@ from .table import NeighborTable, validate_table
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_ELEMENTS = 1 << 24  # distances held at once by the exact search: 64 MiB in float32
+BLOCK_ELEMENTS = 1 << 24  # distances held at once by the exact search: 64 MiB in float32
+FAISS_FLAT_LIMIT = 200_000  # points; below, flat search on CPU beats approximate indices
 _POOL_ROWS = 256  # cells that share a sample
-_FAISS_FLAT_LIMIT = 200_000  # on CPU, flat search beats approximate indices of equal recall below
 _FAISS_PROBES = 32  # lists searched: recall@100 0.9993 at 300,000 cells, 0.986 with half as many
 _FAISS_ROUNDS = 10  # of k-means, whose cost grows as n^1.5: recall@100 0.998 at 10^6 points
-_FAISS_SAMPLE = 40  # points a list that k-means sees; faiss warns below 39
+_FAISS_SAMPLE = 40  # points a list on which k-means is trained; faiss warns below 39
 _TRITON_FROM = 6_000  # points; below, launches take longer than the exact search in torch
 _CUDA_CLUSTER_LIMIT = 100  # torch_cluster's CUDA kernel keeps its neighbours in local memory
 
@@ -29,7 +31,7 @@ def knn(
     backend: str = "auto",
     recall_sample: int = 1000,
 ) -> NeighborTable:
-    """The k nearest neighbours of every point among all the others.
+    """The k nearest neighbours of every point among all others.
 
     Args:
         points: (n, d), floating point.
@@ -85,7 +87,7 @@ def knn(
 def knn_candidates(
     h: Tensor, k: int = 100, *, metric: str = "euclidean", backend: str = "auto"
 ) -> NeighborTable:
-    """The candidate graph: kNN in embedding space, all that is known at inference.
+    """The candidate graph: kNN in embedding space, which is available at inference.
 
     Args:
         h: embeddings (n, d).
@@ -109,13 +111,13 @@ def pooled_candidates(
 ) -> NeighborTable:
     """The k nearest neighbours of every cell among a random sample of all cells.
 
-    They reach as far as the candidates of a slide of ``pool`` cells, however many there are. Cells
-    in random blocks of 256 share a sample.
+    They reach as far as the candidates of a slide of ``pool`` cells, whatever the number of cells.
+    Cells in random blocks of 256 share a sample.
 
     Args:
         h: embeddings (n, d).
         k: candidates a cell; min(k, pool - 1) are found.
-        pool: cells of a sample, at least 2 and less than n.
+        pool: cells in a sample, at least 2 and less than n.
         metric: ``"euclidean"`` or ``"cosine"``.
         generator: source of the samples, on the CPU.
 
@@ -143,11 +145,11 @@ def pooled_candidates(
 
 
 def _sample(n: int, count: int, generator: torch.Generator | None) -> Tensor:
-    """Distinct numbers below n (count,), without an order of all n where they are many."""
+    """Distinct numbers below n (count,), without a permutation of all n where n is large."""
     if n < 8 * count:
         return torch.randperm(n, generator=generator)[:count]
     drawn = torch.randint(n, (2 * count,), generator=generator).unique()
-    if drawn.numel() < count:  # as good as never
+    if drawn.numel() < count:  # hardly ever: fewer than half of the draws are distinct
         return _sample(n, count, generator)
     return drawn[torch.randperm(drawn.numel(), generator=generator)[:count]]
 
@@ -157,30 +159,24 @@ def _choose_backend(points: Tensor, k: int) -> str:
         return "triton" if points.size(0) >= _TRITON_FROM and _fused(points, k) else "exact"
     if points.size(1) <= 3:
         return "kdtree"
-    # Flat search in faiss took a sixth to a third of the time of the exact search in torch at 400
-    # to 20,000 points of 128 dimensions, so it serves at every size where it is installed.
-    return "faiss" if _has("faiss") else "exact"
+    # On 400 to 20,000 points of 128 dimensions, flat search in faiss took a sixth to a third of
+    # the time of exact search in torch.
+    return "faiss" if find_spec("faiss") else "exact"
 
 
 def _fused(points: Tensor, k: int) -> bool:
-    if not _has("triton"):
+    if not find_spec("triton"):
         return False
     from . import triton_knn
 
     return triton_knn.unsupported(points, k) is None
 
 
-def _has(module: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(module) is not None
-
-
 def _exact(points: Tensor, k: int, rows: Tensor | None = None) -> tuple[Tensor, bool]:
     """Blocked matrix product with a running top-k; never n x n. All rows, or those named.
 
-    The expanded square loses digits to cancellation, so a few more than k are kept and ranked
-    again by the distance itself.
+    The expanded square loses digits to cancellation. A few more than k are therefore kept and
+    ranked again by the distance itself.
     """
     n, d = points.shape
     work = points if points.dtype == torch.float64 else points.float()
@@ -189,12 +185,13 @@ def _exact(points: Tensor, k: int, rows: Tensor | None = None) -> tuple[Tensor, 
     keep = min(n, k + 1 + max(4, k // 16))  # self is among them
     columns = min(n, max(keep, 1 << 17))
     rows = torch.arange(n, device=points.device) if rows is None else rows
-    block_rows = max(1, min(_BLOCK_ELEMENTS // columns, _BLOCK_ELEMENTS // (keep * d)))
+    block_rows = max(1, min(BLOCK_ELEMENTS // columns, BLOCK_ELEMENTS // (keep * d)))
     out = torch.empty(rows.numel(), k, dtype=torch.int32, device=points.device)
     for start in range(0, rows.numel(), block_rows):
         own = rows[start : start + block_rows]
         query = work[own]
-        best = best_id = None
+        best: Tensor | None = None
+        best_id = own.new_empty(0)
         for left in range(0, n, columns):
             block = work[left : left + columns]
             distance = torch.addmm(square[left : left + columns], query, block.T, alpha=-2.0)
@@ -256,7 +253,8 @@ def _faiss(points: Tensor, k: int) -> tuple[Tensor, bool]:
     # Centred, since faiss expands the square and would lose digits far from the origin.
     array = (points - points.mean(dim=0, keepdim=True)).float().cpu().contiguous().numpy()
     n, d = array.shape
-    if n <= _FAISS_FLAT_LIMIT:
+    index: Any
+    if n <= FAISS_FLAT_LIMIT:
         index, exact = faiss.IndexFlatL2(d), True
     else:
         lists = int(4 * math.sqrt(n))
@@ -266,8 +264,7 @@ def _faiss(points: Tensor, k: int) -> tuple[Tensor, bool]:
         stride = max(1, n // (_FAISS_SAMPLE * lists))
         index.train(array[::stride])
     index.add(array)
-    _, found = index.search(array, k + 1)
-    found = torch.from_numpy(found)
+    found = torch.from_numpy(index.search(array, k + 1)[1])
     if not exact and bool((found < 0).any()):
         raise ValueError(
             f"knn backend 'faiss' found fewer than {k} neighbours for some points; "
@@ -302,11 +299,12 @@ def _drop_self(found: Tensor, k: int) -> Tensor:
 
 
 def _sampled_recall(points: Tensor, table: NeighborTable, sample: int) -> float:
+    """Recall against exact search on a sample of the points."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(points.size(0), generator=generator)[:sample].to(points.device)
     work = points.float() - points.float().mean(dim=0, keepdim=True)
     hits = 0
-    for chunk in rows.split(max(1, _BLOCK_ELEMENTS // points.size(0))):
+    for chunk in rows.split(max(1, BLOCK_ELEMENTS // points.size(0))):
         distance = torch.cdist(work[chunk], work)
         distance[torch.arange(chunk.numel(), device=points.device), chunk] = math.inf
         true = distance.topk(table.k, largest=False).indices
@@ -322,3 +320,4 @@ KNN_BACKENDS: dict[str, Callable[[Tensor, int], tuple[Tensor, bool]]] = {
     "faiss": _faiss,
     "torch_cluster": _torch_cluster,
 }
+"""Searches by name: points and k to neighbours (n, k) int32, and whether they are exact."""

@@ -1,8 +1,8 @@
-"""Node orders in which neighbours lie near each other in memory.
+"""Node orders in which neighbours are close in memory.
 
-Edge attention reads k rows for every node, so its speed is that of the caches it hits. Numbering
-the nodes along the tissue's own structure lets neighbouring rows share what they read. An order
-is found once a graph; results do not depend on it beyond rounding.
+Edge attention reads k rows for every node, and its speed depends on how many of them a cache
+holds. In an order that follows the points, consecutive nodes read the same rows. An order is found
+once a graph. Results do not depend on it beyond rounding.
 """
 
 import torch
@@ -11,15 +11,15 @@ from torch import Tensor
 from .table import NeighborTable
 
 _COMPONENTS = 16  # principal components in which points are ordered
-_LEAF = 32  # points below which an order no longer matters to a cache line or a tile
+_LEAF = 32  # points; within so few, the order does not matter to a cache
 
 
 def bisection_order(points: Tensor, *, leaf: int = _LEAF) -> Tensor:
     """Order points by recursive halving along the local principal direction.
 
-    Every part is cut at its median into two halves that keep their place side by side, as in a
-    principal-axis tree; a part's direction points from the part before it to the part after it.
-    All parts of one level are handled at once: O(n log n), no host synchronisation.
+    Every part is cut at its median into two consecutive halves, as in a principal-axis tree. The
+    direction of a part is signed to point from the part before it to the part after it. All parts
+    of one level are handled at once: O(n log n), without synchronisation with the host.
 
     Args:
         points: (n, d), floating point.
@@ -34,7 +34,7 @@ def bisection_order(points: Tensor, *, leaf: int = _LEAF) -> Tensor:
     if levels == 0:
         return torch.arange(n, device=device)
     x = _components(points)
-    # Pad to equal halves with copies spread over the points; they are dropped at the end.
+    # Copies of evenly spaced points pad to equal halves; they are dropped at the end.
     size = -(-n // (1 << levels)) << levels
     copies = torch.arange(size - n, device=device) * n // max(size - n, 1)
     order = torch.cat([torch.arange(n, device=device), copies])
@@ -83,37 +83,19 @@ def kmeans_order(points: Tensor, *, clusters: int | None = None, iterations: int
     return place[_nearest(x, centres)].argsort(stable=True)
 
 
-def rcm_order(graph: NeighborTable) -> Tensor:
-    """Reverse Cuthill-McKee order of a graph (SciPy, on the CPU).
-
-    Returns:
-        A permutation (n,), int64: new node i is old node ``perm[i]``.
-    """
-    import numpy as np
-    from scipy.sparse import csr_matrix
-    from scipy.sparse.csgraph import reverse_cuthill_mckee
-
-    src = graph.from_table(graph.index).cpu().numpy()
-    rowptr = graph.rowptr.cpu().numpy()
-    shape = (graph.num_nodes, graph.num_src_nodes)
-    matrix = csr_matrix((np.ones(src.size, dtype=np.int8), src, rowptr), shape=shape)
-    perm = reverse_cuthill_mckee((matrix + matrix.T).tocsr(), symmetric_mode=True)
-    return torch.from_numpy(perm.astype(np.int64)).to(graph.device)
-
-
 def reorder(graph: NeighborTable, points: Tensor) -> tuple[NeighborTable, Tensor, Tensor]:
-    """The graph with its nodes renumbered for locality; found once and kept with the graph.
+    """The graph with its nodes renumbered by :func:`bisection_order`; found once and cached.
 
-    Fused attention over a graph that has been reordered runs in the new order by itself, with its
-    inputs and outputs in the user's. It pays once a block's keys and values outgrow the GPU's
-    cache, at about 100,000 nodes.
+    Fused attention over a graph that has been reordered runs in the new order internally; inputs
+    and outputs stay in the user's. It is faster once keys and values exceed the GPU's cache, at
+    about 100,000 nodes.
 
     Per-node values go in as ``value[perm]`` and come back as ``value[inverse]``. Slots keep their
     place in a row, so per-edge values (n, k, ...) follow their rows in the same way.
 
     Args:
         graph: a graph on one node set.
-        points: what the graph's distances were measured on, usually its embeddings (n, d).
+        points: points in which the neighbours were found, usually embeddings (n, d).
 
     Returns:
         The renumbered graph, ``perm`` and ``inverse`` (n,), int64.
@@ -130,15 +112,15 @@ def reorder(graph: NeighborTable, points: Tensor) -> tuple[NeighborTable, Tensor
 
 
 def local_order(graph: NeighborTable) -> tuple[NeighborTable, Tensor, Tensor] | None:
-    """What :func:`reorder` found for this graph, None if it was not called."""
+    """The result of :func:`reorder` on this graph; None if it was not called."""
     return graph._cache.get("reordered")
 
 
 def source_reuse(graph: NeighborTable, tile: int = 1024) -> float:
-    """How often a gathered row is used within a tile of consecutive destinations, on average.
+    """Mean number of uses of a gathered row within a tile of consecutive destinations.
 
-    Edges over distinct sources, tile by tile: 1 where no two rows share a neighbour, up to
-    ``tile`` where all rows share theirs.
+    The number of edges over that of distinct sources in a tile: 1 where no two rows share a
+    neighbour, ``tile`` where all rows share all of them.
     """
     distinct = 0
     tiles = max(1, (1 << 24) // max(1, tile * graph.k))
@@ -162,10 +144,10 @@ def _components(points: Tensor) -> Tensor:
 def _principal_direction(centred: Tensor, squarings: int = 6) -> Tensor:
     """Unit leading eigenvector of every part's covariance: (S, m, p) to (S, p)."""
     covariance = torch.bmm(centred.transpose(1, 2), centred)
-    spread = torch.diagonal(covariance, dim1=1, dim2=2)
-    axis = torch.nn.functional.one_hot(spread.argmax(dim=1), centred.size(2)).to(centred.dtype)
-    # Repeated squaring: a few products stand for hundreds of power iterations.
-    trace = spread.sum(-1)[:, None, None].clamp(min=torch.finfo(centred.dtype).tiny)
+    variance = torch.diagonal(covariance, dim1=1, dim2=2)
+    axis = torch.nn.functional.one_hot(variance.argmax(dim=1), centred.size(2)).to(centred.dtype)
+    # Each squaring doubles the number of power iterations done.
+    trace = variance.sum(-1)[:, None, None].clamp(min=torch.finfo(centred.dtype).tiny)
     power = covariance / trace
     for _ in range(squarings):
         power = torch.bmm(power, power)

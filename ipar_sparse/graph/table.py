@@ -1,7 +1,8 @@
 """NeighborTable: a directed graph in which every destination has a row of sources."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ _ROWS = 1 << 20  # rows renumbered at once
 class NeighborTable:
     """A directed graph as a table: row i lists the sources j of the in-edges of destination i.
 
-    The layout of kNN graphs. Edge e of an unpadded table is slot ``e % k`` of row ``e // k``;
-    per-edge tensors everywhere in this package follow this row-major order, with padding slots
+    A kNN graph has this form. Edge e of an unpadded table is slot ``e % k`` of row ``e // k``.
+    Per-edge tensors everywhere in this package follow this row-major order, with padding slots
     left out. In PyG's terms ``edge_index[0]`` is the source (the neighbour) and
     ``edge_index[1]`` the destination (the node that attends).
 
@@ -28,14 +29,14 @@ class NeighborTable:
     """
 
     index: Tensor
-    num_src_nodes: int | None = None
+    num_src_nodes: int = None  # set in __post_init__
     padded: bool = False
     recall: float | None = None
     metric: str | None = None
     method: str | None = None
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.index.dim() != 2 or self.index.dtype != torch.int32:
             raise ValueError(
                 f"NeighborTable needs an int32 table (n, k); given {self.index.dtype} of shape "
@@ -57,6 +58,7 @@ class NeighborTable:
 
     @property
     def device(self) -> torch.device:
+        """Where the table lies."""
         return self.index.device
 
     @property
@@ -88,7 +90,7 @@ class NeighborTable:
         return self._cached("rowptr", self._rowptr)
 
     def reverse(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The edges sorted by source, for passes that run over a node's out-edges.
+        """The edges sorted by source, for loops over a node's out-edges.
 
         Returns:
             ``rowptr`` (n_src + 1,), int64; ``edge`` (E,), int64: the row-major number of each
@@ -110,7 +112,7 @@ class NeighborTable:
         flat = table.reshape(self.num_nodes * self.k, *table.shape[2:])
         return flat.index_select(0, self._slots()) if self.padded else flat
 
-    def to(self, device) -> "NeighborTable":
+    def to(self, device: torch.device | str) -> "NeighborTable":
         """The same graph on another device (itself where it is there already)."""
         index = self.index.to(device)
         return self if index is self.index else replace(self, index=index, _cache={})
@@ -120,13 +122,16 @@ class NeighborTable:
 
         Args:
             perm: a permutation of the n nodes (n,), integer.
+
+        Raises:
+            ValueError: on a bipartite table.
         """
         if self.num_src_nodes != self.num_nodes:
             raise ValueError("permute needs one node set; this table is bipartite")
         perm = perm.to(self.device).long()
         inverse = torch.empty(perm.numel() + 1, dtype=torch.int32, device=self.device)
         inverse[perm] = torch.arange(perm.numel(), dtype=torch.int32, device=self.device)
-        inverse[-1] = -1  # so that the padding mark, read as the last entry, maps to itself
+        inverse[-1] = -1  # the padding mark -1 indexes the last entry and maps to itself
         index = torch.empty_like(self.index)
         for rows, part in zip(perm.split(_ROWS), index.split(_ROWS), strict=True):
             part.copy_(inverse[self.index[rows].long()])
@@ -146,6 +151,9 @@ class NeighborTable:
         Returns:
             The table, and the permutation (E,) that brings per-edge values into its order:
             ``values[perm]``.
+
+        Raises:
+            ValueError: if ``edge_index`` is not (2, E), or a node is out of range.
         """
         if edge_index.dim() != 2 or edge_index.size(0) != 2:
             raise ValueError(f"edge_index must be (2, E); given {tuple(edge_index.shape)}")
@@ -177,7 +185,7 @@ class NeighborTable:
     def block_diagonal(cls, tables: Sequence["NeighborTable"]) -> "NeighborTable":
         """Several graphs as one, nodes numbered graph after graph, as in a PyG ``Batch``.
 
-        Per-edge values of the whole are those of the parts, one after the other.
+        Per-edge values of the whole are those of the parts, concatenated.
         """
         if len(tables) == 1:
             return tables[0]
@@ -198,30 +206,7 @@ class NeighborTable:
             method=first.method,
         )
 
-    def to_coo(self, weight: Tensor | None = None) -> Tensor:
-        """Sparse COO matrix (n, n_src): entry (i, j) for an edge j -> i.
-
-        Args:
-            weight: per-edge values (E,); ones if left out.
-        """
-        weight = torch.ones(self.num_edges, device=self.device) if weight is None else weight
-        shape = (self.num_nodes, self.num_src_nodes)
-        return torch.sparse_coo_tensor(
-            self.edge_index.flip(0), weight, shape, check_invariants=False
-        )
-
-    def to_csr(self, weight: Tensor | None = None) -> Tensor:
-        """Sparse CSR matrix (n, n_src); columns stand in table order, not sorted by number."""
-        weight = torch.ones(self.num_edges, device=self.device) if weight is None else weight
-        return torch.sparse_csr_tensor(
-            self.rowptr,
-            self.edge_index[0],
-            weight,
-            (self.num_nodes, self.num_src_nodes),
-            check_invariants=False,
-        )
-
-    def _cached(self, name, build):
+    def _cached(self, name: str, build: Callable[[], Any]) -> Any:
         if name not in self._cache:
             self._cache[name] = build()
         return self._cache[name]
@@ -248,9 +233,13 @@ class NeighborTable:
 
 
 def validate_table(table: NeighborTable, *, allow_self: bool = False) -> NeighborTable:
-    """Check what every kNN backend must deliver, and pass the table on.
+    """Check the result of a kNN backend, and return it.
 
     No self-loop, no padding unless declared, no source out of range, no duplicate in a row.
+
+    Args:
+        table: the table to check.
+        allow_self: whether a node may be its own neighbour.
 
     Raises:
         ValueError: naming the first row that breaks a rule.
@@ -261,14 +250,14 @@ def validate_table(table: NeighborTable, *, allow_self: bool = False) -> Neighbo
     rules = {"a source out of range": index >= table.num_src_nodes}
     rules["a padding mark or negative source"] = index < -1 if table.padded else index < 0
     if not allow_self and table.num_src_nodes == table.num_nodes:
-        row = torch.arange(table.num_nodes, dtype=torch.int32, device=index.device)
-        rules["itself as a neighbour"] = index == row.unsqueeze(-1)
+        own = torch.arange(table.num_nodes, dtype=torch.int32, device=index.device)
+        rules["itself as a neighbour"] = index == own.unsqueeze(-1)
     ordered = index.sort(dim=-1).values
     rules["a neighbour twice"] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    for what, broken in rules.items():
+    for rule, broken in rules.items():
         if bool(broken.any()):
             row = int(broken.any(dim=-1).nonzero()[0])
             raise ValueError(
-                f"neighbour table from {table.method or 'an unnamed source'}: row {row} has {what}"
+                f"neighbour table from {table.method or 'an unnamed source'}: row {row} has {rule}"
             )
     return table

@@ -1,16 +1,15 @@
-"""Exact k nearest neighbours on CUDA without writing distances to memory.
+"""Exact k nearest neighbours on CUDA without writing all distances to memory.
 
-The columns are searched in random order, in parts that grow by a factor. After each part a row
-knows its k nearest so far, by the float32 distance itself, and with them a bound; the next part's
-distances are computed in tiles on tensor cores, and only the few columns that may lie below the
-bound leave the chip. How many do depends on the growth alone, whatever the points are (about
-k (growth - 1) a part: the columns are a random sample), apart from ties and from the filter's
-margin.
+The columns are searched in random order, in parts that grow by a factor. After each part a row has
+its k nearest so far, by float32 distance, and with them a bound. The distances of the next part
+are computed in tiles on tensor cores, and only columns that may lie below the bound are written.
+Since the columns are a random sample, these are about k (growth - 1) a part, apart from ties and
+from the filter's margin.
 
-The filter computes with float16 copies of the centred, scaled points. Each copy's distance to its
-point is known, so that the triangle inequality, with a term for the sums' rounding, makes the
-filter one that loses nothing: the result is the k nearest by float32 distance, ties by number. A
-row with more candidates than its buffer holds is reported, never cut short.
+The filter computes with float16 copies of the centred, scaled points. The distance of each copy to
+its point is known, so that the triangle inequality, with a term for rounding, excludes no true
+neighbour. The result is the k nearest by float32 distance, ties by number. A row with more
+candidates than its buffer holds is reported, and never truncated.
 """
 
 import math
@@ -90,9 +89,9 @@ class _Cloud:
         largest = torch.stack(self.point.aminmax()).abs().max()
         exponent = (14 - torch.frexp(largest).exponent).clamp(-126, 126)
         self.point *= torch.ldexp(torch.ones_like(largest), exponent)
-        # A product of float16 rows is summed by tensor cores with an error of at most
-        # (d + 16) 2^-23 |a| |b| (truncation of every term of every 16-wide step), and
-        # |a| |b| <= (|a|^2 + |b|^2) / 2; the rest is for the other roundings of the filter.
+        # Tensor cores truncate every term of every 16-wide step. The error of a product of
+        # float16 rows is at most (d + 16) 2^-23 |a| |b|, and |a| |b| <= (|a|^2 + |b|^2) / 2. The
+        # rest is for the other roundings of the filter.
         self.margin = (width + 32) * 2.0**-23
         # Those farthest out come first, where nothing is filtered: their copies' errors would
         # loosen the bounds of whole tiles.
@@ -133,7 +132,7 @@ def _search_block(cloud: _Cloud, position: Tensor, k: int, capacity: int) -> tup
     bound, reach = (torch.empty(num, device=device) for _ in range(2))
     ranked = 1 if position.is_cuda else 64  # rows a program; the interpreter pays by the program
 
-    def narrow(kept: int) -> None:
+    def rank(kept: int) -> None:
         """Rank the candidates, of which the first are ranked already, and keep k."""
         _distance_kernel[(num,)](
             cloud.point,
@@ -164,7 +163,7 @@ def _search_block(cloud: _Cloud, position: Tensor, k: int, capacity: int) -> tup
             num_warps=max(1, capacity // 512),
         )
 
-    narrow(kept=0)
+    rank(kept=0)
     tile = _tile(width)
     for stop in _parts(end, n):
         _filter_kernel[(triton.cdiv(num, tile["M"]),)](
@@ -184,7 +183,7 @@ def _search_block(cloud: _Cloud, position: Tensor, k: int, capacity: int) -> tup
             TILE=_COLUMNS,
             **tile,
         )
-        narrow(kept=k)
+        rank(kept=k)
         end = stop
     return (buffer[:, :k] & 0xFFFFFFFF).int(), overflow
 

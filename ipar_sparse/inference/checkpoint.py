@@ -10,12 +10,10 @@ import hashlib
 import json
 import logging
 import math
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -41,7 +39,6 @@ def save_checkpoint(
     meta: Mapping[str, Any],
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    generators: Mapping[str, torch.Generator | np.random.Generator] | None = None,
 ) -> None:
     """Writes a checkpoint in one atomic step; what stood there survives any failure.
 
@@ -50,8 +47,6 @@ def save_checkpoint(
         modules: name -> module; parameters are stored as ``name.parameter``.
         meta: anything JSON can hold (epoch, step, gene list, scores, ...).
         optimizer: stored bit for bit if given.
-        generators: stored if given, together with the global random states of torch (CPU and
-            CUDA), numpy and Python; pass ``{}`` for the global ones alone.
 
     Raises:
         UserError: the disk is full or the folder cannot be written to.
@@ -64,8 +59,6 @@ def save_checkpoint(
     document: dict[str, Any] = {"meta": dict(meta), "modules": list(modules)}
     if optimizer is not None:
         document["optimizer"] = _pack_optimizer(optimizer, tensors)
-    if generators is not None:
-        document["random"] = _pack_random(generators, tensors)
     # Tied parameters share storage, which safetensors refuses: every entry gets its own.
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     text = json.dumps(document)
@@ -83,12 +76,10 @@ def load_checkpoint(
     modules: Mapping[str, nn.Module] | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    generators: Mapping[str, torch.Generator | np.random.Generator] | None = None,
 ) -> dict[str, Any]:
     """Checks a checkpoint and restores from it whatever is passed in, in place.
 
-    Nothing is changed unless the whole file is sound and holds all that is asked for; the global
-    random states are restored when ``generators`` is given.
+    Nothing is changed unless the whole file is sound and holds all that is asked for.
 
     Returns:
         The ``meta`` it was saved with.
@@ -101,13 +92,12 @@ def load_checkpoint(
     states = {
         name: _state_of(name, module, tensors, path) for name, module in (modules or {}).items()
     }
-    for part, wanted in (("optimizer", optimizer), ("random", generators)):
-        if wanted is not None and part not in document:
+    if optimizer is not None:
+        if "optimizer" not in document:
             raise UserError(
                 f"{path} holds weights only, so training cannot go on from it; "
                 f"use {LAST} of the run, or train again with --overwrite"
             )
-    if optimizer is not None:
         try:
             optimizer.load_state_dict(_unpack_optimizer(document["optimizer"], tensors))
         except ValueError as error:
@@ -117,8 +107,6 @@ def load_checkpoint(
             ) from None
     for name, state in states.items():
         modules[name].load_state_dict(state)
-    if generators is not None:
-        _restore_random(document["random"], generators, tensors)
     return document["meta"]
 
 
@@ -205,7 +193,7 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         running.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        running.update(value.reshape(-1).view(torch.uint8).numpy())
+        running.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return running.hexdigest()
 
 
@@ -253,47 +241,3 @@ def _unpack_optimizer(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         for group in packed["param_groups"]
     ]
     return {"state": state, "param_groups": groups}
-
-
-def _pack_random(generators: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    tensors["random/torch"] = torch.get_rng_state()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"random/cuda/{index}"] = state
-    kind, keys, *rest = np.random.get_state()
-    packed: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "generators": {},
-    }
-    for name, generator in generators.items():
-        if isinstance(generator, torch.Generator):
-            tensors[f"random/generator/{name}"] = generator.get_state()
-        else:
-            packed["generators"][name] = _jsonable(generator.bit_generator.state)
-    return packed
-
-
-def _restore_random(
-    packed: Mapping[str, Any], generators: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> None:
-    torch.set_rng_state(tensors["random/torch"])
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if f"random/cuda/{index}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"random/cuda/{index}"], index)
-    version, internal, gauss = packed["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = packed["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    for name, generator in generators.items():
-        if isinstance(generator, torch.Generator):
-            generator.set_state(tensors[f"random/generator/{name}"])
-        else:
-            generator.bit_generator.state = packed["generators"][name]
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _jsonable(v) for k, v in value.items()}
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value

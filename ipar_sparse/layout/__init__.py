@@ -1,4 +1,4 @@
-"""What is done to a layout after the recycles: distances, neighbours, uncertainty."""
+"""What is done to a layout after the recycles: distance correction, refinement, uncertainty."""
 
 from .distance_correction import correct_distances, relative_variance
 from .refinement import refine_layout

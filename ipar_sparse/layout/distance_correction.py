@@ -1,10 +1,10 @@
-"""Distances as they are to be expected, where the place of a cell is not certain.
+"""Distance correction: a layout whose distances follow the expected ones.
 
-A cell that may lie in either of two places has its mean between them, near to cells that it cannot
-be near to. Means are the places of least error, and they lie too close together: how far apart two
-cells are to be expected depends on how far either may lie from its mean. No layout can say all of
-that, since cells that may lie anywhere are to be expected far from everything, each other included;
-but a layout can be made to say as much as it can.
+A cell that may lie in either of two places gets the mean of both, near cells that it cannot be
+near to. Such means have the least square error, but they lie too close together. The expected
+distance of two cells also depends on the predictive variance of each. No layout can show all
+expected distances, since a cell of unknown place is expected far from everything. The correction
+finds the layout that follows them best.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from ..geometry.gauge import gauge_fix
 from ..geometry.neighborhoods import rolled
 
-_RATE = 0.02  # first step size, in RMS radii of the tissue
-_PARTNERS = 60  # random partners of a cell, in each direction, whose distances are expected
-_SHIFTS = 15  # of them in a step
-_KNOWN = 0.05  # of the mean square radius that a layout has at least, however uncertain it is
+_LR = 0.02  # first step size of Adam, in RMS radii of the tissue
+_PARTNERS = 60  # random partners of a cell, in each direction, with an expected rank
+_STEP_PARTNERS = 15  # how many of them one step uses
+_MIN_CERTAIN = 0.05  # floor of s^2, so that a layout of no certainty keeps some shape
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def correct_distances(
     similarity: float = 0.125,
     seed: int = 0,
 ) -> Tensor:
-    r"""The layout whose distances rank most like those that are to be expected.
+    r"""The layout whose distances rank most like the expected distances.
 
     .. math::
         \max_{\mathbf{y}}\ \operatorname{corr}_{i \ne j} \bigl(
@@ -39,33 +39,33 @@ def correct_distances(
             E[F(\|\mathbf{X}_i - \mathbf{X}_j\|^2)] \bigr), \qquad
         F(d^2) = 1 - e^{-d^2 / 2}
 
-    F is the rank of a distance between two cells of a tissue of unit RMS radius, exactly so for a
-    Gaussian cloud, and the correlation therefore about Spearman's, of distances in the layout and
-    distances that are not known. Places are taken to be independent,
-    :math:`\mathbf{X}_i \sim N(s\,\mathbf{x}_i, \tfrac12 v_i I)`, with the scale
-    :math:`s^2 = 1 - \bar v` that leaves the tissue its unit radius, so that
+    F is the rank of a distance, as a fraction, between cells of a Gaussian cloud of unit RMS
+    radius. The correlation is therefore close to Spearman's. Places are independent,
+    :math:`\mathbf{X}_i \sim N(s\,\mathbf{x}_i, \tfrac12 v_i I)`, and :math:`s^2 = 1 - \bar v`
+    keeps the tissue at unit radius, so that
 
     .. math::
         E[F] = 1 - \frac{1}{w} \exp\Bigl(-\frac{q}{2 w}\Bigr), \qquad
         w = 1 + \tfrac12 (v_i + v_j), \quad
         q = s^2 \|\mathbf{x}_i - \mathbf{x}_j\|^2 + \lambda \|\mathbf{h}_i - \mathbf{h}_j\|^2
 
-    where the embedding, in the unit-RMS gauge, has its own say of how far cells lie apart. Adam
-    with a step size that falls from 0.02 to 0. Pairs are those of a random order and 60 shifts of
-    it, a quarter of them in a step. Time O(n d) once and O(n) a step, memory O(n d); the same on
-    every device up to rounding.
+    with the embedding h in the unit-RMS gauge, so that distances in it count too. Adam with a step
+    size that falls linearly from 0.02 to 0. Pairs are the cells of a random order and of 60 shifts
+    of it; each step uses a quarter of them. Time O(n d) once and O(n) per step, memory O(n d).
+    Devices agree up to rounding.
 
     Args:
-        pos: where cells are placed (n, 2), any scale.
-        variance: mean square distance of a cell from its place (n,), as a share of that of all
-            cells from the middle of the tissue; 0 everywhere if left out.
-        h: embedding (n, d); left out, places alone tell.
-        steps: of the ascent; 0 returns ``pos`` as it is.
+        pos: layout (n, 2), any scale.
+        variance: predictive variance v of each cell (n,), relative to the mean square radius of
+            the tissue, see :func:`relative_variance`; 0 everywhere if left out.
+        h: embedding (n, d); left out, only places count.
+        steps: number of optimiser steps; 0 returns ``pos`` as it is.
         similarity: :math:`\lambda`.
         seed: of the order and the shifts.
 
     Returns:
-        Layout (n, 2) in the unit-RMS gauge. Fewer than 3 cells are left as they are.
+        Layout (n, 2) in the unit-RMS gauge. Fewer than 3 cells, and layouts with values that are
+        not finite, are returned as they are.
     """
     n = pos.size(0)
     if steps < 1 or n < 3 or not pos.isfinite().all():
@@ -73,57 +73,72 @@ def correct_distances(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator).to(pos.device)
     x = gauge_fix(pos.float())[order]
-    left = torch.zeros_like(x[:, 0]) if variance is None else variance.to(x)[order]
-    known = (1 - left.mean()).clamp(min=_KNOWN)
-    place = x * known.sqrt()
+    v = torch.zeros_like(x[:, 0]) if variance is None else variance.to(x)[order]
+    place = x * (1 - v.mean()).clamp(min=_MIN_CERTAIN).sqrt()
     if h is not None and similarity:
         place = torch.cat([place, gauge_fix(h.to(x))[order] * similarity**0.5], dim=1)
-    first, second = torch.zeros_like(x), torch.zeros_like(x)
     partners = torch.randint(1, n, (_PARTNERS,), generator=generator).tolist()
-    expected = _expected_rank(place, left, partners)
+    wanted = expected_rank(place, v, partners)
+    optimizer = torch.optim.Adam([x])
     for step in range(steps):
-        rows = torch.randperm(_PARTNERS, generator=generator)[:_SHIFTS]
-        shift = [partners[row] for row in rows.tolist()]
-        wanted, _ = _standard(expected[rows.to(expected.device)])
-        gap = x - rolled([x] * _SHIFTS, shift)  # (shifts, n, 2)
-        near = torch.exp(-gap.square().sum(-1) / 2)
-        found, spread = _standard(1 - near)
-        correlation = (found * wanted).mean()
-        gap *= ((found * correlation - wanted) / spread * near / _SHIFTS).unsqueeze(-1)
-        gradient = gap.sum(0) - rolled(gap, [n - s for s in shift]).sum(0)
-        # Adam, written out: an optimiser would want a graph
-        first.lerp_(gradient, 0.1)
-        second.lerp_(gradient.square(), 0.001)
-        rate = _RATE * (1 - step / steps) / (1 - 0.9 ** (step + 1))
-        x -= rate * first / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        rows = torch.randperm(_PARTNERS, generator=generator)[:_STEP_PARTNERS]
+        shifts = [partners[row] for row in rows.tolist()]
+        x.grad = _gradient(x, shifts, wanted[rows.to(wanted.device)])
+        optimizer.param_groups[0]["lr"] = _LR * (1 - step / steps)
+        optimizer.step()
     return gauge_fix(torch.empty_like(x).index_copy_(0, order, x).to(pos.dtype))
 
 
 def relative_variance(place: Tensor, variance: Tensor) -> Tensor:
-    """How uncertain places are, for :func:`correct_distances`.
+    r"""Predictive variance relative to the mean square radius of the tissue.
+
+    .. math::
+        v_i / \bigl(\operatorname*{mean}_j \|\mathbf{x}_j - \bar{\mathbf{x}}\|^2 + \bar v\bigr)
+
+    The radius is that of the true places: the one of their means, and the variance around them.
 
     Args:
         place: mean place of every cell (n, 2).
-        variance: mean square distance from it (n,), in the same units.
+        variance: mean square distance of a cell from it (n,), in the same units squared.
 
     Returns:
-        (n,), relative to the mean square distance of all cells from the middle of the tissue: that
-        of their means, and what is left around them.
+        (n,), as :func:`correct_distances` takes it.
     """
-    known = (place - place.mean(0)).square().sum(1).mean()
-    return variance / (known + variance.mean()).clamp(min=1e-12)
+    radius = (place - place.mean(0)).square().sum(1).mean()
+    return variance / (radius + variance.mean()).clamp(min=1e-12)
 
 
-def _expected_rank(place: Tensor, left: Tensor, shifts: list[int]) -> Tensor:
-    """E[F] (shifts, n) of the distance of every cell to the ones so many before it."""
-    # one by one: all at once would be as many copies of the embedding
+def expected_rank(place: Tensor, variance: Tensor, shifts: list[int]) -> Tensor:
+    """E[F] of :func:`correct_distances`, for cells and their partners.
+
+    Args:
+        place: scaled places, with the scaled embedding beside them (n, 2 + d).
+        variance: v (n,).
+        shifts: the partner of cell i under shift s is cell i - s, counted round.
+
+    Returns:
+        (shifts, n).
+    """
+    # one by one: all at once would copy the embedding for every shift
     q = torch.stack([(place - place.roll(s, 0)).square().sum(1) for s in shifts])
-    w = 1 + (left + rolled([left] * len(shifts), shifts)) / 2
+    w = 1 + (variance + rolled([variance] * len(shifts), shifts)) / 2
     return 1 - torch.exp(-q / (2 * w)) / w
 
 
-def _standard(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values with mean 0 and standard deviation 1, and what that was."""
+def _gradient(x: Tensor, shifts: list[int], wanted: Tensor) -> Tensor:
+    """Gradient (n, 2) of the negative correlation, up to the factor n, which Adam ignores."""
+    n = x.size(0)
+    wanted, _ = _standardized(wanted)
+    gap = x - rolled([x] * len(shifts), shifts)  # (shifts, n, 2)
+    near = torch.exp(-gap.square().sum(-1) / 2)
+    found, std = _standardized(1 - near)
+    correlation = (found * wanted).mean()
+    gap *= ((found * correlation - wanted) / std * near / len(shifts)).unsqueeze(-1)
+    return gap.sum(0) - rolled(gap, [n - s for s in shifts]).sum(0)
+
+
+def _standardized(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values at mean 0 and standard deviation 1, and what their standard deviation was."""
     values = values - values.mean()
-    spread = values.square().mean().sqrt().clamp(min=1e-12)
-    return values / spread, spread
+    std = values.square().mean().sqrt().clamp(min=1e-12)
+    return values / std, std

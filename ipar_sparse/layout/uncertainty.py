@@ -1,7 +1,8 @@
-"""How far a cell lies from its place, in the size of errors that were seen.
+"""The predicted error of each cell, calibrated on errors of left-out donors.
 
-An atlas tells which cells are uncertain, and by how much if it is right; noise tells which cells
-are moved by it, and nothing of how far off they are. Donors left out tell the size of either.
+The predictive variance of an atlas is the size of errors only if its model is right. Noise on the
+embedding moves some cells more than others, which shows which are uncertain, but not by how much.
+Leave-one-donor-out cross-validation measures how large errors are.
 """
 
 from __future__ import annotations
@@ -9,22 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import nnls
+from torch import Tensor
 
 from ..geometry.alignment import align
 
-_MOVED = 0.15  # of a cell's square error goes with how far noise moves it, the rest is common
 
-
-def square_errors(pred, true) -> np.ndarray:
-    """Squared distance of every cell from its true place, layouts aligned (n,).
+def square_errors(pred: Tensor | ArrayLike, true: ArrayLike) -> np.ndarray:
+    """Squared distance of every cell from its true place, after alignment.
 
     Args:
-        pred: layout (n, 2).
-        true: positions (n, 2).
+        pred: layout (n, 2), any scale.
+        true: positions (n, 2), any units.
 
     Returns:
-        In squared RMS radii of the tissue.
+        (n,), in squared RMS radii of the tissue.
     """
     true = np.asarray(true, dtype=np.float64)
     radius = np.square(true - true.mean(0)).sum(1).mean()
@@ -33,78 +34,88 @@ def square_errors(pred, true) -> np.ndarray:
 
 
 def fit_error_model(
-    donors: Sequence[Sequence[tuple[np.ndarray, np.ndarray | None]]],
+    donors: Sequence[Sequence[tuple[ArrayLike, ArrayLike | None]]],
 ) -> tuple[float, float]:
-    r"""How the square error of a cell follows what was said of it.
+    r"""Square error of a cell as a linear function of its predictive variance.
 
     .. math::
         \min_{a, b \ge 0} \sum_i w_i \bigl(e_i - a - b\, v_i\bigr)^2
 
-    Donors count alike, so do the slides of one. Where nothing is said of a cell, b is 0 and a the
-    mean.
+    Donors have equal weight, and so have the slides of a donor. Without predictive variance b is 0
+    and a is the mean error.
 
     Args:
-        donors: of each, its slides: square errors e (n,) and doubts v (n,), or None.
+        donors: for each donor its slides, each a pair: square errors e (n,), and predictive
+            variance v (n,) relative to the tissue, or None.
 
     Returns:
-        a and b.
+        Intercept a and slope b.
     """
-    rows, wanted = [], []
+    rows, targets = [], []
     for slides in donors:
-        for error, doubt in slides:
-            weight = 1 / np.sqrt(len(donors) * len(slides) * max(len(error), 1))
-            said = np.zeros(len(error)) if doubt is None else np.asarray(doubt, dtype=np.float64)
-            rows.append(weight * np.stack([np.ones(len(error)), said], axis=1))
-            wanted.append(weight * np.asarray(error, dtype=np.float64))
-    (a, b), _ = nnls(np.concatenate(rows), np.concatenate(wanted))
+        for errors, variance in slides:
+            e = np.asarray(errors, dtype=np.float64)
+            weight = 1 / np.sqrt(len(donors) * len(slides) * max(len(e), 1))
+            v = np.zeros(len(e)) if variance is None else np.asarray(variance, dtype=np.float64)
+            rows.append(weight * np.stack([np.ones(len(e)), v], axis=1))
+            targets.append(weight * e)
+    (a, b), _ = nnls(np.concatenate(rows), np.concatenate(targets))
     return float(a), float(b)
 
 
 def predict_rmse(
-    law: tuple[float, float], doubt: np.ndarray | None, moved: np.ndarray | None = None
+    model: tuple[float, float],
+    variance: ArrayLike | None,
+    displacement: np.ndarray | None = None,
+    noise_share: float = 0.15,
 ) -> np.ndarray | None:
-    r"""How far cells are to be expected from their places (n,), root mean square.
+    r"""Expected distance of each cell from its place, root mean square.
 
     .. math::
-        u_i^2 = (a + b\, v_i)\, \bigl(0.85 + 0.15\, s_i / \bar s\bigr)
+        u_i^2 = (a + b\, v_i)\, \bigl(1 - \eta + \eta\, s_i / \bar s\bigr)
 
     Args:
-        law: a and b of :func:`fit_error_model`.
-        doubt: v (n,), or None where nothing tells cells apart; then the first factor is a.
-        moved: mean square distance s (n,) by which noise moves each cell, or None: then the second
-            factor is 1.
+        model: a and b, see :func:`fit_error_model`.
+        variance: predictive variance v (n,) relative to the tissue. None where there is none:
+            then the first factor is a.
+        displacement: mean square distance s (n,) by which noise moves each cell. None: then the
+            second factor is 1.
+        noise_share: :math:`\eta`, the share of the square error that follows s, 0 to 1.
 
     Returns:
-        In RMS radii of the tissue; None without either.
+        u (n,) in RMS radii of the tissue; None without ``variance`` and ``displacement``.
     """
-    if doubt is None and moved is None:
+    a, b = model
+    if variance is not None:
+        square = a + b * np.asarray(variance, dtype=np.float64)
+    elif displacement is not None:
+        square = np.full(len(displacement), a)
+    else:
         return None
-    a, b = law
-    square = a if doubt is None else a + b * np.asarray(doubt, dtype=np.float64)
-    if moved is not None and (mean := moved.mean()) > 0:
-        square = square * (1 - _MOVED + _MOVED * moved / mean)
-    return np.sqrt(np.broadcast_to(square, np.shape(doubt if moved is None else moved)))
+    if displacement is not None and (mean := displacement.mean()) > 0:
+        square = square * (1 - noise_share + noise_share * displacement / mean)
+    return np.sqrt(square)
 
 
-def calibration_metrics(uncertainty, error) -> dict[str, float]:
-    """Is an uncertainty as large as the error?
+def calibration_metrics(uncertainty: ArrayLike, error: ArrayLike) -> dict[str, float]:
+    """Whether uncertainties are as large as errors.
 
     Args:
-        uncertainty: of every cell (n,).
-        error: distance from its true place (n,), same unit.
+        uncertainty: predicted root mean square error of every cell (n,).
+        error: distance of the cell from its true place (n,), same unit.
 
     Returns:
-        Root mean square uncertainty over root mean square error: ``uncertainty_error_ratio`` of all
-        cells, ``..._low`` of the fifth that is called least uncertain, ``..._high`` of that called
-        most; and ``uncertainty_coverage``, the share of cells no further off than it says (0.63 of
-        errors that are Gaussian in the plane).
+        ``uncertainty_error_ratio``, the root mean square uncertainty over that of the errors.
+        The same with ``_low`` and ``_high`` for the fifths of least and most uncertainty.
+        ``uncertainty_coverage``, the share of cells whose error is at most their uncertainty
+        (0.63 if errors are Gaussian in the plane).
     """
-    said, seen = np.square(uncertainty), np.square(error)
-    fifths = np.array_split(np.argsort(said, kind="stable"), 5)
-    parts = {"": slice(None), "_low": fifths[0], "_high": fifths[-1]}
-    out = {
-        f"uncertainty_error_ratio{name}": float(np.sqrt(said[part].mean() / seen[part].mean()))
+    predicted, seen = np.square(uncertainty), np.square(error)
+    fifths = np.array_split(np.argsort(predicted, kind="stable"), 5)
+    parts = {"": np.arange(len(predicted)), "_low": fifths[0], "_high": fifths[-1]}
+    ratios = {
+        f"uncertainty_error_ratio{name}": float(np.sqrt(predicted[part].mean() / seen[part].mean()))
         for name, part in parts.items()
-        if len(said[part]) and seen[part].mean() > 0
+        if len(part) and seen[part].mean() > 0
     }
-    return out | {"uncertainty_coverage": float((seen <= said).mean())}
+    return ratios | {"uncertainty_coverage": float((seen <= predicted).mean())}

@@ -1,4 +1,4 @@
-"""IPALiteConv: attention over in-edges that moves states and coordinates."""
+"""IPALiteConv: attention over in-edges that updates states and coordinates."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from .terms import LOGIT_TERMS, LearnedScalars
 
 
 class IPALiteConv(MessagePassing):
-    r"""Frame-free 2D relative of invariant point attention (IPA-Lite block).
+    r"""IPA-Lite block: a frame-free 2D variant of AlphaFold's invariant point attention.
 
     .. math::
         \ell_{ij}^h &= \langle W_Q^h s_i, W_K^h s_j \rangle / \sqrt{C} + b_{ij}^h
@@ -33,15 +33,15 @@ class IPALiteConv(MessagePassing):
     update is equivariant to translation, and to rotation where :math:`W_x^h` commutes with it.
     It starts as the identity: :math:`W_x^h` and the MLP's last layer are zero.
 
-    With ``qk_norm``, queries and keys pass through a LayerNorm without affine part, and their
-    product is multiplied by a learned scale instead of :math:`1 / \sqrt{C}`. Products of
-    independent directions have a standard deviation of :math:`\sqrt{C}` times the scale, so a
-    scale of 1 at C = 32 gives logits of 5.7 and one of :math:`\sqrt{32}` one-hot attention.
+    With ``qk_norm``, queries and keys pass through a LayerNorm without affine part. A learned
+    scale takes the place of :math:`1 / \sqrt{C}`. Products of independent directions then have a
+    standard deviation of :math:`\sqrt{C}` times the scale. At C = 32 a scale of 1 gives logits of
+    5.7, and one of :math:`\sqrt{32}` one-hot attention.
 
-    Given a :class:`~ipar_sparse.graph.NeighborTable`, the layer takes a fused path of bounded
-    memory; given PyG's ``edge_index``, ``SparseTensor``, ``EdgeIndex`` or a sparse tensor, or
-    where attention weights, explanations or hooks ask to see the messages, it passes messages.
-    Both paths compute the same from the same parameters.
+    On a :class:`~ipar_sparse.graph.NeighborTable` the layer runs fused, in bounded memory. It
+    passes messages on PyG's ``edge_index``, ``SparseTensor``, ``EdgeIndex`` or a sparse tensor,
+    and wherever attention weights, an explainer or hooks need the messages. Both paths give the
+    same results.
 
     Args:
         channels: width of the node state.
@@ -49,12 +49,12 @@ class IPALiteConv(MessagePassing):
         head_channels: width of a head (default: 32).
         terms: names of extra logit terms from :data:`ipar_sparse.nn.LOGIT_TERMS`, or a mapping
             from names to their arguments (default: none).
-        qk: whether states attend by query and key; without, the bias and the terms alone make
-            the logits (default: True).
+        qk: whether logits contain query-key products; if not, they are the bias and the terms
+            alone (default: True).
         qk_norm: normalise queries and keys (default: False).
-        qk_scale: start of the learned scale of ``qk_norm`` (default: 1.0).
-        qk_range: range in which :math:`\tau = \sqrt{C}` times the learned scale stays; None
-            leaves it free (default: None).
+        qk_scale: initial value of the learned scale of ``qk_norm`` (default: 1.0).
+        qk_range: range of :math:`\tau = \sqrt{C}` times the learned scale; None leaves it free
+            (default: None).
         pos_channels: dimension of the coordinates (default: 2).
         backend: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"triton"`` for the fused path
             (default: ``"auto"``).
@@ -112,20 +112,21 @@ class IPALiteConv(MessagePassing):
                 for name, given in options.items()
             }
         )
-        bounds = qk_range and tuple(end / math.sqrt(head_channels) for end in qk_range)
+        bounds = None
+        if qk_range is not None:
+            low, high = qk_range
+            bounds = low / math.sqrt(head_channels), high / math.sqrt(head_channels)
         self.qk_scale = LearnedScalars([qk_scale], bounds) if qk_norm else None
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draw all weights anew; the layer starts as the identity on states and positions."""
         super().reset_parameters()
-        for module in (self.lin_query, self.lin_key, self.lin_value, self.norm, self.mlp):
+        linear = (self.lin_query, self.lin_key, self.lin_value)
+        for module in (*linear, self.norm, self.mlp, *self.terms.values(), self.qk_scale):
             inits.reset(module)
-        for module in (*self.terms.values(), self.qk_scale):
-            inits.reset(module)
-        nn.init.zeros_(self.weight_pos)
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
+        for parameter in (self.weight_pos, *self.mlp[-1].parameters()):
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -137,12 +138,21 @@ class IPALiteConv(MessagePassing):
         return_attention_weights: bool | None = None,
         batch: Tensor | None = None,
         use_terms: bool = True,
-    ):
-        """One round of attention; see the class for shapes.
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Update states and positions; see the class for shapes.
 
         Args:
-            batch: graph of each destination (n_dst,), for terms that measure a graph.
-            use_terms: whether the extra logit terms take part in this round.
+            s: states of the nodes, or of sources and destinations.
+            pos: their positions.
+            edge_index: edges, in any format named above.
+            edge_bias: additive logits of the edges.
+            size: numbers of sources and destinations; read from the states if left out.
+            return_attention_weights: also return the edges and their attention.
+            batch: graph of each destination (n_dst,), for terms that are scaled by graph.
+            use_terms: whether the extra logit terms are added.
+
+        Raises:
+            ValueError: if states are not ``channels`` wide.
         """
         s_src, s_dst = s if isinstance(s, tuple) else (s, s)
         pos_src, pos_dst = pos if isinstance(pos, tuple) else (pos, pos)
@@ -153,58 +163,69 @@ class IPALiteConv(MessagePassing):
             )
         query, key = self._query_key(s_src, s_dst)
         value = self.lin_value(s_src).view(-1, self.heads, self.head_channels)
-        # Norms leave float32 behind under autocast.
+        # Under autocast, normalised queries and keys are float32.
         query, key = query.to(value.dtype), key.to(value.dtype)
         if edge_bias is not None and edge_bias.dim() == 2 and edge_bias.size(1) == 1:
             edge_bias = edge_bias.squeeze(-1)
 
-        attention = None
-        if isinstance(edge_index, NeighborTable) and not (
-            return_attention_weights or self._messages_are_watched()
-        ):
-            graph = edge_index
-            if use_terms and self.terms:
-                ends = (pos_src, pos_dst, s_src, s_dst, graph.edge_index, batch)
-                edge_bias = self._with_terms(edge_bias, *ends)
+        needs_messages = return_attention_weights or self._needs_messages()
+        if needs_messages or not isinstance(edge_index, NeighborTable):
+            edge_index = as_edge_index(edge_index)
+        if use_terms and self.terms:
+            edges = edge_index.edge_index if isinstance(edge_index, NeighborTable) else edge_index
+            edge_bias = self._with_terms(edge_bias, pos_src, pos_dst, s_src, s_dst, edges, batch)
+        pos_pair = (pos_src, pos_dst)
+        weights: tuple[Tensor, Tensor] | None = None
+        if isinstance(edge_index, NeighborTable):
             out, displacement, _ = ops.edge_attention(
-                query, key, value, (pos_src, pos_dst), edge_bias, graph, backend=self.backend
+                query, key, value, pos_pair, edge_bias, edge_index, backend=self.backend
             )
         else:
-            edge_index = as_edge_index(edge_index)
-            if use_terms and self.terms:
-                ends = (pos_src, pos_dst, s_src, s_dst, edge_index, batch)
-                edge_bias = self._with_terms(edge_bias, *ends)
             size = size or (s_src.size(0), s_dst.size(0))
-            if edge_bias is None:
-                edge_bias = pos_src.new_zeros(edge_index.size(1))
-            logits = self.edge_updater(
-                edge_index, query=(None, query), key=(key, None), edge_bias=edge_bias, size=size
+            out, displacement, attention = self._pass_messages(
+                query, key, value, pos_pair, edge_bias, edge_index, size
             )
-            attention, _ = ops.segment_softmax(logits, edge_index[1], size[1])
-            total = self.propagate(
-                edge_index,
-                value=(value, None),
-                pos=(pos_src, pos_dst),
-                attention=attention,
-                size=size,
-            )
-            out, displacement = total.split([self.head_channels, self.pos_channels], dim=-1)
-            displacement = displacement.to(pos_dst.dtype)
+            weights = (edge_index, attention)
 
-        # Written out, so that autocast does not round coordinates to half precision.
+        # No matrix product, which autocast would compute in half precision.
         moved = self.weight_pos.to(displacement.dtype) * displacement.unsqueeze(-2)
         pos_out = pos_dst + moved.sum(dim=(1, 3))
         aggregated = out.reshape(-1, self.heads * self.head_channels).to(query.dtype)
         normed = self._normed(s_dst).to(query.dtype)
         s_out = s_dst + self.mlp(torch.cat([normed, aggregated], dim=-1))
-        if return_attention_weights:
-            return s_out, pos_out, (edge_index, attention)
+        if return_attention_weights and weights is not None:
+            return s_out, pos_out, weights
         return s_out, pos_out
 
+    def _pass_messages(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pos: tuple[Tensor, Tensor],
+        edge_bias: Tensor | None,
+        edge_index: Tensor,
+        size: tuple[int, int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted values, displacements and attention (E, heads) by message passing."""
+        if edge_bias is None:
+            edge_bias = pos[0].new_zeros(edge_index.size(1))
+        logits = self.edge_updater(
+            edge_index, query=(None, query), key=(key, None), edge_bias=edge_bias, size=size
+        )
+        attention, _ = ops.segment_softmax(logits, edge_index[1], size[1])
+        total = self.propagate(
+            edge_index, value=(value, None), pos=pos, attention=attention, size=size
+        )
+        out, displacement = total.split([self.head_channels, self.pos_channels], dim=-1)
+        return out, displacement.to(pos[1].dtype), attention
+
     def edge_update(self, query_i: Tensor, key_j: Tensor, edge_bias: Tensor) -> Tensor:
+        """Logits (E, heads) of the edges, for :meth:`edge_updater`."""
         return attention_logits(query_i, key_j, edge_bias)
 
     def message(self, value_j: Tensor, pos_i: Tensor, pos_j: Tensor, attention: Tensor) -> Tensor:
+        """Weighted values and displacements (E, heads, head_channels + pos_channels)."""
         moves = (pos_j - pos_i).unsqueeze(1).expand(-1, self.heads, -1)
         dtype = torch.promote_types(attention.dtype, moves.dtype)
         carried = torch.cat([value_j.to(dtype), moves.to(dtype)], dim=-1)
@@ -218,14 +239,14 @@ class IPALiteConv(MessagePassing):
         batch: Tensor | None = None,
         use_terms: bool = True,
     ) -> dict[str, Tensor]:
-        """What this layer adds to the edge bias to make its logits, by name.
+        """Terms that this layer adds to the edge bias to form its logits, by name.
 
         Args:
             s: states (n, channels).
             pos: positions (n, 2).
             edge_index: edges (2, E).
             batch: graph of each node (n,), or None.
-            use_terms: whether the extra terms take part.
+            use_terms: whether to include the extra terms.
 
         Returns:
             Logits (E, heads) each; ``"qk"``, where there is one, comes first.
@@ -240,24 +261,24 @@ class IPALiteConv(MessagePassing):
                 found[name] = term(pos, pos, s, s, edge_index, batch)
         return found
 
-    def measures(self, s: Tensor, use_terms: bool = True) -> dict[str, Tensor]:
-        """Learned numbers that set the logits, scalars or one a head, by name.
+    def learned_scalars(self, s: Tensor, use_terms: bool = True) -> dict[str, Tensor]:
+        """Learned scalars of the logits, single or one a head, by name.
 
         Args:
-            s: states (n, channels).
-            use_terms: whether those of the extra terms are asked for.
+            s: states (n, channels), whose point offsets are measured.
+            use_terms: whether to include those of the extra terms.
         """
         found = {}
         if self.qk_scale is not None:
             found["tau"] = self.qk_scale()[0] * math.sqrt(self.head_channels)
         if use_terms:
             for term in self.terms.values():
-                found |= term.measures(s, s)
+                found |= term.learned_scalars(s, s)
         return found
 
     def _query_key(self, s_src: Tensor, s_dst: Tensor) -> tuple[Tensor, Tensor]:
         shape = (self.heads, self.head_channels)
-        if self.lin_query is None:
+        if self.lin_query is None or self.lin_key is None:
             query, key = (s.new_zeros(s.size(0), *shape) for s in (s_dst, s_src))
         else:
             query = self.lin_query(s_dst).view(-1, *shape)
@@ -268,14 +289,16 @@ class IPALiteConv(MessagePassing):
         return query, key
 
     def _normed(self, s: Tensor) -> Tensor:
-        # Autocast would keep a float32 copy of half-precision states; sums are float32 anyway.
+        # Autocast would save a float32 copy of half-precision states. The kernel accumulates in
+        # float32 in any case.
         with torch.autocast(s.device.type, enabled=False):
             weight, bias = self.norm.weight.to(s.dtype), self.norm.bias.to(s.dtype)
             return nn.functional.layer_norm(
                 s, self.norm.normalized_shape, weight, bias, self.norm.eps
             )
 
-    def _with_terms(self, bias, *ends) -> Tensor:
+    def _with_terms(self, bias: Tensor | None, *ends: Tensor | None) -> Tensor | None:
+        """The edge bias plus all extra terms, (E, heads)."""
         if bias is not None and bias.dim() == 1:
             bias = bias.unsqueeze(-1)
         for term in self.terms.values():
@@ -283,8 +306,8 @@ class IPALiteConv(MessagePassing):
             bias = logits if bias is None else bias + logits
         return bias
 
-    def _messages_are_watched(self) -> bool:
-        """Whether an explainer or a hook wants to see what a fused path never forms."""
+    def _needs_messages(self) -> bool:
+        """Whether an explainer or a hook needs the messages, which the fused path never forms."""
         hooks = (
             self._propagate_forward_pre_hooks,
             self._propagate_forward_hooks,
@@ -307,8 +330,8 @@ class IPALiteConv(MessagePassing):
         )
 
 
-def as_edge_index(edges) -> Tensor:
-    """Any adjacency PyG knows as (2, E), sources first; sparse matrices are adj_t: (dst, src)."""
+def as_edge_index(edges: Adj | NeighborTable) -> Tensor:
+    """Edges of any PyG format as (2, E), sources first; a sparse matrix is adj_t: (dst, src)."""
     if isinstance(edges, NeighborTable):
         return edges.edge_index
     if isinstance(edges, SparseTensor) or is_sparse(edges):

@@ -5,29 +5,32 @@ from torch import Tensor, nn
 from torch_geometric.nn import inits
 
 SMOOTH_CHANNELS = 30
-"""Principal components in which cells are compared for smoothing."""
+"""Principal components in which nearest cells are found for smoothing."""
 
 
 class SharedEncoder(nn.Module):
-    r"""MLP from genes to an embedding, one for all slides, and a linear path beside it.
+    r"""MLP from genes to an embedding, shared by all slides, with an optional linear skip.
 
     .. math::
         H = x A + \mathrm{MLP}(x)
 
-    Genes -> 512 -> 256 -> 128, each hidden layer followed by LayerNorm, ReLU and dropout. The
-    linear path starts as principal components (:meth:`init_linear`) and the MLP from zero, so that
-    training begins where principal components are and leaves them only as far as it pays.
+    Genes -> 512 -> 256 -> 128, each hidden layer followed by LayerNorm, ReLU and dropout. With
+    the skip, the last layer of the MLP starts at zero, and A usually at principal components
+    (:meth:`init_linear`): training then starts from a PCA.
+
+    Buffers keep what must be applied to counts before they are encoded. The encoder stores them
+    and does not apply them.
 
     Args:
         in_channels: number of genes.
         hidden_channels: widths of the hidden layers (default: (512, 256)).
         out_channels: width of the embedding (default: 128).
         dropout: dropout after each hidden layer (default: 0.1).
-        skip: whether there is a linear path (default: False).
-        smooth: number of nearest cells, in the principal components kept as the buffer ``axes``,
-            that a cell is averaged with before it comes here (default: 0).
-        prepare: whether to carry how counts become its input, as buffers ``target_sum``, the total
-            that a cell is scaled to, and ``gene_weight`` (genes,) (default: False: 1e4, none).
+        skip: add the linear map A (default: False).
+        smooth: number of nearest cells to average each cell with; the buffer ``axes``
+            (genes, 30) holds the components in which they are found (default: 0).
+        prepare: keep the buffers ``target_sum``, the total to which a cell's counts are scaled,
+            and ``gene_weight`` (genes,) (default: False).
 
     Shapes:
         - **input:** expression (n, genes): normalised per cell, log1p, weighted, mean-centred per
@@ -58,28 +61,29 @@ class SharedEncoder(nn.Module):
         self.mlp = nn.Sequential(*layers)
         self.linear = nn.Linear(in_channels, out_channels, bias=False) if skip else None
         self.smooth = smooth
+        self.axes: Tensor | None
         axes = torch.zeros(in_channels, min(SMOOTH_CHANNELS, in_channels))
         self.register_buffer("axes", axes if smooth else None)
         self.register_buffer("target_sum", torch.tensor(1e4) if prepare else None)
         self.register_buffer("gene_weight", torch.ones(in_channels) if prepare else None)
         self.reset_parameters()
 
-    def reset_parameters(self):
-        """Draw all weights anew; beside a linear path the MLP starts at zero."""
+    def reset_parameters(self) -> None:
+        """Draw all weights anew; with a linear skip the MLP's last layer is zero."""
         inits.reset(self.mlp)
         if self.linear is not None:
             self.linear.reset_parameters()
-            nn.init.zeros_(self.mlp[-1].weight)
-            nn.init.zeros_(self.mlp[-1].bias)
+            for parameter in self.mlp[-1].parameters():
+                nn.init.zeros_(parameter)
 
     @torch.no_grad()
     def init_linear(self, axes: Tensor, scale: float = 1.0) -> None:
-        """Begin from components of the expression: the linear path, and what cells are compared by.
+        """Set the linear skip, and the components for smoothing, to given components.
 
         Args:
-            axes: (genes, r), the most telling first; the linear path takes as many as the
-                embedding has room for.
-            scale: factor of the linear path.
+            axes: components (genes, r) in order of importance. The skip takes the first
+                ``out_channels``, the buffer ``axes`` the first 30; missing ones are zero.
+            scale: factor of the linear skip.
         """
         if self.linear is not None:
             taken = axes[:, : self.out_channels].T
@@ -92,18 +96,19 @@ class SharedEncoder(nn.Module):
 
     @torch.no_grad()
     def rotate_output(self, own: Tensor, added: Tensor) -> None:
-        """Replace the embedding H of expression x by H @ own + x @ added, in the weights.
+        """Change the weights so that the embedding H of expression x becomes H @ own + x @ added.
 
         Args:
-            own: (out_channels, out_channels).
-            added: (genes, out_channels).
+            own: linear map of the embedding (out_channels, out_channels).
+            added: linear map of the expression (genes, out_channels).
 
         Raises:
-            ValueError: without a linear path, which takes what is added.
+            ValueError: without a linear skip, which the second map is added to.
         """
         if self.linear is None:
-            raise ValueError("an encoder without a linear path (skip) takes nothing added to it")
+            raise ValueError("rotate_output needs an encoder with a linear map: skip=True")
         last = self.mlp[-1]
+        assert isinstance(last, nn.Linear)  # for type checkers
         last.weight.copy_(own.T @ last.weight)
         last.bias.copy_(last.bias @ own)
         self.linear.weight.copy_(own.T @ self.linear.weight + added.T)

@@ -1,4 +1,4 @@
-"""The soft gate: how much a candidate edge is trusted."""
+"""EdgeGateSoft: a logit for every candidate edge."""
 
 from torch import Tensor, nn
 from torch_geometric.nn import inits
@@ -13,9 +13,9 @@ class EdgeGateSoft(nn.Module):
     .. math::
         g_{ij} = \mathrm{MLP}([h_i, h_j, |h_i - h_j|, h_i \odot h_j])
 
-    with widths 4d -> 64 -> 64 -> 1 and ReLU between. It scores the candidate edges only, and the
-    part of the first layer that sees a single node is computed once a node. Self-loops are not
-    gated: their logit is 0.
+    with widths 4d -> 64 -> 64 -> 1 and ReLU between. It scores candidate edges only. The part of
+    the first layer that takes one node alone is computed once a node. Self-loops are not gated:
+    their logit is 0.
 
     Args:
         in_channels: width d of the embedding.
@@ -45,19 +45,23 @@ class EdgeGateSoft(nn.Module):
             nn.Linear(hidden_channels, heads),
         )
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draw all weights anew."""
         inits.reset(self.mlp)
 
     def forward(self, h: Tensor, edges: NeighborTable | Tensor) -> Tensor:
-        """Score edges; see the class for shapes."""
+        """Score edges; see the class for shapes.
+
+        Raises:
+            ValueError: if ``h`` does not have ``in_channels`` columns.
+        """
         if h.dim() != 2 or h.size(-1) != self.in_channels:
             raise ValueError(
                 f"EdgeGateSoft({self.in_channels}) needs embeddings (n, {self.in_channels}); "
                 f"given {tuple(h.shape)}"
             )
-        layers = (self.mlp[0], self.mlp[2], self.mlp[4])
-        weights = tuple(p for layer in layers for p in (layer.weight, layer.bias))
+        layers = (layer for layer in self.mlp if isinstance(layer, nn.Linear))
+        weights = [p for layer in layers for p in (layer.weight, layer.bias)]
         logits = ops.edge_gate(h, edges, weights, backend=self.backend)
         if isinstance(edges, NeighborTable) and not edges.has_loops:
             return logits

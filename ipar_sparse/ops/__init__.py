@@ -1,15 +1,16 @@
-"""The hot arithmetic behind ``nn``: one function, one signature, several backends.
+"""Edge attention and the edge gate behind ``nn``: one signature each, several backends.
 
 ========== ======================================================================
 backend    what it is
 ========== ======================================================================
 reference  plain gather and scatter over the edges: the definition
-chunked    blocks of destination rows, recomputed in the backward pass
+chunked    bounded memory in plain torch: blocks of rows, recomputed in the backward pass
 triton     fused CUDA kernels (needs Triton and a GPU)
 ========== ======================================================================
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -23,23 +24,23 @@ from .selective_checkpoint import keep_attention
 __all__ = [
     "ATTENTION_BACKENDS",
     "GATE_BACKENDS",
+    "apply_edges",
     "edge_attention",
     "edge_gate",
     "keep_attention",
-    "apply_edges",
     "resolve_backend",
     "scatter_sum",
     "segment_softmax",
 ]
 
 
-def _triton_attention(*args):
+def _triton_attention(*args) -> tuple[Tensor, Tensor, Tensor]:
     from . import triton_attention
 
     return triton_attention.edge_attention(*args)
 
 
-def _triton_gate(*args):
+def _triton_gate(*args) -> Tensor:
     from . import triton_gate
 
     return triton_gate.edge_gate(*args)
@@ -65,22 +66,15 @@ GATE_BACKENDS: dict[str, Callable] = {
 }
 
 
-def has_triton() -> bool:
-    """Whether Triton can be imported (a GPU is another question)."""
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
-
-
 def resolve_backend(backend: str, sample: Tensor) -> str:
-    """The backend that ``"auto"`` stands for on this tensor's device and dtype; others as named.
+    """The backend that ``"auto"`` means for this tensor's device and dtype; others as named.
 
     Raises:
-        ValueError: if the name is unknown or the backend cannot run on this device.
+        ValueError: if the name is unknown.
     """
     if backend == "auto":
-        fused = sample.is_cuda and sample.dtype != torch.float64 and has_triton()
-        return "triton" if fused else "chunked"
+        fused = sample.is_cuda and sample.dtype != torch.float64
+        return "triton" if fused and find_spec("triton") else "chunked"
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}; choose from auto, {list(ATTENTION_BACKENDS)}"
@@ -98,7 +92,7 @@ def edge_attention(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Softmax attention over the in-edges of every node, with coordinates riding along.
+    r"""Softmax attention over the in-edges of every node, on values and on displacements.
 
     .. math::
         \ell_{ij}^h = \langle q_i^h, k_j^h \rangle / \sqrt{C} + b_{ij}^h, \quad
@@ -134,7 +128,7 @@ def edge_attention(
 def edge_gate(
     h: Tensor,
     edges: NeighborTable | Tensor,
-    weights: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    weights: Sequence[Tensor],
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -144,7 +138,7 @@ def edge_gate(
         g_{ij} = W_2\,\mathrm{relu}(W_1\,\mathrm{relu}(
             W_0 [h_i, h_j, |h_i - h_j|, h_i \odot h_j] + b_0) + b_1) + b_2
 
-    The first two blocks of :math:`W_0` act on single nodes and are applied once a node.
+    The first two blocks of :math:`W_0` take one node alone and are applied once a node.
 
     Args:
         h: embeddings (n, d).
@@ -169,7 +163,15 @@ def edge_gate(
     return logits.squeeze(-1) if weights[4].size(0) == 1 else logits
 
 
-def _check_attention(q, k, v, x_src, x_dst, bias, graph):
+def _check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x_src: Tensor,
+    x_dst: Tensor,
+    bias: Tensor | None,
+    graph: NeighborTable,
+) -> None:
     n, n_src = graph.num_nodes, graph.num_src_nodes
     shapes = {"q": tuple(q.shape), "k": tuple(k.shape), "v": tuple(v.shape)}
     if q.dim() != 3 or k.shape != v.shape or k.shape[1:] != q.shape[1:]:
@@ -199,7 +201,7 @@ def _check_attention(q, k, v, x_src, x_dst, bias, graph):
         raise ValueError(f"edge_attention: tensors and graph on several devices: {devices}")
 
 
-def _check_gate(h, edges, weights):
+def _check_gate(h: Tensor, edges: NeighborTable | Tensor, weights: Sequence[Tensor]) -> None:
     w0, b0, w1, b1, w2, b2 = weights
     if isinstance(edges, NeighborTable):
         if h.dim() != 2 or not h.size(0) == edges.num_nodes == edges.num_src_nodes:

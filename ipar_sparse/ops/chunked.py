@@ -1,17 +1,19 @@
 """Bounded memory in plain torch: blocks of rows, recomputed in the backward pass.
 
-Both functions keep only their inputs and per-node outputs for the backward pass. Attention runs
-its backward in two passes, by destination for queries and biases and over the reverse lists by
-source for keys and values, so that no pass scatters.
+Both functions save only their inputs and per-node outputs for the backward pass. The backward
+pass of attention runs twice: by destination for queries and biases, and over the reverse lists by
+source for keys and values. Neither run needs a scatter.
 
-Two primitives carry the attention: a product sampled at the edges (``_sddmm``) and a product of
+Attention is made of two primitives: a product sampled at the edges (``_sddmm``) and a product of
 the edge matrix with node rows (``_spmm``). On CPU they are torch's sparse CSR kernels, which read
-neighbours in place instead of gathering them first: ten times faster than a gather and a batched
-product at k = 100 and 32 channels.
+neighbours in place. At k = 100 and 32 channels they are ten times faster than a gather and a
+batched product.
 """
 
 import math
 import warnings
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,11 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from ..graph import NeighborTable
 from .reference import accumulate_dtype
-from .selective_checkpoint import kept_or
+from .selective_checkpoint import saved_or
 
-_BLOCK_VALUES = 1 << 24  # edge values held at once by an attention pass: 64 MiB in float32
-_GATHER_VALUES = 1 << 25  # gathered node values held at once where they must be gathered
-_GATE_EDGES = 1 << 12  # edges a gate block: its (edges, 2d) features stay in the caches
+BLOCK_VALUES = 1 << 24  # edge values of a block of attention: 64 MiB in float32
+_GATHER_VALUES = 1 << 25  # gathered node values of a block on CUDA
+GATE_EDGES = 1 << 12  # edges of a block of the gate: its (edges, 2d) features fit the caches
 
 
 def edge_attention(
@@ -37,7 +39,7 @@ def edge_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`ipar_sparse.ops.edge_attention`."""
     if graph.padded:
-        # Padding becomes an edge to node 0 at -inf: one code path, and no row is special.
+        # Padding becomes an edge to node 0 at -inf, so that all rows have k edges.
         if bias is None:
             bias = q.new_zeros(graph.num_edges)
         bias = graph.to_table(bias, fill=-math.inf).flatten(0, 1)
@@ -53,7 +55,7 @@ def edge_attention(
         return _Attention.apply(q, k, v, x_src, x_dst, bias, graph)
 
 
-def edge_gate(h: Tensor, edges: NeighborTable | Tensor, weights) -> Tensor:
+def edge_gate(h: Tensor, edges: NeighborTable | Tensor, weights: Sequence[Tensor]) -> Tensor:
     """See :func:`ipar_sparse.ops.edge_gate`; always (E, G)."""
     if isinstance(edges, NeighborTable) and not edges.padded:
         src, dst = edges.index.long(), None
@@ -71,7 +73,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, x_src, x_dst, bias, graph):
         dtype = accumulate_dtype(q.dtype)
         channels = q.size(-1)
-        total, lse = kept_or(lambda: _Attention._sums(q, k, v, x_src, bias, graph))
+        total, lse = saved_or(lambda: _Attention._sums(q, k, v, x_src, bias, graph))
         nonempty = torch.isfinite(lse).unsqueeze(-1)
         displacement = total[..., channels:] - x_dst.to(dtype) * nonempty
         ctx.save_for_backward(q, k, v, x_src, x_dst, bias, total, lse)
@@ -117,9 +119,9 @@ class _Attention(torch.autograd.Function):
             [_heads_first(d_out, dtype), _heads_first(d_displacement, dtype)], dim=-1
         )
         nonempty = torch.isfinite(lse)
-        # Row constants ride as one more channel, so that a sampled product gives
+        # Constants of a row are one more channel, so that a sampled product gives
         # log-probabilities and logit gradients at once. The x_i part of a displacement is such a
-        # constant and drops out of the softmax gradient.
+        # constant and cancels in the softmax gradient.
         offset = d_lse.T.to(dtype).masked_fill(~nonempty, 0) - (d_total * total).sum(-1)
         query = torch.cat([_heads_first(q, dtype) * scale, -_finite(lse).unsqueeze(-1)], dim=-1)
         key = torch.cat([_heads_first(k, dtype), total.new_ones(heads, k.size(0), 1)], dim=-1)
@@ -221,8 +223,8 @@ class _Gate(torch.autograd.Function):
         return d_h, None, None, d_w0, d_own.sum(0), d_w1, d_b1, d_w2, d_b2
 
 
-def _gate_blocks(src: Tensor):
-    step = max(1, _GATE_EDGES // max(1, src.size(1)))
+def _gate_blocks(src: Tensor) -> Iterator[slice]:
+    step = max(1, GATE_EDGES // max(1, src.size(1)))
     for start in range(0, src.size(0), step):
         yield slice(start, min(start + step, src.size(0)))
 
@@ -271,7 +273,7 @@ def _finite(lse: Tensor) -> Tensor:
     return lse.masked_fill(~torch.isfinite(lse), 0)
 
 
-def _bias(bias: Tensor | None, edges, like: Tensor) -> Tensor | None:
+def _bias(bias: Tensor | None, edges: slice | Tensor, like: Tensor) -> Tensor | None:
     """The bias of some edges as (1 or H, e)."""
     if bias is None:
         return None
@@ -279,20 +281,18 @@ def _bias(bias: Tensor | None, edges, like: Tensor) -> Tensor | None:
     return part.unsqueeze(0) if part.dim() == 1 else part.T
 
 
-def _blocks(rowptr: Tensor, heads: int, channels: int):
+def _blocks(rowptr: Tensor, heads: int, channels: int) -> Iterator[tuple[slice, slice]]:
     """Slices of rows and of their edges, each block under the memory budget (or one row)."""
-    budget = _BLOCK_VALUES // heads
+    budget = BLOCK_VALUES // heads
     if rowptr.is_cuda:
         budget = min(budget, _GATHER_VALUES // (heads * channels))
     n, total = rowptr.numel() - 1, int(rowptr[-1])
     marks = torch.arange(0, total + budget, budget, device=rowptr.device)
-    cuts = torch.searchsorted(rowptr, marks.clamp(max=total), right=True).sub_(1)
-    cuts = sorted({0, n, *cuts.tolist()})
+    inner = torch.searchsorted(rowptr, marks.clamp(max=total), right=True).sub_(1)
+    cuts = sorted({0, n, *inner.tolist()})
     ends = rowptr[torch.tensor(cuts, device=rowptr.device)].tolist()
-    for (low, high), (first, last) in zip(
-        zip(cuts, cuts[1:], strict=False), zip(ends, ends[1:], strict=False), strict=True
-    ):
-        yield slice(low, high), slice(first, last)
+    for rows, edges in zip(pairwise(cuts), pairwise(ends), strict=True):
+        yield slice(*rows), slice(*edges)
 
 
 def _sddmm(
@@ -301,8 +301,8 @@ def _sddmm(
     """Products <rows_i, columns_j> at the edges of a block, plus ``add``: (H, e)."""
     heads, e = rows.size(0), col.numel()
     shape = (rowptr.numel() - 1, columns.size(1))
-    # torch's sampled product refuses patterns with more entries than the matrix has places, as
-    # edges repeated many times make them.
+    # torch's sampled product refuses patterns with more entries than the matrix has places, which
+    # repeated edges can have.
     if rows.is_cuda or e > shape[0] * shape[1]:
         row = torch.repeat_interleave(rowptr.diff(), output_size=e)
         out = (rows.index_select(1, row) * columns.index_select(1, col)).sum(-1)

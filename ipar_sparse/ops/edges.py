@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_EDGES = 1 << 16  # edges worked on at once: some MiB, near the caches
-_CUDA_FACTOR = 16  # a GPU wants more of them
+BLOCK_EDGES = 1 << 16  # edges of a block: a few MiB, near the size of a CPU's cache
+_CUDA_FACTOR = 16  # a GPU needs larger blocks to be busy
 
 
 def apply_edges(
@@ -17,10 +17,10 @@ def apply_edges(
     destinations: Sequence[Tensor],
     parameters: Sequence[Tensor] = (),
 ) -> Tensor:
-    r"""Per-edge values :math:`f(a_j, \ldots, b_i, \ldots; \theta)`, a block of edges at a time.
+    r"""Per-edge values :math:`f(a_j, \ldots, b_i, \ldots; \theta)`, computed in blocks of edges.
 
-    Only the inputs are kept: what ``function`` makes on the way to its values, however wide, is
-    made again block by block in the backward pass.
+    Only the inputs are saved. Intermediate results of ``function``, however wide, are recomputed
+    block by block in the backward pass.
 
     Args:
         function: takes rows of the sources (e, ...), rows of the destinations (e, ...) and the
@@ -35,10 +35,10 @@ def apply_edges(
     """
     tensors = (*sources, *destinations, *parameters)
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return _MapEdges.apply(function, edge_index, len(sources), len(destinations), *tensors)
+        return _ApplyEdges.apply(function, edge_index, len(sources), len(destinations), *tensors)
 
 
-class _MapEdges(torch.autograd.Function):
+class _ApplyEdges(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, edge_index, num_sources, num_destinations, *tensors):
         ctx.function, ctx.counts = function, (num_sources, num_destinations)
@@ -53,7 +53,7 @@ class _MapEdges(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         with torch.autocast(grad.device.type, enabled=False):
-            return None, None, None, None, *_MapEdges._backward(ctx, grad)
+            return None, None, None, None, *_ApplyEdges._backward(ctx, grad)
 
     @staticmethod
     def _backward(ctx, grad):
@@ -86,18 +86,18 @@ class _MapEdges(torch.autograd.Function):
 
 
 def _blocks(edge_index: Tensor) -> tuple[Tensor, ...]:
-    return edge_index.split(_EDGES * (_CUDA_FACTOR if edge_index.is_cuda else 1), dim=1)
+    return edge_index.split(BLOCK_EDGES * (_CUDA_FACTOR if edge_index.is_cuda else 1), dim=1)
 
 
 def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    if total.is_cuda:  # sorts first, so that sums are the same in every run, as atomics are not
+    if total.is_cuda:  # sorts first and is deterministic, which atomic sums are not
         total.index_put_((index,), rows, accumulate=True)
     else:
         total.index_add_(0, index, rows)
 
 
-def _rows(tensors, counts, block) -> list[Tensor]:
-    """Source tensors gathered at the sources of a block, destination tensors at its ends."""
+def _rows(tensors: Sequence[Tensor], counts: tuple[int, int], block: Tensor) -> list[Tensor]:
+    """Rows of the source and destination tensors at the two ends of a block's edges."""
     sources, destinations = tensors[: counts[0]], tensors[counts[0] : sum(counts)]
     rows = [tensor.index_select(0, block[0]) for tensor in sources]
     return rows + [tensor.index_select(0, block[1]) for tensor in destinations]

@@ -1,6 +1,7 @@
-"""The definition: plain gather and scatter, every intermediate an (E, ...) tensor."""
+"""The definition: plain gather and scatter, with intermediate tensors (E, ...)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from .segment import scatter_sum, segment_softmax
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which logits and sums are kept: float32 for half precision."""
+    """The dtype of logits and sums: float32 for half precision, else the same."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -23,8 +24,8 @@ def attention_logits(q_i: Tensor, k_j: Tensor, bias: Tensor | None) -> Tensor:
     return logits
 
 
-def gate_logits(h_i: Tensor, h_j: Tensor, weights) -> Tensor:
-    """The gate's MLP on edge features built as written: (E, G)."""
+def gate_logits(h_i: Tensor, h_j: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The gate's MLP (E, G) on embeddings of the two ends of the edges, (E, d) each."""
     w0, b0, w1, b1, w2, b2 = weights
     features = torch.cat([h_i, h_j, (h_i - h_j).abs(), h_i * h_j], dim=-1)
     hidden = torch.relu(torch.nn.functional.linear(features, w0, b0))
@@ -51,7 +52,7 @@ def edge_attention(
     return out.to(v.dtype), displacement, lse
 
 
-def edge_gate(h: Tensor, edges: NeighborTable | Tensor, weights) -> Tensor:
+def edge_gate(h: Tensor, edges: NeighborTable | Tensor, weights: Sequence[Tensor]) -> Tensor:
     """See :func:`ipar_sparse.ops.edge_gate`; always (E, G)."""
     src, dst = edges.edge_index if isinstance(edges, NeighborTable) else edges
     return gate_logits(h[dst], h[src], weights)

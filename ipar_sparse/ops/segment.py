@@ -1,7 +1,6 @@
 """Reductions over edges that share a destination.
 
-torch_scatter's reductions serve where that package is installed, torch's own otherwise; the
-results are equal.
+Sums use torch_scatter where it is installed, else torch; the results are equal.
 """
 
 from importlib.util import find_spec
@@ -9,12 +8,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-_use_torch_scatter = find_spec("torch_scatter") is not None
+use_torch_scatter = find_spec("torch_scatter") is not None
 
 
 def scatter_sum(src: Tensor, index: Tensor, dim_size: int) -> Tensor:
     """Sum rows of ``src`` (E, ...) that share an ``index`` (E,): (dim_size, ...)."""
-    if _use_torch_scatter:
+    if use_torch_scatter:
         import torch_scatter
 
         return torch_scatter.scatter_sum(src, index, dim=0, dim_size=dim_size)

@@ -1,4 +1,4 @@
-"""Outputs that a recomputation in the backward pass takes up instead of making them again."""
+"""Activation checkpointing that saves the outputs of edge attention and recomputes the rest."""
 
 import threading
 from collections.abc import Callable
@@ -8,28 +8,30 @@ from torch import Tensor
 _active = threading.local()  # the backward pass of a GPU runs in a thread of its own
 
 
-def keep_attention() -> tuple["_Keeping", "_Recalling"]:
+def keep_attention() -> tuple["_Saving", "_Restoring"]:
     """The ``context_fn`` of a checkpoint that recomputes everything but edge attention.
 
-    Attention is most of a block's time and its outputs a seventh of what a block leaves behind,
-    so that with them kept, a recomputation costs the linear layers only.
+    Attention takes most of a block's time, and its outputs are a seventh of the tensors that a
+    block saves. With them saved, the recomputation costs the linear layers only.
 
     Returns:
         Contexts for the forward pass and for its recomputation.
     """
-    kept: list[tuple[Tensor, ...]] = []
-    return _Keeping(kept), _Recalling(kept)
+    saved: list[tuple[Tensor, ...]] = []
+    return _Saving(saved), _Restoring(saved)
 
 
-def kept_or(make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """What the forward pass made at this place, in a recomputation; else what ``make`` returns."""
+def saved_or(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The saved outputs of this call in a recomputation; else those of ``compute``."""
     phase = getattr(_active, "phase", None)
-    return make() if phase is None else phase.take(make)
+    return compute() if phase is None else phase.outputs(compute)
 
 
 class _Phase:
-    def __init__(self, kept: list):
-        self.kept = kept
+    """The forward pass of a checkpoint, or its recomputation, as a context."""
+
+    def __init__(self, saved: list[tuple[Tensor, ...]]):
+        self.saved = saved
 
     def __enter__(self):
         self.before, _active.phase = getattr(_active, "phase", None), self
@@ -39,16 +41,16 @@ class _Phase:
         _active.phase = self.before
 
 
-class _Keeping(_Phase):
-    def take(self, make):
-        self.kept.append(make())
-        return tuple(t.detach() for t in self.kept[-1])
+class _Saving(_Phase):
+    def outputs(self, compute):
+        self.saved.append(compute())
+        return tuple(t.detach() for t in self.saved[-1])
 
 
-class _Recalling(_Phase):
+class _Restoring(_Phase):
     def __enter__(self):
-        self.calls = iter(self.kept)
+        self.calls = iter(self.saved)
         return super().__enter__()
 
-    def take(self, make):
+    def outputs(self, compute):
         return tuple(t.detach() for t in next(self.calls))

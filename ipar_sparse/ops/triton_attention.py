@@ -1,13 +1,13 @@
 """Fused edge attention on CUDA: online softmax over the neighbour table, two-pass backward.
 
-Every kernel gathers node rows straight from where they lie and keeps its sums in registers; no
-per-edge tensor exists except the bias and its gradient. The backward pass runs once by
-destination (queries, bias) and once over the reverse lists by source (keys, values, positions):
-every output has one writer, so that results are the same bits in every run. Sources with long
-reverse lists are cut into chunks of fixed size whose partial sums a last kernel adds in order.
+Every kernel gathers node rows in place and accumulates in registers. The only per-edge tensors are
+the bias and its gradient. The backward pass runs once by destination (queries, bias) and once over
+the reverse lists by source (keys, values, positions). Every output has one writer, so that results
+are bitwise reproducible. Long reverse lists are cut into chunks of fixed size, whose partial sums
+a last kernel adds in order.
 
-Logits are kept in units of log 2. A row's largest bias is subtracted before the products are
-added, so that large biases (1e4) cost no digits.
+Logits are in units of log 2. A row's largest bias is subtracted before the products are added, so
+that large biases (1e4) lose no digits.
 """
 
 import math
@@ -22,13 +22,13 @@ from torch.autograd.function import once_differentiable
 
 from ..graph import NeighborTable
 from ..graph.order import local_order
-from .selective_checkpoint import kept_or
+from .selective_checkpoint import saved_or
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-# Edges a lane holds in registers, two 16-byte reads each in flight: few where the registers left
-# over hold more warps, more where sums fill them anyway (measured, docs/kernels.md).
+# Edges that a lane holds in registers. Fewer leave registers for more warps; the source pass needs
+# its registers for sums and gains from more edges (measured, docs/kernels.md).
 _DEPTH, _SOURCE_DEPTH = 2, 4
-_CHUNK = 256  # out-edges a program of the source pass takes on: about twice the mean at k = 100
+_CHUNK = 256  # out-edges of a task of the source pass: about twice the mean at k = 100
 
 
 def unsupported(q: Tensor, x: Tensor) -> str | None:
@@ -65,7 +65,7 @@ def edge_attention(
     """See :func:`ipar_sparse.ops.edge_attention`.
 
     A graph that :func:`~ipar_sparse.graph.order.reorder` has been called on runs in its local
-    order: node rows go in and come back by one copy, which the kernels' cache hits repay.
+    order. Node rows are then copied once each way, which costs less than the cache misses saved.
 
     Raises:
         ValueError: on dtypes or shapes that the kernels do not take.
@@ -74,12 +74,13 @@ def edge_attention(
         raise ValueError(f"the triton backend takes {reason}; use backend='chunked'")
     if bias is not None:
         bias = graph.to_table(bias, fill=-math.inf)
-    dtype, tensors = x_src.dtype, (q, k, v, x_src.float(), x_dst.float(), bias)
+    dtype = x_src.dtype
+    tensors: list[Tensor | None] = [q, k, v, x_src.float(), x_dst.float(), bias]
     order = local_order(graph)
     if order is not None:
         graph, perm, inverse = order
         tensors = [None if t is None else Reorder.apply(t, perm, inverse) for t in tensors]
-    bias = None if bias is None else tensors[5].flatten(0, 1)
+    bias = None if tensors[5] is None else tensors[5].flatten(0, 1)
     out, displacement, lse = _EdgeAttention.apply(*tensors[:5], bias, graph)
     if order is not None:
         out, displacement, lse = (Reorder.apply(t, inverse, perm) for t in (out, displacement, lse))
@@ -87,7 +88,7 @@ def edge_attention(
 
 
 class Reorder(torch.autograd.Function):
-    """Rows in another order; the gradient's come back by a gather, not a scatter."""
+    """Rows in another order, whose gradient is a gather by the inverse and not a scatter."""
 
     @staticmethod
     def forward(ctx, x, perm, inverse):
@@ -102,12 +103,12 @@ class Reorder(torch.autograd.Function):
 class _EdgeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, x_src, x_dst, bias, graph):
-        q, k, v = _rows(q), _rows(k), _rows(v)
+        q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
         x_src, x_dst = x_src.contiguous(), x_dst.contiguous()
         bias = None if bias is None else bias.contiguous()
         if any(ctx.needs_input_grad[1:4]):
-            SourcePlan.of(graph)  # sorting takes memory: best before anything is kept
-        out, displacement, lse, norm = kept_or(
+            SourcePlan.of(graph)  # its sort takes memory, so it comes before anything is saved
+        out, displacement, lse, norm = saved_or(
             lambda: _EdgeAttention._forward(q, k, v, x_src, x_dst, bias, graph)
         )
         ctx.save_for_backward(q, k, v, x_src, x_dst, bias, out, displacement, norm)
@@ -162,7 +163,7 @@ class _EdgeAttention(torch.autograd.Function):
         # What an edge needs of its destination beside q and d_out, in one aligned row: (norm,
         # delta) per head, d_displacement per head, the position, the bias offset per head.
         info = torch.empty(n, shape.info, dtype=torch.float32, device=device)
-        d_out = _rows(d_out)
+        d_out = contiguous_rows(d_out)
         if n:
             _prepare_kernel[(triton.cdiv(n, shape.prepare["ROWS"]),)](
                 d_out,
@@ -267,7 +268,7 @@ class SourcePlan:
 
     @classmethod
     def of(cls, graph: NeighborTable, chunk: int = _CHUNK) -> "SourcePlan":
-        """The graph's plan, built at first use and kept with it."""
+        """The plan of a graph, built at first use and cached with it."""
         return graph._cached(f"source_plan_{chunk}", lambda: cls._build(graph, chunk))
 
     @classmethod
@@ -308,8 +309,8 @@ class _Shape:
         padded = triton.next_power_of_2(heads)
         width, vector = padded * channels, 16 // q.element_size()
         warps = min(max(width // (32 * vector), 1), 8)
-        # Edges that lie side by side in the lanes; each keeps its own running sums, so that
-        # lanes meet once a row and not once a tile.
+        # Edges that a warp holds side by side. Each has its own running sums, so that lanes are
+        # reduced once a row and not once a tile.
         side = max(32 * warps * vector // width, 1)
         kind = 0 if bias is None else bias.dim()
         layout = {"HEADS": heads, "H": padded, "C": channels}
@@ -324,8 +325,8 @@ def division(divisor: int) -> tuple[int, int]:
     return -(-(1 << (31 + shift)) // divisor), shift
 
 
-def _rows(x: Tensor) -> Tensor:
-    """The tensor itself if its rows are contiguous (a view into a packed q, k, v is), or a copy."""
+def contiguous_rows(x: Tensor) -> Tensor:
+    """The tensor itself if its rows are contiguous, as in a view of packed q, k, v; else a copy."""
     return x if x.stride()[1:] == (x.size(2), 1) and x.stride(0) > 0 else x.contiguous()
 
 
@@ -365,7 +366,7 @@ def _dot_heads(row, tile, EDGES: tl.constexpr, H: tl.constexpr, C: tl.constexpr)
 
 
 @triton.jit
-def _spread(x, R: tl.constexpr, P: tl.constexpr, H: tl.constexpr, C: tl.constexpr):
+def _repeat(x, R: tl.constexpr, P: tl.constexpr, H: tl.constexpr, C: tl.constexpr):
     """Per-head weights (edges, H) as (R, P, H C), to multiply a tile."""
     wide = tl.broadcast_to(x[:, :, None], [R * P, H, C])
     return tl.reshape(wide, [R, P, H * C])
@@ -453,8 +454,8 @@ def _forward_kernel(
         move0 = move0 * decay + _fold(weight * (y0 - x0)[:, None], R, P, H)
         move1 = move1 * decay + _fold(weight * (y1 - x1)[:, None], R, P, H)
         wide = tl.reshape(tl.broadcast_to(decay[:, :, None], [P, H, C]), [P, W])
-        spread = _spread(weight, R, P, H, C)
-        out = out * wide + tl.sum(spread * tl.reshape(value, [R, P, W]), 0)
+        repeated = _repeat(weight, R, P, H, C)
+        out = out * wide + tl.sum(repeated * tl.reshape(value, [R, P, W]), 0)
         top = new_top
 
     highest = tl.max(top, 0)
@@ -598,8 +599,8 @@ def _backward_dst_kernel(
         slope = _dot_heads(d_out, value, EDGES, H, C) - delta[None, :]
         slope += d_move0[None, :] * (y0 - x0)[:, None] + d_move1[None, :] * (y1 - x1)[:, None]
         slope *= tl.exp2(logit - norm[None, :])
-        spread = _spread(slope, R, P, H, C)
-        d_q += tl.sum(spread * tl.reshape(key, [R, P, W]), 0)
+        repeated = _repeat(slope, R, P, H, C)
+        d_q += tl.sum(repeated * tl.reshape(key, [R, P, W]), 0)
         if NEED_BIAS:
             if BIAS == 1:
                 d_bias = tl.sum(slope, 1).to(d_bias_ptr.dtype.element_ty)
@@ -691,8 +692,8 @@ def _backward_src_kernel(
         slope = _dot_heads(value, d_out, EDGES, H, C) - delta
         slope += d_move0 * (x0 - y0)[:, None] + d_move1 * (x1 - y1)[:, None]
         slope *= weight
-        d_k += tl.sum(_spread(slope, R, P, H, C) * tl.reshape(q, [R, P, W]), 0)
-        d_v += tl.sum(_spread(weight, R, P, H, C) * tl.reshape(d_out, [R, P, W]), 0)
+        d_k += tl.sum(_repeat(slope, R, P, H, C) * tl.reshape(q, [R, P, W]), 0)
+        d_v += tl.sum(_repeat(weight, R, P, H, C) * tl.reshape(d_out, [R, P, W]), 0)
         d_x0 += _fold(weight * d_move0, R, P, H)
         d_x1 += _fold(weight * d_move1, R, P, H)
     d_k = tl.sum(d_k, 0) * scale

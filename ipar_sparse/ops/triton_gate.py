@@ -1,16 +1,16 @@
-r"""Fused edge gate on CUDA: the MLP of an edge never leaves the chip.
+r"""Fused edge gate on CUDA: intermediate results of an edge's MLP stay on the chip.
 
-A program takes one node and the edges around it. With :math:`h_c` of that node and :math:`h_o` of
-the node at the other end, the first layer is
+A program handles one node and the edges around it. With the embedding :math:`h_c` of that node and
+:math:`h_o` of the node at the other end, the first layer is
 
 .. math::
     z = A_c + \big(W_o + W_m \operatorname{diag}(h_c)\big) h_o + W_d |h_c - h_o|,
 
-so that the other end's own product costs nothing beside the one with :math:`h_c \odot h_o`, and
-one product :math:`\sum_e z'_e h_{o}^T` in the backward pass holds both gradients. The backward
-pass recomputes the tile. Run over destinations it gives the weights' gradients (sums a program
-keeps and a last reduction adds in order) and one half of the embeddings' gradient; run over the
-reverse lists, with the roles of the two ends exchanged, the other half.
+so that the products with :math:`h_o` and with :math:`h_c \odot h_o` are one. In the backward pass
+one product :math:`\sum_e z'_e h_{o}^T` gives the gradients of both. The backward pass recomputes
+the tile. Over destinations it gives one half of the embeddings' gradient and, in sums of each
+program that a last reduction adds in order, the weights' gradients. Over the reverse lists, with
+the two ends exchanged, it gives the other half.
 """
 
 import torch
@@ -114,7 +114,7 @@ class _EdgeGate(torch.autograd.Function):
         d_b2 = d_logits.sum((0, 1))
         d_logits = d_logits.contiguous()
         scale = None
-        if h.dtype == torch.float16:  # a mean over millions of edges is below its range
+        if h.dtype == torch.float16:  # gradients of a mean over millions of edges would underflow
             scale = d_logits.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
             d_logits = d_logits / scale
         parts = _Parts(h, w0, b0, w1, w2, exact=ctx.exact)
@@ -171,18 +171,18 @@ class _Parts:
         centre = torch.empty(n, width, dtype=torch.float32, device=device)
         tile = _tile(h.dtype, backward=True, exact=self.exact, large=need_h or d > 128)
         plan = SourcePlan.of(graph) if by_source else None
-        tasks = plan.num_tasks if by_source else n
+        tasks = n if plan is None else plan.num_tasks
         programs = min(tasks, _multiprocessors(device) * (8 // tile["num_warps"]))
         total = 0 if by_source else 3 * d * m + m * m2 + m2 + outputs * m2
         sums = torch.empty(programs, total, dtype=torch.float32, device=device)
         partial = torch.empty(
-            plan.num_partials if by_source else 0, width, dtype=torch.float32, device=device
+            0 if plan is None else plan.num_partials, width, dtype=torch.float32, device=device
         )
         _backward_kernel[(programs,)](
             h,
             self.own(int(by_source)),
-            plan.edge if by_source else graph.index,
-            plan.task if by_source else None,
+            graph.index if plan is None else plan.edge,
+            None if plan is None else plan.task,
             self.first,
             self.second,
             b1,
@@ -202,7 +202,7 @@ class _Parts:
             BY_SOURCE=by_source,
             NEED_H=need_h,
         )
-        if by_source and plan.num_heavy:
+        if plan is not None and plan.num_heavy:
             _combine_kernel[(plan.num_heavy,)](
                 partial, plan.heavy, centre, WIDTH=width, BLOCK=triton.next_power_of_2(width)
             )
@@ -212,10 +212,10 @@ class _Parts:
 def _tile(dtype: torch.dtype, *, exact: bool, backward: bool = False, large: bool = False) -> dict:
     """Edges a tile, the precision of its products, warps and stages of a program.
 
-    Small tiles in the backward pass leave its registers to the weights' gradients. float32
-    products that are to be exact take operands split in two for TF32, or plain cores in ``large``
-    backward passes, where these would not fit into shared memory. TF32 is fastest forward with a
-    whole node a tile, unless that is ``large`` or mostly padding.
+    Small tiles in the backward pass leave registers for the weights' gradients. Exact float32
+    products split their operands in two for TF32 cores. In ``large`` backward passes the split
+    operands exceed shared memory, and plain cores are used. The forward pass with TF32 is fastest
+    with all edges of a node in one tile, unless that is ``large`` or mostly padding.
     """
     if dtype == torch.float32:
         if not (backward or large):
@@ -368,7 +368,7 @@ def _backward_kernel(
             end = K
         centre = tl.load(h_ptr + node * D + inner, mask=inner_mask, other=0.0).to(tl.float32)
         own = tl.load(own_ptr + node * M + cols).to(tl.float32)
-        # Read again for every node: registers are scarcer than the cache's bandwidth.
+        # Read again for every node, to save registers.
         other_w = tl.load(first_ptr + OTHER * D * M + block, mask=mask, other=0.0)
         product_w = tl.load(first_ptr + 3 * D * M + block, mask=mask, other=0.0)
         mixed = other_w.to(tl.float32) + product_w.to(tl.float32) * centre[:, None]

@@ -1,11 +1,11 @@
 """Fused random walks on CUDA: transition, and the divergence of two walks from probe rows.
 
 A walk from one row stays sparse for a few steps: rows of the state that no walk has reached yet
-are marked and not read. The predicted and the reference walk lie side by side, so that one
-gather serves both, and their divergence is summed where the states are made. The backward pass
-runs from the last step to the first over the same rows and writes the gradient of every entry
-where the reference state was. Rows are worked on in an order that follows the tissue, so that
-those in flight share what they read. All sums have one writer and a fixed order.
+are marked and not read. The predicted and the reference walk are stored side by side, so that one
+gather serves both. Their divergence is summed where the states are computed. The backward pass
+runs from the last step to the first over the same rows, and overwrites the reference states with
+gradients. Rows are processed in an order that follows the tissue, so that concurrent programs read
+the same rows. Every sum has one writer and a fixed order.
 """
 
 import torch
@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from ..graph.order import bisection_order
 
-_STATE_BYTES = 3 << 30  # states of all steps held at once
+STATE_BYTES = 3 << 30  # states of all steps held at once
 
 
 def transition(pos: Tensor, walk) -> Tensor:
-    """See :meth:`ipar_sparse.supervision.targets.WalkTarget.transition`; float32 positions on CUDA."""
+    """``WalkTarget.transition`` of :mod:`ipar_sparse.supervision.walk`, of float32 on CUDA."""
     return _Transition.apply(pos, walk)
 
 
@@ -33,7 +33,7 @@ def probe_divergence(values: Tensor, walk, rows: Tensor, weight: Tensor) -> Tens
 
     Args:
         values: entries of the predicted T (2P,), float32.
-        walk: the :class:`~ipar_sparse.supervision.targets.WalkTarget` whose pattern and reference are used.
+        walk: the ``WalkTarget`` whose pattern and reference are used.
         rows: distinct rows r (m,).
         weight: weights w (steps, m), float32.
 
@@ -185,7 +185,7 @@ def _width(n: int, steps: int, count: int) -> int:
     """Walks carried at once: as many as the memory for their states allows, 16 to 128."""
     width = 128
     while width > 16 and (
-        width // 2 >= count or (width > 32 and 8 * n * steps * width > _STATE_BYTES)
+        width // 2 >= count or (width > 32 and 8 * n * steps * width > STATE_BYTES)
     ):
         width //= 2
     return width
@@ -288,16 +288,16 @@ def _transition_backward_kernel(
 
 
 @triton.jit
-def _term(expected, predicted):
+def _term(target, predicted):
     low = tl.maximum(predicted, 1e-8)
-    return expected * (tl.log(tl.maximum(expected, 1e-8)) - tl.log(low))
+    return target * (tl.log(tl.maximum(target, 1e-8)) - tl.log(low))
 
 
 @triton.jit
-def _slope(expected, predicted, weight):
+def _slope(target, predicted, weight):
     """Gradient of the weighted divergence in the predicted state."""
     safe = tl.maximum(predicted, 1e-8)
-    return tl.where(predicted >= 1e-8, -weight * expected / safe, 0.0)
+    return tl.where(predicted >= 1e-8, -weight * target / safe, 0.0)
 
 
 @triton.jit
@@ -326,13 +326,13 @@ def _start_kernel(
         valid = entry < end
         node = tl.load(col_ptr + entry, mask=valid, other=0).to(tl.int64)
         predicted = tl.load(values_ptr + entry, mask=valid, other=0.0)
-        expected = tl.load(reference_ptr + entry, mask=valid, other=0.0)
-        loss += _term(expected, predicted)
+        target = tl.load(reference_ptr + entry, mask=valid, other=0.0)
+        loss += _term(target, predicted)
         if LAST:
-            expected = _slope(expected, predicted, weight)
+            target = _slope(target, predicted, weight)
         to = state_ptr + node * (2 * WIDTH) + probe
         tl.store(to, predicted, mask=valid)
-        tl.store(to + WIDTH, expected, mask=valid)
+        tl.store(to + WIDTH, target, mask=valid)
         tl.store(reached_ptr + node, tl.full([BLOCK], 1, tl.uint8), mask=valid)
     tl.store(loss_ptr + probe, weight * tl.sum(loss, 0))
 
@@ -368,32 +368,32 @@ def _step_kernel(
         node = tl.load(col_ptr + entry, mask=valid, other=0).to(tl.int64)
         valid &= tl.load(before_reached_ptr + node, mask=valid, other=0) > 0
         predicted = tl.load(values_ptr + entry, mask=valid, other=0.0)
-        expected = tl.load(reference_ptr + entry, mask=valid, other=0.0)
+        target = tl.load(reference_ptr + entry, mask=valid, other=0.0)
         state = tl.load(
             before_ptr + node[:, None] * (2 * WIDTH) + both[None, :],
             mask=valid[:, None],
             other=0.0,
         )
-        state *= tl.where(both[None, :] < WIDTH, predicted[:, None], expected[:, None])
+        state *= tl.where(both[None, :] < WIDTH, predicted[:, None], target[:, None])
         total += tl.sum(tl.reshape(state, [R, P, 2 * WIDTH]), 0)
     sides = tl.reshape(tl.sum(total, 0), [2, WIDTH])
     side = tl.arange(0, 2)[:, None]
     predicted = tl.sum(tl.where(side == 0, sides, 0.0), 0)
-    expected = tl.sum(tl.where(side == 1, sides, 0.0), 0)
-    reached = tl.maximum(tl.max(predicted, 0), tl.max(expected, 0)) > 0.0
+    target = tl.sum(tl.where(side == 1, sides, 0.0), 0)
+    reached = tl.maximum(tl.max(predicted, 0), tl.max(target, 0)) > 0.0
     tl.store(reached_ptr + row, reached.to(tl.uint8))
     if reached:
         one = tl.arange(0, WIDTH)
         weight = tl.load(weight_ptr + one)
-        loss = tl.sum(weight * _term(expected, predicted), 0)
+        loss = tl.sum(weight * _term(target, predicted), 0)
         tl.store(partial_ptr + row, tl.load(partial_ptr + row) + loss)
         to = state_ptr + row * (2 * WIDTH) + one
         if LEARNS or not LAST:
             if LAST:
-                expected = _slope(expected, predicted, weight)
+                target = _slope(target, predicted, weight)
             else:
                 tl.store(to, predicted)
-            tl.store(to + WIDTH, expected)
+            tl.store(to + WIDTH, target)
 
 
 @triton.jit

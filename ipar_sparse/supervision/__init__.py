@@ -1,4 +1,4 @@
-"""What training is supervised by: frozen targets of true positions, and the losses on them."""
+"""Supervision of training: frozen targets from true positions, and the losses on them."""
 
 from .losses import e_geo, gate_loss, geometry_terms
 from .targets import SlideTarget, build_target, collate, gate_target, target_graph

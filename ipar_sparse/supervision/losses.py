@@ -1,10 +1,12 @@
-"""What a predicted layout is charged for: random walk, stress, repulsion, entropy, gate.
+"""Losses of a predicted layout: random walk, stress, repulsion, entropy, gate.
 
-Every function takes positions in the unit-RMS gauge (see :func:`ipar_sparse.gauge_fix`) unless
-it says otherwise, works in their dtype, and never waits for the device.
+Positions are in the unit-RMS gauge (:func:`ipar_sparse.gauge_fix`) unless a function says
+otherwise. Losses are computed in their dtype, without synchronisation with the device.
 """
 
 import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from torch.autograd.function import once_differentiable
 from ..geometry.gauge import gauge_fix
 from ..graph import NeighborTable
 from ..ops import resolve_backend
-from .targets import SlideTarget, StressTarget, WalkTarget, gate_target
+from .stress import StressTarget
+from .targets import SlideTarget
+from .walk import WalkTarget, gate_target
 
 __all__ = [
     "GEOMETRY_TERMS",
@@ -23,6 +27,7 @@ __all__ = [
     "gram_loss",
     "log_stress_loss",
     "long_range_loss",
+    "probe_kl",
     "repulsion_loss",
     "rw_kl_loss",
     "walk_entropy_loss",
@@ -30,9 +35,9 @@ __all__ = [
 
 STRESS_WEIGHT = 0.1  # of L_stress beside L_RW, in E_geo and in training
 _LOG_FLOOR = 1e-8
-_DENSE_LIMIT = 1536  # up to here n x n products beat sparse ones
+DENSE_LIMIT = 1536  # up to here n x n products beat sparse ones
 _METRIC_ROWS = 256  # probe rows of E_geo beyond that
-_BLOCK_ELEMENTS = 1 << 24  # walk entries held at once when all rows of a large graph are wanted
+BLOCK_ELEMENTS = 1 << 24  # walk entries held at once when all rows of a large graph are wanted
 
 
 def rw_kl_loss(
@@ -47,8 +52,8 @@ def rw_kl_loss(
         \sum_s 0.5^{s-1} \, \frac1n \sum_i
         \mathrm{KL}\!\left(T_\mathrm{ref}^s[i,:] \,\|\, T_\mathrm{pred}^s[i,:]\right)
 
-    with logarithms clamped at 1e-8. In a batch of graphs the mean runs over the rows of all of
-    them, each with its own number of steps.
+    with logarithms clamped at 1e-8. In a batch the mean runs over the rows of all graphs, each
+    with its own number of steps.
 
     Args:
         pos: positions (n, 2).
@@ -59,6 +64,9 @@ def rw_kl_loss(
 
     Returns:
         A scalar; 0 at the true positions.
+
+    Raises:
+        ValueError: if fewer than one row is asked for, or the shapes do not match.
     """
     if probe_rows is not None and probe_rows < 1:
         raise ValueError(f"probe_rows must be at least 1; given {probe_rows}")
@@ -68,11 +76,14 @@ def rw_kl_loss(
         values = walk.transition(pos)
         if probe_rows is not None and probe_rows < n:
             rows = _random_rows(n, probe_rows, generator, pos.device)
-            return _probe_kl(values, walk, rows) / probe_rows
-        if max(walk.sizes) <= _DENSE_LIMIT:
+            return probe_kl(values, walk, rows) / probe_rows
+        if max(walk.sizes) <= DENSE_LIMIT:
             return _dense_kl(values, walk)
-        rows = torch.arange(n, device=pos.device).split(max(1, _BLOCK_ELEMENTS // n))
-        return sum(_probe_kl(values, walk, block) for block in rows) / n
+        blocks = torch.arange(n, device=pos.device).split(max(1, BLOCK_ELEMENTS // n))
+        total = values.new_zeros(())
+        for rows in blocks:
+            total = total + probe_kl(values, walk, rows)
+        return total / n
 
 
 def log_stress_loss(
@@ -88,8 +99,8 @@ def log_stress_loss(
         \frac1M \sum_e (r_e - \bar r)^2
 
     The mean :math:`\bar r` is the optimal log-scale. In a batch every graph has its own, and the
-    graphs' losses are averaged. Distances are clamped at 1e-8; where the target has a softening
-    s, :math:`\sqrt{d^2 + s^2}` stands for d.
+    graphs' losses are averaged. Distances are clamped at 1e-8. Where the target has a softening
+    s, :math:`\sqrt{d^2 + s^2}` takes the place of d.
 
     Args:
         pos: positions (n, 2), any scale.
@@ -100,15 +111,17 @@ def log_stress_loss(
     """
     edge_index, batch = stress.edge_index, stress.edge_batch
     true = stress.dist.to(pos.dtype).square()
-    soft = 0.0 if stress.softening is None else stress.softening.to(pos.dtype).square()
+    soft = None if stress.softening is None else stress.softening.to(pos.dtype).square()
     if num_pairs is not None and num_pairs < true.numel():
         drawn = torch.randint(
             true.numel(), (num_pairs,), generator=generator, device=_source(generator, pos.device)
         ).to(pos.device, non_blocking=True)
         edge_index, batch, true = edge_index[:, drawn], batch[drawn], true[drawn]
-        soft = soft if stress.softening is None else soft[drawn]
+        soft = None if soft is None else soft[drawn]
     square = _square_distance(pos, *edge_index)
-    ratio = 0.5 * ((square + soft).log() - (true + soft).log())
+    if soft is not None:
+        square, true = square + soft, true + soft
+    ratio = 0.5 * (square.log() - true.log())
     if stress.num_graphs == 1:
         return (ratio - ratio.mean()).square().mean() if ratio.numel() else ratio.sum()
     scale = _graph_mean(ratio, batch, stress.num_graphs)
@@ -123,9 +136,9 @@ def gram_loss(pos: Tensor, target: SlideTarget) -> Tensor:
         \frac{1}{n^2} \|X X^\top - Y Y^\top\|_F^2
         = \tfrac{1}{n^2} \left(\|X^\top X\|_F^2 - 2 \|X^\top Y\|_F^2 + \|Y^\top Y\|_F^2\right)
 
-    The strain of classical scaling: 0 where X is a rotation or reflection of Y, and without
-    folded minima (a factorisation of rank 2 has none but the best). In a batch the graphs'
-    losses are averaged.
+    This is the strain of classical scaling: 0 where X is a rotation or reflection of Y. It has no
+    folded local minima, since a factorisation of rank 2 has only global ones. In a batch the
+    graphs' losses are averaged.
 
     Args:
         pos: positions (n, 2).
@@ -153,9 +166,10 @@ def long_range_loss(
 ) -> Tensor:
     r"""Mean of :math:`(d_\mathrm{pred} - d_\mathrm{true})^2` over fresh uniform random pairs.
 
-    Raw stress in the unit-RMS gauge, an unbiased estimate over all pairs. Two in five lie beyond
-    the 60th percentile of distances, where ring partners stop. Unlike log-stress it is dominated
-    by long distances and, with new pairs at every step, does not stall in folds.
+    Raw stress in the unit-RMS gauge, an unbiased estimate over all pairs. Two pairs in five lie
+    beyond the 60th percentile of distances, where the ring partners of the stress target end. It
+    is dominated by long distances, unlike log-stress, and new pairs at every step keep it from
+    stalling in folded minima.
 
     Args:
         pos: positions (n, 2).
@@ -205,11 +219,11 @@ def repulsion_loss(
 
 
 def walk_entropy_loss(pos: Tensor, walk: WalkTarget) -> Tensor:
-    r"""Minus the mean row entropy of the predicted one-step walk, logarithms clamped at 1e-8.
+    """Minus the mean row entropy of the predicted one-step walk, logarithms clamped at 1e-8.
 
     Args:
         pos: positions (n, 2).
-        walk: the walk whose edges and widths are used.
+        walk: the walk whose edges and widths sigma are used.
     """
     values = walk.transition(pos)
     return (values * values.clamp(min=_LOG_FLOOR).log()).sum() / walk.num_nodes
@@ -232,9 +246,12 @@ def gate_loss(
         gate_logits: raw logits (E,), or (E, heads), in the graph's edge order.
         graph: the candidates.
         walk: the reference walk.
-        step: its power.
-        probability: p (E,) where it is known already, from
-            :func:`ipar_sparse.supervision.targets.gate_target` or a mixture of several.
+        step: power of the reference walk.
+        probability: p (E,) in place of ``walk``, from
+            :func:`~ipar_sparse.supervision.gate_target` or a mixture of several.
+
+    Raises:
+        ValueError: without a walk and a probability, or where shapes do not match the graph.
     """
     if probability is None:
         if walk is None:
@@ -262,8 +279,8 @@ def e_geo(
 ) -> dict[str, Tensor]:
     """The evaluation metric E_geo = L_RW + 0.1 L_stress and its two parts.
 
-    On a sketched target it is that of the sketch, which is comparable with the definition on a
-    random 384 of the nodes: reach, pairs a node and steps are those.
+    On a sketched target it is that of the sketch. Its reach, pairs a node and steps are those of
+    a random miniset of 384 of the nodes, so that the two can be compared.
 
     Args:
         pos: positions (n, 2), any units; brought into the unit-RMS gauge here.
@@ -275,7 +292,7 @@ def e_geo(
     Returns:
         Scalars ``e_geo``, ``l_rw``, ``l_stress``.
     """
-    if probe_rows is None and max(target.sizes) > _DENSE_LIMIT:
+    if probe_rows is None and max(target.sizes) > DENSE_LIMIT:
         probe_rows = _METRIC_ROWS
     pos = gauge_fix(pos, target.batch, target.num_graphs)
     l_rw = rw_kl_loss(pos, target.walk, probe_rows, generator)
@@ -286,7 +303,7 @@ def e_geo(
 def geometry_terms(
     pos: Tensor,
     target: SlideTarget,
-    names,
+    names: Iterable[str],
     *,
     probe_rows: int | None = None,
     stress_pairs: int | None = None,
@@ -301,30 +318,44 @@ def geometry_terms(
         probe_rows: see :func:`rw_kl_loss`.
         stress_pairs: see :func:`log_stress_loss`, for each of the two terms made of pairs.
         generator: source of every random choice.
+
+    Returns:
+        Scalars by name.
+
+    Raises:
+        ValueError: on an unknown name, or ``"multiscale"`` where the target has no such pairs.
     """
+    names = list(names)
     unknown = set(names) - set(GEOMETRY_TERMS)
     if unknown:
         raise ValueError(f"unknown terms {sorted(unknown)}; choose from {sorted(GEOMETRY_TERMS)}")
-    if "multiscale" in names and target.multiscale is None:
-        raise ValueError("this target has no multiscale pairs; build_target(multiscale=True)")
     draw = {"probe_rows": probe_rows, "stress_pairs": stress_pairs, "generator": generator}
     return {name: GEOMETRY_TERMS[name](pos, target, draw) for name in names}
 
 
-GEOMETRY_TERMS = {
+GEOMETRY_TERMS: dict[str, Callable[[Tensor, SlideTarget, dict[str, Any]], Tensor]] = {
     "rw_kl": lambda x, t, d: rw_kl_loss(x, t.walk, d["probe_rows"], d["generator"]),
     "stress_log": lambda x, t, d: log_stress_loss(x, t.stress, d["stress_pairs"], d["generator"]),
-    "multiscale": lambda x, t, d: log_stress_loss(
-        x, t.multiscale, d["stress_pairs"], d["generator"]
-    ),
+    "multiscale": lambda x, t, d: _multiscale_loss(x, t, d["stress_pairs"], d["generator"]),
     "gram": lambda x, t, d: gram_loss(x, t),
     "long_range": lambda x, t, d: long_range_loss(x, t, d["generator"]),
     "repulsion": lambda x, t, d: repulsion_loss(x, d["generator"], sizes=t.sizes),
     "entropy_reg": lambda x, t, d: walk_entropy_loss(x, t.walk),
 }
+"""Terms of a layout's supervision by name: of positions, target and the arguments of sampling."""
 
 
-def _random_rows(n: int, count: int, generator, device) -> Tensor:
+def _multiscale_loss(
+    pos: Tensor, target: SlideTarget, num_pairs: int | None, generator: torch.Generator | None
+) -> Tensor:
+    if target.multiscale is None:
+        raise ValueError("this target has no multiscale pairs; build_target(multiscale=True)")
+    return log_stress_loss(pos, target.multiscale, num_pairs, generator)
+
+
+def _random_rows(
+    n: int, count: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
     rows = torch.randperm(n, generator=generator, device=_source(generator, device))[:count]
     return rows.to(device, non_blocking=True)
 
@@ -356,8 +387,8 @@ def _dense_kl(values: Tensor, walk: WalkTarget) -> Tensor:
 class _DenseWalkKL(torch.autograd.Function):
     """Weighted divergence of the powers of T; backward is one product a power and one for T.
 
-    The gradient with respect to every power is made where its logarithm is, in place: fewer
-    passes over n x n than recording each operation.
+    The gradient with respect to every power is computed in place beside its logarithm, in fewer
+    passes over n x n than autograd would need.
     """
 
     @staticmethod
@@ -387,8 +418,14 @@ class _DenseWalkKL(torch.autograd.Function):
         return out.add_(carried).mul_(grad), None, None
 
 
-def _probe_kl(values: Tensor, walk: WalkTarget, rows: Tensor) -> Tensor:
-    """Divergence summed over probe rows (m,), every row carried as one column of (n, m)."""
+def probe_kl(values: Tensor, walk: WalkTarget, rows: Tensor) -> Tensor:
+    """The divergence of :func:`rw_kl_loss` summed over some rows.
+
+    Args:
+        values: entries of the predicted walk (2P,), from :meth:`WalkTarget.transition`.
+        walk: the reference walk.
+        rows: distinct rows (m,).
+    """
     steps = torch.arange(1, walk.steps + 1, device=values.device).unsqueeze(-1)
     weight = (walk.row_steps.index_select(0, rows) >= steps) * 0.5 ** (steps - 1)
     if values.dtype == torch.float32 and resolve_backend("auto", values) == "triton":
@@ -396,15 +433,15 @@ def _probe_kl(values: Tensor, walk: WalkTarget, rows: Tensor) -> Tensor:
 
         return triton_walk.probe_divergence(values, walk, rows, weight)
     reference = walk.reference(values.dtype)
-    start = values.new_zeros(walk.num_nodes, rows.numel())
-    start.scatter_(0, rows.unsqueeze(0), 1.0)
-    predicted = expected = start
-    total = 0.0
+    p = values.new_zeros(walk.num_nodes, rows.numel())
+    p.scatter_(0, rows.unsqueeze(0), 1.0)
+    q = p
+    total = values.new_zeros(rows.numel())
     for s in range(walk.steps):
-        predicted = _WalkStep.apply(values, predicted, walk)
+        q = _WalkStep.apply(values, q, walk)
         with torch.no_grad():
-            expected = _WalkStep.apply(reference, expected, walk)
-        total = total + _kl(expected, predicted, dim=0) * weight[s].to(values.dtype)
+            p = _WalkStep.apply(reference, p, walk)
+        total = total + _kl(p, q, dim=0) * weight[s].to(values.dtype)
     return total.sum()
 
 

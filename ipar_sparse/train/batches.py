@@ -1,33 +1,61 @@
-"""What one training step sees: minisets and whole slides, with graphs and targets."""
+"""What one training step sees: minisets or whole slides, with their graphs and targets."""
 
+from __future__ import annotations
+
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..config import DataConfig, RunConfig, TrainConfig
-from ..data.anndata_io import read_slides
-from ..data.slide import Slide
+from ..config import RunConfig, TrainConfig
 from ..errors import UserError
-from ..geometry.gauge import gauge_fix, principal_plane
-from ..graph import NeighborTable, knn_candidates
-from ..supervision.targets import SlideTarget, build_target, collate, gate_target, target_graph
+from ..graph import NeighborTable
+from ..inference import steps
+from ..supervision import SlideTarget, build_target, gate_target, target_graph
+from ..supervision import collate as collate_targets
+
+SLIDE_STEPS = 100
+"""Steps per epoch on whole slides, where none are asked for."""
+_BYTES_A_CELL = 10_000  # of a whole slide: embedding, graph both ways, targets, k = 100
+_KEEP_CELLS = 500_000  # over all kept minisets; about 4 kB each
 
 
 @dataclass
-class Unit:
-    """A batch of one or more graphs, ready for a step.
+class EmbeddedSlide:
+    """A slide after the encoder.
+
+    Args:
+        name: of the slide.
+        h: frozen embeddings (n, d), on the CPU.
+        pos: positions (n, 2), float64.
+        initial: initial layout (n, 2) by the atlas of the run, if it has one.
+    """
+
+    name: str
+    h: Tensor
+    pos: Tensor
+    initial: Tensor | None = None
+
+    def take(self, rows: Tensor) -> EmbeddedSlide:
+        """Some of its cells, by row number (m,)."""
+        initial = None if self.initial is None else self.initial[rows]
+        return EmbeddedSlide(self.name, self.h[rows], self.pos[rows], initial)
+
+
+@dataclass
+class GraphBatch:
+    """One or more graphs, ready for a step.
 
     Args:
         h: embeddings (n, d).
-        graph: candidate graph, kNN in H, nearest first; for an oracle the true neighbours.
+        graph: candidate graph, nearest first; for an oracle the true neighbours.
         target: what supervises.
-        gate_target: what the gate learns (E,): the reference walk on the edges, rows
-            renormalised.
+        gate_target: what the gate learns (E,): the reference walk on the edges, rows sum to 1.
         whole: whether this is a whole slide, whose walk is compared by probe rows.
-        start: layout (n, 2) the model begins from; None leaves it to the model.
+        initial: layout (n, 2) that the recycles begin from; None leaves it to the model.
     """
 
     h: Tensor
@@ -35,121 +63,80 @@ class Unit:
     target: SlideTarget
     gate_target: Tensor
     whole: bool = False
-    start: Tensor | None = None
+    initial: Tensor | None = None
 
-    def to(self, device) -> "Unit":
-        """The same unit on another device."""
-        return Unit(
+    def to(self, device: torch.device | str) -> GraphBatch:
+        """The same batch on another device."""
+        return GraphBatch(
             h=self.h.to(device),
             graph=self.graph.to(device),
             target=self.target.to(device),
             gate_target=self.gate_target.to(device),
             whole=self.whole,
-            start=None if self.start is None else self.start.to(device),
+            initial=None if self.initial is None else self.initial.to(device),
         )
 
 
-def read_file(
-    path: Path, data: DataConfig, *, require_pos: bool, min_cells: int = 1
-) -> list[Slide]:
-    """The slides of a file, read as a configuration says; see :func:`~ipar_sparse.data.anndata_io.read_slides`.
-
-    Args:
-        path: AnnData file.
-        data: layer, embedding, keys.
-        require_pos: refuse slides without positions.
-        min_cells: refuse slides with fewer cells.
-    """
-    return read_slides(
-        path,
-        slide_key=data.slide_key,
-        layer=None if data.layer == "X" else data.layer,
-        normalized=data.normalized,
-        embedding=data.embedding,
-        spatial_key=data.spatial_key,
-        require_pos=require_pos,
-        min_cells=min_cells,
-    )
-
-
-@dataclass
-class TrainingSlide:
-    """A slide after stage A: frozen embeddings (n, d), positions (n, 2), float64, and where the
-    atlas places its cells (n, 2), if the run begins from one."""
-
-    name: str
-    h: Tensor
-    pos: Tensor
-    start: Tensor | None = None
-
-
-def build_unit(
-    h: Tensor,
-    pos: Tensor,
-    config: RunConfig,
-    seed: int,
-    whole: bool = False,
-    oracle: bool = False,
-    start: Tensor | None = None,
-) -> Unit:
+def build_batch(
+    slide: EmbeddedSlide, config: RunConfig, seed: int, whole: bool = False, oracle: bool = False
+) -> GraphBatch:
     """Candidates and targets of one set of cells.
 
     Args:
-        h: embeddings (n, d).
-        pos: positions (n, 2).
-        config: decides k, metric and targets.
+        slide: the cells.
+        config: decides k, metric, targets and the initial layout.
         seed: of the sampled parts of the targets.
         whole: whether this is a whole slide.
         oracle: attend on the true neighbours in place of candidates.
-        start: where the atlas places the cells (n, 2), if the run begins from one.
     """
     mode = config.graph.target_mode
     if oracle:
-        graph = target_graph(pos, seed=seed, mode=mode)
+        graph = target_graph(slide.pos, seed=seed, mode=mode)
     else:
-        graph = knn_candidates(
-            h, config.graph.k, metric=config.graph.metric, backend=config.graph.backend
-        )
-    extra = config.train.lambda_multiscale > 0
-    target = build_target(pos, seed=seed, mode=mode, multiscale=extra)
-    weights = {step: w for step, w in enumerate(config.train.gate_walk, start=1) if w > 0}
-    walks = {step: gate_target(graph, target.walk, step) for step in weights}
-    if len(walks) == 1:
-        (walk,) = walks.values()
-    else:
-        walk = _per_row(graph, sum(w * walks[step] for step, w in weights.items()))
-    if config.model.start == "pca":
-        start = gauge_fix(principal_plane(h))
-    return Unit(h, graph, target, walk.float(), whole, start)
+        graph = steps.candidate_graph(slide.h, config)
+    multiscale = config.train.lambda_multiscale > 0
+    target = build_target(slide.pos, seed=seed, mode=mode, multiscale=multiscale)
+    weights = {s: w for s, w in enumerate(config.train.gate_target_weights, start=1) if w > 0}
+    walks = [gate_target(graph, target.walk, step) for step in weights]
+    walk = walks[0]
+    if len(walks) > 1:
+        mixed = [w * own for w, own in zip(weights.values(), walks, strict=True)]
+        walk = _per_row(graph, torch.stack(mixed).sum(0))
+    initial = slide.initial
+    if config.model.init == "pca":
+        initial = steps.initial_layout(slide.h, config)[0]
+    return GraphBatch(slide.h, graph, target, walk.float(), whole, initial)
 
 
-def subsample_edges(unit: Unit, settings: TrainConfig, generator: torch.Generator) -> Unit:
-    """The unit on a random part of its candidates, as a step of training sees it.
+def subsample_edges(
+    batch: GraphBatch, settings: TrainConfig, generator: torch.Generator
+) -> GraphBatch:
+    """The batch on a random part of its candidates, as a step of training sees it.
 
-    ``k_range`` keeps the nearest candidates, a share of the cells drawn anew. Where all
-    candidates are fewer than the largest share, on whole slides, it keeps that part of them.
-    ``mutual_share`` of the draws keep an edge only if its two ends are candidates of each other,
-    and the nearest candidate of every cell.
+    ``k_fraction_range`` keeps the nearest candidates, a fraction of the cells drawn anew. Where all
+    candidates are fewer than the largest fraction, on whole slides, it keeps that part of them.
+    With probability ``mutual_prob`` an edge is kept only if its two ends are candidates of each
+    other; the nearest candidate of every cell always is.
 
     Args:
-        unit: its graph's rows list the nearest candidates first.
-        settings: ``k_range`` and ``mutual_share``.
+        batch: its graph's rows list the nearest candidates first.
+        settings: ``k_fraction_range`` and ``mutual_prob``.
         generator: source of the draw.
     """
-    graph, keep = unit.graph, unit.graph.index >= 0
-    if not graph.k or (settings.k_range is None and settings.mutual_share == 0):
-        return unit
+    graph, keep = batch.graph, batch.graph.index >= 0
+    if not graph.k or (settings.k_fraction_range is None and settings.mutual_prob == 0):
+        return batch
 
     def draw() -> float:
         return float(torch.rand((), generator=generator, device=generator.device))
 
-    if settings.k_range is not None:
-        low, high = settings.k_range
+    if settings.k_fraction_range is not None:
+        low, high = settings.k_fraction_range
         share = low + (high - low) * draw()
-        counts = [max(1, round(share * min(n, graph.k / high))) for n in unit.target.sizes]
-        count = torch.tensor(counts, device=graph.device)[unit.target.batch]
+        counts = [max(1, round(share * min(n, graph.k / high))) for n in batch.target.sizes]
+        count = torch.tensor(counts, device=graph.device)[batch.target.batch]
         keep = keep & (torch.arange(graph.k, device=graph.device) < count.unsqueeze(-1))
-    if draw() < settings.mutual_share:
+    if draw() < settings.mutual_prob:
         dst, slot = keep.nonzero().T
         src = graph.index[dst, slot].long()
         n = graph.num_nodes
@@ -159,8 +146,8 @@ def subsample_edges(unit: Unit, settings: TrainConfig, generator: torch.Generato
     width = int(keep.any(0).nonzero().max()) + 1
     index = graph.index.masked_fill(~keep, -1)[:, :width]
     drawn = replace(graph, index=index, padded=not bool(keep[:, :width].all()), _cache={})
-    walk = unit.gate_target[graph.from_table(keep)]
-    return replace(unit, graph=drawn, gate_target=_per_row(drawn, walk))
+    walk = batch.gate_target[graph.from_table(keep)]
+    return replace(batch, graph=drawn, gate_target=_per_row(drawn, walk))
 
 
 def _per_row(graph: NeighborTable, values: Tensor) -> Tensor:
@@ -170,32 +157,34 @@ def _per_row(graph: NeighborTable, values: Tensor) -> Tensor:
     return values / torch.where(total > 0, total, 1.0)[dst]
 
 
-def merge(units: Sequence[Unit]) -> Unit:
-    """Several minisets as one block-diagonal unit."""
-    if len(units) == 1:
-        return units[0]
-    return Unit(
-        h=torch.cat([unit.h for unit in units]),
-        graph=NeighborTable.block_diagonal([unit.graph for unit in units]),
-        target=collate([unit.target for unit in units]),
-        gate_target=torch.cat([unit.gate_target for unit in units]),
-        start=None if units[0].start is None else torch.cat([unit.start for unit in units]),
+def collate(batches: Sequence[GraphBatch]) -> GraphBatch:
+    """Several minisets as one block-diagonal batch."""
+    if len(batches) == 1:
+        return batches[0]
+    initial = None
+    if batches[0].initial is not None:
+        initial = torch.cat([batch.initial for batch in batches])
+    return GraphBatch(
+        h=torch.cat([batch.h for batch in batches]),
+        graph=NeighborTable.block_diagonal([batch.graph for batch in batches]),
+        target=collate_targets([batch.target for batch in batches]),
+        gate_target=torch.cat([batch.gate_target for batch in batches]),
+        initial=initial,
     )
 
 
 def sample_minisets(
-    slides: Sequence[TrainingSlide], count: int, config: RunConfig, seed: int
+    slides: Sequence[EmbeddedSlide], count: int, settings: TrainConfig, seed: int
 ) -> list[tuple[int, Tensor]]:
     """Which cells make each miniset: (slide, rows), balanced over the slides.
 
     A miniset is a uniform random subset of one slide's cells, so that it covers the slide as
-    densely as the slide is covered. Sizes are uniform between ``train.miniset_min`` and
-    ``train.miniset_max`` (all of a slide that is smaller).
+    densely as the slide is covered. Sizes are uniform between ``miniset_min`` and ``miniset_max``
+    (all of a slide that is smaller).
 
     Raises:
         UserError: if a slide is smaller than the smallest miniset.
     """
-    settings = config.train
     for slide in slides:
         if len(slide.h) < settings.miniset_min:
             raise UserError(
@@ -217,49 +206,105 @@ def sample_minisets(
 class MinisetPool:
     """Minisets built when first asked for and kept, or built again where they are too many.
 
-    Building one takes a tenth of the step that uses it, so what does not fit is not worth disk.
-
     Args:
         slides: where the cells come from.
         count: minisets in the pool.
         config: sizes, k, targets.
         seed: of the choice of cells.
         oracle: attend on the true neighbours in place of candidates.
-        keep_cells: cells over all kept minisets; about 4 kB each.
+        keep_cells: cells over all kept minisets.
     """
 
     def __init__(
         self,
-        slides: Sequence[TrainingSlide],
+        slides: Sequence[EmbeddedSlide],
         count: int,
         config: RunConfig,
         seed: int,
         oracle: bool = False,
-        keep_cells: int = 500_000,
+        keep_cells: int = _KEEP_CELLS,
     ):
         self.slides, self.config, self.seed, self.oracle = slides, config, seed, oracle
-        self.sets = sample_minisets(slides, count, config, seed)
+        self.sets = sample_minisets(slides, count, config.train, seed)
         self._room = keep_cells
-        self._kept: dict[int, Unit] = {}
+        self._kept: dict[int, GraphBatch] = {}
 
     def __len__(self) -> int:
         return len(self.sets)
 
-    def __getitem__(self, number: int) -> Unit:
+    def __getitem__(self, number: int) -> GraphBatch:
         if number in self._kept:
             return self._kept[number]
         which, rows = self.sets[number]
-        slide = self.slides[which]
         seed = self.seed + number
-        unit = build_unit(
-            slide.h[rows],
-            slide.pos[rows],
-            self.config,
-            seed,
-            oracle=self.oracle,
-            start=None if slide.start is None else slide.start[rows],
-        )
+        batch = build_batch(self.slides[which].take(rows), self.config, seed, oracle=self.oracle)
         if len(rows) <= self._room:
             self._room -= len(rows)
-            self._kept[number] = unit
-        return unit
+            self._kept[number] = batch
+        return batch
+
+
+class Batches:
+    """The batch of every training step, and those of the validation.
+
+    Args:
+        train: slides to train on.
+        val: slides that decide when to stop.
+        config: kind and number of the batches.
+        device: where steps are computed; whole slides stay there if they fit.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[EmbeddedSlide],
+        val: Sequence[EmbeddedSlide],
+        config: RunConfig,
+        device: torch.device,
+    ):
+        settings = config.train
+        self.config, self.device, kind = config, device, settings.batch_kind
+        oracle = settings.attention_graph == "target"
+        self.pool = MinisetPool(train, settings.minisets, config, settings.seed, oracle=oracle)
+        self.whole: list[GraphBatch] = []
+        if kind in ("slide", "mixed"):
+            self.whole = [build_batch(s, config, settings.seed, True, oracle) for s in train]
+            self.whole = _resident(self.whole, device)
+            self.val = [build_batch(s, config, settings.seed, True) for s in val]
+        else:
+            count = settings.val_minisets if val else 0
+            minisets = MinisetPool(val, count, config, settings.seed + 1)
+            self.val = [minisets[number] for number in range(len(minisets))]
+
+    def at(self, stage: str, step: int) -> GraphBatch:
+        """The batch of a step: minisets in a new order each epoch, slides in turn."""
+        settings = self.config.train
+        if settings.batch_kind == "slide":
+            return self.whole[step % len(self.whole)].to(self.device)
+        if settings.batch_kind == "mixed":
+            if step % 2:
+                return self.whole[step // 2 % len(self.whole)].to(self.device)
+            step //= 2
+        size = settings.batch_size
+        per_pass = math.ceil(len(self.pool) / size)
+        generator = step_generator(settings.seed, f"{stage} order", step // per_pass)
+        order = torch.randperm(len(self.pool), generator=generator)
+        start = step % per_pass * size
+        minisets = [self.pool[int(number)] for number in order[start : start + size]]
+        return collate(minisets).to(self.device)
+
+
+def step_generator(
+    seed: int, stage: str, step: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """The source of all random numbers of one step of a stage."""
+    digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _resident(batches: list[GraphBatch], device: torch.device) -> list[GraphBatch]:
+    """Batches on the device, with all that a step finds out about their graphs, if they fit."""
+    if device.type != "cuda":
+        return batches
+    needed = _BYTES_A_CELL * sum(len(batch.h) for batch in batches)
+    room = torch.cuda.get_device_properties(device).total_memory // 4
+    return [batch.to(device) for batch in batches] if needed <= room else batches

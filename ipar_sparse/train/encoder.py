@@ -1,12 +1,13 @@
-"""Stage A: the encoder from expression to embedding, trained without labels, then frozen.
+"""The encoder from expression to embedding: trained without labels, then frozen.
 
-A spatial InfoNCE loss pulls a cell towards its neighbours in the tissue and pushes it from cells
-far away; a distance loss makes distances in the embedding proportional to those in the tissue;
-VICReg keeps two noisy views of a cell together and the dimensions alive.
+A spatial InfoNCE loss pulls a cell towards its neighbours in the tissue and pushes it away from
+cells far from it. A distance loss makes distances in the embedding proportional to those in the
+tissue. VICReg keeps two noisy views of a cell together, and every dimension in use.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import EncoderConfig, RunConfig
-from ..data.expression import Expression, gene_weights, median_total, morans_i
+from ..data.expression import Expression, gene_weights, morans_i
 from ..data.slide import Slide
-from ..estimators.components import principal_axes, project, spatial_axes
+from ..estimators.components import principal_axes, spatial_axes
 from ..geometry.gauge import gauge_fix
 from ..graph import knn
+from ..inference.embedding import normalize_expression, read_expression
 from ..nn import SharedEncoder
 from ..nn.encoder import SMOOTH_CHANNELS
-from .counts import GeneFields, fit_counts, read_counts
+from .loop import Loop, cosine, set_lr
 
 _ROWS = 8192  # cells of dense expression at once
 _TABLE = 1 << 26  # expression values of a training slide that are kept dense: 256 MiB
@@ -114,75 +116,118 @@ def encoder_loss(
     if "distance" in weights:
         losses["distance"] = _distance(first, slide.pos[anchor].to(device))
     losses = {name: losses[name] for name in weights}
-    return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
+    total: Any = sum(weights[name] * loss for name, loss in losses.items())
+    return {"loss": total, **losses}
+
+
+def train_encoder(
+    encoder: SharedEncoder,
+    slides: Sequence[Slide],
+    genes: Sequence[str],
+    config: RunConfig,
+    loop: Loop,
+) -> list[Expression]:
+    """Train an encoder in place; it keeps what it has learned, and no components yet.
+
+    Args:
+        encoder: untrained, or as a stopped run left it.
+        slides: training slides with positions.
+        genes: G genes of the encoder.
+        config: ``encoder``.
+        loop: random numbers, logs and checkpoints.
+
+    Returns:
+        The expression of each slide as the encoder takes it.
+    """
+    settings, total = config.encoder, config.encoder.steps
+    if loop.state.step == 0:
+        initialize_encoder(encoder, slides, genes, config)
+    read = [read_expression(slide, genes, encoder) for slide in slides]
+    batches = [
+        ContrastiveSlide(expression, slide.pos, settings.neighbors, settings.far_quantile)
+        for expression, slide in zip(read, slides, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(
+        encoder.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+    )
+    encoder.train()
+    with loop.stage("encoder", total, optimizer) as stage:
+        for step in stage:
+            generator = loop.generator("encoder", step, "cpu")
+            torch.manual_seed(generator.initial_seed())  # dropout draws from the global one
+            set_lr(optimizer, cosine(step, total, settings.lr, settings.lr * 0.01))
+            slide = batches[step % len(batches)]
+            losses = encoder_loss(encoder, slide, settings, generator, loop.device)
+            optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            optimizer.step()
+            stage.record(losses)
+        if total:
+            append_components(encoder, read, [slide.pos for slide in slides], settings)
+        encoder.eval().requires_grad_(False)
+    return read
 
 
 @torch.no_grad()
-def begin(
-    encoder: SharedEncoder,
-    slides: Sequence[Slide],
-    genes,
-    config: RunConfig,
-    fields: GeneFields | None = None,
-) -> list:
-    """All of an encoder that needs no steps: how counts become its input, and where it starts.
+def initialize_encoder(
+    encoder: SharedEncoder, slides: Sequence[Slide], genes: Sequence[str], config: RunConfig
+) -> None:
+    """Set what an encoder has before its first step: gene weights, and principal components.
 
     Args:
         encoder: untrained.
         slides: training slides.
-        genes: of the encoder.
-        config: of the run, with the weights of genes settled.
-        fields: of these slides and genes, for an encoder of counts; found here if left out.
-
-    Returns:
-        An :class:`~ipar_sparse.data.expression.Expression` for each slide, as the encoder takes it.
+        genes: G genes of the encoder.
+        config: ``data.target_sum`` and ``encoder``.
     """
-    settings, total = config.encoder, config.data.target_sum
-    if encoder.counts is not None:
-        fit_counts(encoder.counts, slides, genes, fields)
+    settings = config.encoder
     if encoder.gene_weight is not None:
-        encoder.target_sum.fill_(median_total(slides) if total is None else total)
-        weight = _weights(slides, genes, float(encoder.target_sum), settings)
+        encoder.target_sum.fill_(config.data.target_sum)
+        weight = _gene_weights(slides, genes, float(encoder.target_sum), settings)
         encoder.gene_weight.copy_(torch.from_numpy(weight))
-    if settings.skip or settings.smooth:
-        plain = [_input(slide, genes, encoder) for slide in slides]
-        encoder.start_from(*principal_axes(plain, max(settings.out, SMOOTH_CHANNELS)))
-    return [read_expression(slide, genes, encoder) for slide in slides]
+    if settings.skip or settings.knn_smoothing:
+        plain = [normalize_expression(slide, genes, encoder) for slide in slides]
+        encoder.init_linear(*principal_axes(plain, max(settings.out, SMOOTH_CHANNELS)))
 
 
-def _weights(slides: Sequence[Slide], genes, total: float, settings: EncoderConfig) -> np.ndarray:
+def _gene_weights(
+    slides: Sequence[Slide], genes: Sequence[str], total: float, settings: EncoderConfig
+) -> np.ndarray:
     plain = [Expression.from_slide(slide, genes, total) for slide in slides]
     morans = None
-    if settings.spatial_genes > 0:
+    if settings.morans_i_power > 0:
         found = [_morans(e, slide.pos) for e, slide in zip(plain, slides, strict=True)]
         morans = np.mean(found, axis=0)
-    return gene_weights(plain, settings.standardize, morans, settings.spatial_genes)
+    return gene_weights(plain, settings.scale_power, morans, settings.morans_i_power)
 
 
 @torch.no_grad()
-def finish(
-    encoder: SharedEncoder, slides: Sequence[Expression], positions: Sequence, settings
+def append_components(
+    encoder: SharedEncoder,
+    slides: Sequence[Expression],
+    positions: Sequence[np.ndarray],
+    settings: EncoderConfig,
 ) -> None:
-    """Give the trained embedding back what it has forgotten of the expression.
+    """Give the trained embedding back what training has dropped of the expression.
 
-    Training drops whatever does not help on the training slides, and neighbours of a new slide
+    Training drops whatever does not help on the training slides, and neighbours on a new slide
     are told apart by some of it. The embedding becomes the principal components of
 
-        [H / s_H, keep * P / s_P]
+        [H / s_H, w * P / s_P]
 
     with P linear components of the expression and s^2 total variances. Both are linear in what
-    the encoder ends with, so its weights take the change and nothing else does.
+    the encoder ends with, so only its weights change.
 
     Args:
         encoder: trained; without a linear path it is left as it is.
-        slides: training slides as the encoder takes them.
+        slides: expression of the training slides as the encoder takes it.
         positions: (n, 2) of each.
-        settings: ``keep``, the weight of P; nothing is done where it is 0; ``kept``, which.
+        settings: ``component_weight`` w, nothing is done where it is 0, and ``component_kind``.
     """
-    keep = settings.keep
-    if not keep or encoder.linear is None:
+    weight = settings.component_weight
+    if not weight or encoder.linear is None:
         return
-    if settings.kept == "spatial":
+    if settings.component_kind == "spatial":
         axes, _ = spatial_axes(slides, positions, encoder.out_channels)
     else:
         axes, _ = principal_axes(slides, encoder.out_channels)
@@ -201,11 +246,11 @@ def finish(
         total += values.T @ values / len(values) / len(slides)
     power = total.diagonal()
     learned = 1.0 / power[:width].sum().sqrt().clamp(min=1e-8)
-    kept = keep / power[width:].sum().sqrt().clamp(min=1e-8)
-    factor = torch.cat([learned.expand(width), kept.expand(axes.size(1))])
-    _, turn = torch.linalg.eigh(factor[:, None] * total * factor)
-    turn = (factor[:, None] * turn[:, -width:].flip(1)).float().to(device)
-    encoder.recombine(turn[:width], axes @ turn[width:])
+    appended = weight / power[width:].sum().sqrt().clamp(min=1e-8)
+    factor = torch.cat([learned.expand(width), appended.expand(axes.size(1))])
+    _, rotation = torch.linalg.eigh(factor[:, None] * total * factor)
+    rotation = (factor[:, None] * rotation[:, -width:].flip(1)).float().to(device)
+    encoder.rotate_output(rotation[:width], axes @ rotation[width:])
 
 
 def _morans(expression: Expression, pos) -> np.ndarray:
@@ -214,63 +259,12 @@ def _morans(expression: Expression, pos) -> np.ndarray:
     return morans_i(expression.matrix, neighbors, rows)
 
 
-def _input(slide: Slide, genes, encoder: SharedEncoder) -> Expression:
-    if encoder.counts is not None:
-        return read_counts(slide, genes, encoder.counts)
-    if encoder.gene_weight is None:
-        return Expression.from_slide(slide, genes)
-    weight = encoder.gene_weight.cpu().numpy()
-    return Expression.from_slide(slide, genes, float(encoder.target_sum), weight)
-
-
-def read_expression(slide: Slide, genes, encoder: SharedEncoder) -> Expression:
-    """A slide's expression as the encoder takes it, smoothed if it asks for that.
-
-    Args:
-        slide: with expression.
-        genes: of the encoder.
-        encoder: says how genes are weighted, by how many cells a cell is smoothed, and in which
-            components they are compared.
-
-    Raises:
-        UserError: if the slide has none of the genes, or no expression.
-    """
-    expression = _input(slide, genes, encoder)
-    n = expression.shape[0]
-    if not encoder.smooth or n < 2:
-        return expression
-    place = project(expression, encoder.axes.cpu())
-    neighbors = knn(torch.from_numpy(place).to(encoder.axes.device), encoder.smooth).index
-    return expression.smoothed(neighbors.cpu().numpy())
-
-
-@torch.no_grad()
-def encode(encoder: nn.Module, expression: Expression, device, rows: int = _ROWS) -> Tensor:
-    """Embeddings (n, d) on the CPU, in blocks of rows.
-
-    Args:
-        encoder: genes to embedding; used in evaluation mode and left as it was.
-        expression: n cells.
-        device: where the encoder lies.
-        rows: cells a block.
-    """
-    training = encoder.training
-    encoder.eval()
-    blocks = [
-        encoder(torch.from_numpy(expression.rows(np.arange(start, stop))).to(device)).cpu()
-        for start in range(0, expression.shape[0], rows)
-        for stop in [min(start + rows, expression.shape[0])]
-    ]
-    encoder.train(training)
-    return torch.cat(blocks)
-
-
 def _view(x: Tensor, settings: EncoderConfig, generator: torch.Generator) -> Tensor:
     """A noisy view of cells: some genes at their mean, the others shaken, and every gene as
     strong as another batch might measure it."""
     keep = torch.rand(x.shape, generator=generator) >= settings.gene_dropout
     noise = torch.randn(x.shape, generator=generator)
-    strength = torch.exp(settings.gene_scale * torch.randn(x.size(1), generator=generator))
+    strength = torch.exp(settings.gene_log_std * torch.randn(x.size(1), generator=generator))
     return (x * keep.to(x.device) + settings.noise * noise.to(x.device)) * strength.to(x.device)
 
 

@@ -1,623 +1,382 @@
-"""What holds on another donor? Tried before it is relied on.
+"""What a run leaves open is selected by cross-validation over donors, from a table of candidates.
 
-Some tissues share a plan: layers of a cortex, the axes of an embryo. A map from expression to
-position that was learned on other animals holds there, and is the best start. Others do not:
-where every tumour is its own, a map from other patients misleads, and the cells are better placed
-by how they differ from one another. In some, faint genes tell neighbours apart, in others they are
-noise; in some, the noise of counts drowns what they say unless it is modelled, in others the model
-is wrong; in some, a last step gathers cells that were well apart. Donors of the training slides are
-therefore left out in turn, embeddings are made from the rest, and what serves the donors left out
-better is what the run does. Slides that are held out of the run take no part.
+Choices are made one after another, each among the candidates of :data:`GRID`. A candidate's score
+is sqrt(distance Spearman x neighbour hit) of the final layout of left-out donors. The first
+candidate of a choice is taken unless another gains at least one standard error over it.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from ..config import EncoderConfig, RunConfig
+from ..config import DEFAULT_SELECTION, RunConfig
+from ..data.expression import median_total
 from ..data.slide import Slide
-from ..estimators.atlas import Atlas
-from ..estimators.components import project, spatial_axes
-from ..estimators.regression import ridge_layout
-from ..estimators.relevant_components import RelevantComponents, compared, narrowed
-from ..geometry.gauge import principal_plane
-from ..graph import NeighborTable, knn
-from ..layout.distance_correction import correct_distances, relative_variance
-from ..layout.refinement import refine_layout
-from ..layout.uncertainty import fit_error_model, square_errors
-from ..metrics.diagnostics import candidate_recall
-from ..metrics.layout import distance_metrics
-from ..nn import SharedEncoder
-from .counts import GeneFields, count_atlas, fit_fields, have_counts, slide_counts
-from .encoder import ContrastiveSlide, begin, encode, encoder_loss, finish, read_expression
-
-EXPECTED = 200
-"""Steps towards expected distances where they are taken, ``refine.expected``."""
-
-MIDDLE = "middle"
-_LAST = {"steps": 400, "neighbors": 15, "anchor": 5.0, "whiten": 0.5, "power": 0.0, "narrow": 0.0}
-REFINE: dict[str, dict[str, int | float]] = {
-    MIDDLE: _LAST,
-    "plain": _LAST | {"whiten": 0.0},
-    "whitened": _LAST | {"whiten": 1.0},
-    "leading": _LAST | {"whiten": 0.0, "power": 1.0},
-    "narrow": _LAST | {"anchor": 20.0, "whiten": 1.0, "power": 2.0, "narrow": 0.05},
-}
-"""The last step where it is taken, ``refine``, the usual first: by distances in which a cell's
-nearest are sought, and one that keeps no more of a layout than its first axis."""
-ANCHORS = {"loose": 2.0, "firm": 12.0}
-"""Tried beside the usual one with the best of those, if that has it: the firmer, the more of the
-places is kept, and the fewer of the candidates become neighbours."""
-_ERRORS = {"pca": (0.75, 0.0), "mlp": (0.75, 0.0), "atlas": (0.1, 1.1), "fields": (0.0, 1.0)}
-"""Square error of a cell by its doubt, as on slides of other donors of four real sets."""
+from ..layout.uncertainty import fit_error_model
+from .batches import SLIDE_STEPS
+from .cross_validation import FULL, QUICK, DonorFold, Scores, donor_folds
+from .loop import Loop, TrainingLoop
 
 logger = logging.getLogger(__name__)
 
-_CELLS = 3000  # of a slide; more do not change a mean over slides
-_FOLDS = 3  # in which donors are left out: one in each, or all in as many groups
-_SLIDES = 3  # of a donor, at most
-_PART = 0.5  # of the steps of stage A
-_TIE = 0.01  # of neighbours that the last step may cost: it gains where cells are dense, which
-# those of a slide of more than _CELLS are not here
-_GAIN = 0.02  # of distances, by which expected ones must be better: they cost places
-
-PLANE, MAP, ATLAS, FIELDS = "plane", "map", "atlas", "fields"
-_STARTS = {PLANE: "pca", MAP: "mlp", ATLAS: "atlas", FIELDS: "fields"}
-_OF_EMBEDDINGS = PLANE, MAP, ATLAS
-_DOUBTING = ATLAS, FIELDS  # starts that tell how far a cell may lie from where they place it
-_NEIGHBORS = 15  # by which embeddings and layouts are compared
-_WEIGHTS = {"spatial genes": (0.5, 0.25), "all genes": (1.0, 0.0)}
-"""Powers ``encoder.standardize`` and ``encoder.spatial_genes`` that are tried, the usual first."""
-_COUNTS = "counts"  # tried beside them
-_KEPT = "principal", "spatial"
-"""What an embedding keeps, ``encoder.kept``, the usual first."""
+_ERROR_WITHOUT_ATLAS = 0.75  # mean square error, in squared tissue radii, on four public sets
+_CORRECTION = "refine.distance_correction_steps"
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """What a run begins from, and why.
+class Candidate:
+    """One value of a choice.
 
     Args:
-        start: ``"mlp"``, ``"atlas"`` or ``"fields"`` where a learned map, an atlas or the fields of
-            genes hold on other donors, ``"pca"`` where none does; ``"atlas"`` where nothing was
-            tried.
-        standardize, spatial_genes: how genes are weighted, as in ``encoder``.
-        input: what the encoder reads, ``encoder.input``.
-        kept: what the embedding keeps beside what it has learned, ``encoder.kept``.
-        refine: the last two steps after each of the starts: ``expected``, and ``steps``,
-            ``neighbors``, ``anchor``, ``whiten``, ``power`` and ``narrow`` of ``refine``.
-        errors: after each of the starts, how the square error of a cell follows what the start says
-            of it: a and b of :func:`~ipar_sparse.layout.uncertainty.fit_error_law`.
-        donors: how many were left out in turn; with one donor nothing is tried.
-        scores: means over donors left out. Distance Spearman: ``plane`` (principal plane of the
-            embedding), ``map`` (ridge regression from it), ``atlas`` (of it) and, where counts are
-            read, ``fields``; ``atlas expected`` and ``fields expected`` with distances as they are
-            to be expected. Neighbour hit @15: ``plane hit`` and ``plane refined`` (before and after
-            the last step), and so for the others. Of last steps after the best, the geometric
-            mean of distance Spearman and hit @15: ``middle``, ``plain``, ``whitened``, ``leading``,
-            ``narrow``, ``loose`` and ``firm``. Of embeddings, that of the best distance Spearman
-            and the hit @15 of their nearest cells: ``spatial genes`` and ``all genes`` (spatial
-            components under either weights), ``counts`` (spatial components of those of counts)
-            and, trained, by what they keep, ``principal`` and ``spatial``.
+        name: in tables and logs.
+        values: settings by key.
+        full: whether it is tried by ``selection.mode=full`` alone.
     """
 
-    start: str = _STARTS[ATLAS]
-    standardize: float = _WEIGHTS["spatial genes"][0]
-    spatial_genes: float = _WEIGHTS["spatial genes"][1]
-    kept: str = _KEPT[0]
-    refine: dict[str, dict[str, int | float]] = field(
-        default_factory=lambda: {
-            # fields find more neighbours than the embedding, which is all that a last step knows
-            # of, and an atlas alone tells how far cells may lie from where it places them
-            start: REFINE[MIDDLE]
-            | {"expected": EXPECTED if name == ATLAS else 0}
-            | ({"steps": 0} if name == FIELDS else {})
-            for name, start in _STARTS.items()
-        }
-    )
-    errors: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(_ERRORS))
+    name: str
+    values: Mapping[str, Any]
+    full: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One question that left-out donors answer.
+
+    Args:
+        setting: what is chosen, in words.
+        keys: settings that it decides; it is made where one of them is open.
+        candidates: the first is taken unless another is better by a standard error.
+    """
+
+    setting: str
+    keys: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+
+
+def _refinement(rca_power: float, anchor_weight: float, full: bool = False) -> Candidate:
+    values = {
+        "refine.steps": DEFAULT_SELECTION["refine.steps"],
+        "refine.rca_power": rca_power,
+        "refine.anchor_weight": anchor_weight,
+    }
+    return Candidate(f"RCA power {rca_power:g}, anchor {anchor_weight:g}", values, full)
+
+
+GRID = (
+    Choice(
+        "initial layout",
+        ("model.init",),
+        # an atlas alone tells how uncertain places are, which the correction is for
+        (
+            Candidate("atlas", {"model.init": "atlas", _CORRECTION: 200}),
+            Candidate("pca", {"model.init": "pca", _CORRECTION: 0}),
+            Candidate("mlp", {"model.init": "mlp", _CORRECTION: 0}),
+        ),
+    ),
+    Choice(
+        "components of expression",
+        ("encoder.component_kind",),
+        (
+            Candidate("principal", {"encoder.component_kind": "principal"}),
+            Candidate("spatial", {"encoder.component_kind": "spatial"}),
+        ),
+    ),
+    Choice(
+        "distance correction",
+        (_CORRECTION,),
+        (
+            Candidate("no", {_CORRECTION: 0}),
+            Candidate("yes", {_CORRECTION: 200}),
+        ),
+    ),
+    Choice(
+        "how refinement is done",
+        ("refine.rca_power", "refine.anchor_weight"),
+        (
+            _refinement(0.5, 5.0),
+            _refinement(0.5, 2.0),
+            _refinement(1.0, 2.0),
+            _refinement(0.0, 2.0),
+            _refinement(1.0, 5.0, full=True),
+            _refinement(0.0, 5.0, full=True),
+            _refinement(0.5, 12.0, full=True),
+        ),
+    ),
+    Choice(
+        "recycles",
+        ("model.recycling",),
+        # trained as briefly as here, on fewer donors, they show less than they gain: on embryos
+        # nothing, where the run itself gains 0.03 in distances; so leaving them out must gain
+        (
+            Candidate("yes", {"model.recycling": True}),
+            Candidate("no", {"model.recycling": False}),
+        ),
+    ),
+    Choice(
+        "refinement",
+        ("refine.steps",),
+        (
+            Candidate("no", {"refine.steps": 0}),
+            Candidate("yes", {"refine.steps": DEFAULT_SELECTION["refine.steps"]}),
+        ),
+    ),
+)
+"""All choices, in the order in which they are made."""
+
+
+@dataclass
+class SelectionResult:
+    """What was tried, what it reached, and what was selected.
+
+    Args:
+        mode: ``selection.mode``.
+        donors: how many were left out in turn; 0 where nothing was tried.
+        folds: names of the slides that were left out and learned from.
+        choices: one table a choice: candidates with their scores, which was selected, and why.
+        selected: the settings that were decided.
+    """
+
+    mode: str
     donors: int = 0
-    scores: dict[str, float] | None = None
-    input: str = "log"
+    folds: list[dict[str, list[str]]] = field(default_factory=list)
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    selected: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return asdict(self)
-
-    def weigh(self, config: RunConfig) -> RunConfig:
-        """A configuration with these weights of genes and this input where it leaves them open."""
-        return weigh(config, self.standardize, self.spatial_genes, self.input)
+        """For JSON."""
+        return dict(vars(self))
 
 
-def try_transfer(
+def select_settings(
     slides: Sequence[Slide],
     donors: Mapping[str, str] | None,
-    config: RunConfig,
-    build: Callable[[RunConfig], SharedEncoder] | None,
+    request: RunConfig,
     genes: Sequence[str] | None,
-    device: torch.device,
-    step_done: Callable[[], None] = lambda: None,
-) -> Transfer:
-    """Leave donors of the training slides out in turn, and see what places their cells.
-
-    One in each of three turns; from six donors on, a third of them, so that all have their say.
+    loop: TrainingLoop,
+) -> tuple[RunConfig, SelectionResult]:
+    """Decide all that a request leaves open.
 
     Args:
         slides: training slides with positions.
         donors: slide name to donor; every slide is its own donor if left out.
-        config: the run's; its seed, steps and losses of stage A.
-        build: makes the untrained encoder of a configuration; None where embeddings are brought
-            along.
-        genes: of the encoder.
-        device: where encoders are trained.
-        step_done: called after every step, :func:`trial_steps` times; may raise to stop.
+        request: what was asked for; what it sets is not tried.
+        genes: of the encoder; None where embeddings are brought along.
+        loop: progress, interruption and device.
+
+    Returns:
+        A configuration without open values, and the table behind it.
     """
-    folds = _folds(slides, donors, genes, device)
-    if not folds:
-        return Transfer()
-    count = sum(fold.donors for fold in folds)
-    if build is None:
-        return _choose([fold.brought() for fold in folds], config, Transfer(donors=count), {})
-    settings, scores, chosen = config.encoder, {}, Transfer()
-    if settings.standardize is None and settings.spatial_genes is None:
-        ways = {
-            name: Transfer(standardize=standardize, spatial_genes=spatial_genes)
-            for name, (standardize, spatial_genes) in _WEIGHTS.items()
-            if settings.input != _COUNTS
-        }
-        if settings.input != "log" and have_counts(slides, genes):
-            ways[_COUNTS] = Transfer(input=_COUNTS)
-        if len(ways) > 1:
-            for name, way in ways.items():
-                asked = way.weigh(config)
-                scores[name] = _score([fold.components(asked, build) for fold in folds])
-            chosen = ways[max(scores, key=scores.__getitem__)]
-    config = chosen.weigh(config)
-    chosen = replace(
-        chosen,
-        donors=count,
-        input=config.encoder.input,
-        standardize=config.encoder.standardize,
-        spatial_genes=config.encoder.spatial_genes,
-    )
-    embeddings: dict[str, list[list[_Left]]] = {}
-    for number, fold in enumerate(folds):
-        seed = config.train.seed * _FOLDS + number
-        for kept, left in fold.trained(config, build, seed, step_done).items():
-            embeddings.setdefault(kept, []).append(left)
-    tried = {name: _score(found) for name, found in embeddings.items()}
-    kept = max(tried, key=tried.__getitem__)
-    starts = _OF_EMBEDDINGS
-    if config.encoder.input == _COUNTS or config.model.start == _STARTS[FIELDS]:
-        starts = tuple(_STARTS)
-        for fold, left in zip(folds, embeddings[kept], strict=True):
-            fold.place_by_fields(left)
-    return _choose(embeddings[kept], config, replace(chosen, kept=kept), scores | tried, starts)
+    given = resolve_from_data(request, slides)
+    open_keys = set(given.unresolved())
+    choices = _open_choices(given, open_keys)
+    groups = donor_folds(slides, donors, given.selection.folds, given.selection.slides_per_donor)
+    result = SelectionResult(given.selection.mode)
+    values = {key: given.get(key) for key in DEFAULT_SELECTION}
+    values |= {key: DEFAULT_SELECTION[key] for key in open_keys}
+    if result.mode == "none" or not groups or not choices:
+        _tell_defaults(result.mode, groups, choices)
+        values |= {key: value for key, value in _untried(values).items() if key in open_keys}
+    else:
+        with loop.progress.task("Cross-validation") as task:
+            folds = _folds(groups, donors, request, values, genes, loop)
+            result.folds = [
+                {"held_out": [s.name for s in test], "train": [s.name for s in train]}
+                for train, test in groups
+            ]
+            if "model.recycling" in open_keys:
+                values["model.recycling"] = False  # models are not trained until they are asked for
+            for choice in choices:
+                if choice.setting == "distance correction" and values["model.init"] != "atlas":
+                    continue  # nothing tells how uncertain places are
+                table = _choose(choice, folds, values, task)
+                values |= table.pop("values")
+                result.choices.append(table)
+            result.donors = len(_donors([fold.scores(values) for fold in folds], "hit"))
+            if "uncertainty.error_intercept" in open_keys:
+                task.advance(now="error model")
+                model = _error_model(folds, values)
+                values |= {key: value for key, value in model.items() if key in open_keys}
+    result.selected = {key: values[key] for key in sorted(open_keys)}
+    return given.with_values(result.selected), result
 
 
-def trial_steps(
-    slides: Sequence[Slide], donors: Mapping[str, str] | None, config: RunConfig
-) -> int:
-    """Optimiser steps that :func:`try_transfer` takes where it trains encoders.
+def _folds(
+    groups: Sequence[tuple[list[Slide], list[Slide]]],
+    donors: Mapping[str, str] | None,
+    request: RunConfig,
+    values: Mapping[str, Any],
+    genes: Sequence[str] | None,
+    loop: TrainingLoop,
+) -> list[DonorFold]:
+    """A fold for each group of donors; what follows from data follows from its own slides."""
+    budget = (FULL if request.selection.mode == "full" else QUICK).per_fold(len(groups))
+    brief = Loop(request.train.seed, loop.device, loop.stop_if_asked)
+    return [
+        DonorFold(
+            train,
+            test,
+            {slide.name: (donors or {}).get(slide.name, slide.name) for slide in test},
+            genes,
+            resolve_from_data(request, train).with_values(values),
+            budget,
+            brief,
+        )
+        for train, test in groups
+    ]
+
+
+def _untried(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What nobody has tried is left out where nothing tells how uncertain places are."""
+    if values["model.init"] == "atlas":
+        return {}
+    return {
+        _CORRECTION: 0,
+        "uncertainty.error_intercept": _ERROR_WITHOUT_ATLAS,
+        "uncertainty.error_slope": 0.0,
+    }
+
+
+def resolve_from_data(request: RunConfig, slides: Sequence[Slide]) -> RunConfig:
+    """What follows from the training slides alone: kind of values, total, steps.
 
     Args:
+        request: what was asked for.
         slides: training slides.
-        donors: slide name to donor.
-        config: of the run.
     """
-    return sum(fold.steps(config) for fold in _folds(slides, donors, None, torch.device("cpu")))
+    values: dict[str, Any] = {}
+    settings = request.train
+    if request.data.normalized is None:
+        kinds = {slide.normalized for slide in slides if slide.expression is not None}
+        if len(kinds) > 1:
+            logged = ", ".join(slide.name for slide in slides if slide.normalized)
+            logger.warning("%s hold log-normalised values, the other slides counts", logged)
+        values["data.normalized"] = kinds == {True}
+    if request.data.target_sum is None:
+        values["data.target_sum"] = median_total(slides)
+    if request.encoder.steps is None:
+        values["encoder.steps"] = encoder_steps(request, sum(s.num_cells for s in slides))
+    if settings.steps_per_epoch is None:
+        pool = math.ceil(settings.minisets / settings.batch_size)
+        values["train.steps_per_epoch"] = SLIDE_STEPS if settings.batch_kind == "slide" else pool
+    return request.with_values(values)
 
 
-def _folds(slides, donors, genes, device) -> list[_Fold]:
-    """One for each turn in which donors are left out; none where there is one donor only."""
-    groups: dict[str, list[Slide]] = {}
-    for slide in slides:
-        groups.setdefault((donors or {}).get(slide.name, slide.name), []).append(slide)
-    if len(groups) < 2:
-        return []
-    small = {
-        name: [_sample(slide) for slide in _spread_out(group, _SLIDES)]
-        for name, group in groups.items()
-    }
-    names = list(small)
-    turns = [[name] for name in _spread_out(names, _FOLDS)]
-    if len(names) >= 2 * _FOLDS:  # every third: slides of one animal, left in, stand side by side
-        turns = [names[turn::_FOLDS] for turn in range(_FOLDS)]
-    folds = []
-    for turn in turns:
-        rest = [slide for name in names if name not in turn for slide in small[name]]
-        left_out = [slide for name in turn for slide in small[name]]
-        folds.append(_Fold(rest, left_out, genes, device, len(turn)))
-    return folds
+def encoder_steps(config: RunConfig, cells: int) -> int:
+    """Optimiser steps of the encoder: 50 passes over the cells, but 400 to 2000 steps.
+
+    On 2,000 cells 1,200 steps served an unseen slide worse than 400; 400 are seven passes over
+    30,000, where 1,600 served better (docs/studies/encoder.md).
+    """
+    return min(max(round(50 * cells / config.encoder.batch_size), 400), 2000)
 
 
-def weigh(
-    config: RunConfig, standardize: float, spatial_genes: float, read: str = "log"
-) -> RunConfig:
-    """A configuration with these weights of genes, and this input of the encoder, where it leaves
-    them open; one that weighs genes itself reads their logarithms."""
-    own = config.encoder
-    if own.input is not None:
-        read = own.input
-    elif own.standardize is not None or own.spatial_genes is not None:
-        read = "log"
-    if own.standardize is not None:
-        standardize = own.standardize
-    if own.spatial_genes is not None:
-        spatial_genes = own.spatial_genes
-    return config.replace(
-        encoder={"input": read, "standardize": standardize, "spatial_genes": spatial_genes}
-    )
+def _open_choices(config: RunConfig, open_keys: set[str]) -> list[Choice]:
+    """Choices of which something is open, with the candidates that agree with what is set."""
+    encoder = config.encoder
+    closed = set()
+    if config.data.embedding is not None or not (encoder.skip and encoder.component_weight):
+        closed.add("components of expression")
+    if config.refine.steps == 0:
+        closed.add("how refinement is done")
+    found = []
+    for choice in GRID:
+        if choice.setting in closed or not open_keys.intersection(choice.keys):
+            continue
+        kept: dict[tuple, Candidate] = {}
+        for candidate in choice.candidates:
+            if candidate.full and config.selection.mode != "full":
+                continue
+            values = {k: v for k, v in candidate.values.items() if k in open_keys}
+            kept.setdefault(tuple(values.items()), Candidate(candidate.name, values))
+        if len(kept) > 1:
+            found.append(Choice(choice.setting, choice.keys, tuple(kept.values())))
+    return found
 
 
 def _choose(
-    donors: list[list[_Left]],
-    config: RunConfig,
-    chosen: Transfer,
-    tried: dict[str, float],
-    starts: Sequence[str] = _OF_EMBEDDINGS,
-) -> Transfer:
-    """Start and last step by what each donor left out showed in the embedding that was chosen."""
-    scores = {name: _mean(donors, partial(_Left.spearman, name=name)) for name in starts}
-    errors = chosen.errors | {
-        _STARTS[name]: fit_error_model(
-            [[left.errors(name) for left in slides] for slides in donors]
-        )
-        for name in starts
-    }
-    steps, after = _expectations(donors, starts, config, scores)
-    best = max(starts, key=lambda name: scores[f"{name} expected" if steps[name] else name])
-    start, refine = _STARTS[best], dict(chosen.refine)
-    if config.refine.steps is None:
-        refine |= _last_steps(after, best, config, scores)
-    for name in starts:
-        value = _STARTS[name]
-        refine[value] = refine[value] | {"expected": steps[name]}
-    found = replace(
-        chosen,
-        start=start,
-        refine=refine,
-        errors=errors,
-        scores=scores | tried,
-        donors=chosen.donors or len(donors),
-    )
+    choice: Choice, folds: Sequence[DonorFold], values: Mapping[str, Any], task
+) -> dict[str, Any]:
+    """The table of one choice, and under ``values`` the settings that it decides."""
+    scores: list[list[Scores]] = []
+    for candidate in choice.candidates:
+        task.advance(now=f"{choice.setting}: {candidate.name}")
+        scores.append([fold.scores({**values, **candidate.values}) for fold in folds])
+    balanced = [_donors(found, "balanced") for found in scores]
+    taken = best_candidate(balanced)
+    rows = []
+    for candidate, found, own in zip(choice.candidates, scores, balanced, strict=True):
+        row: dict[str, Any] = {"name": candidate.name, "values": dict(candidate.values)}
+        parts = {"score": own, "distance_spearman": _donors(found, "distance")}
+        parts |= {"neighbor_hit@15": _donors(found, "hit"), "gain": own - balanced[0]}
+        for name, of_donors in parts.items():
+            row[name], row[f"{name}_se"] = float(of_donors.mean()), standard_error(of_donors)
+        rows.append(row)
+    chosen = rows[taken]
+    first = rows[0]["name"]
+    gain = f"{chosen['gain']:+.3f} ± {chosen['gain_se']:.3f} over {first}"
+    reason = gain if taken else f"nothing gains a standard error over {first}"
     logger.info(
-        "%d donors left out in turn: a learned map places their cells with distance Spearman "
-        "%.3f, an atlas with %.3f, the plane of the embedding with %.3f%s; model.start is %s",
-        found.donors,
-        scores[MAP],
-        scores[ATLAS],
-        scores[PLANE],
-        f", fields of genes with {scores[FIELDS]:.3f}" if FIELDS in scores else "",
-        start,
+        "%s: %s (distance Spearman %.3f ± %.3f, neighbour hit %.3f ± %.3f; %s)",
+        choice.setting,
+        chosen["name"],
+        chosen["distance_spearman"],
+        chosen["distance_spearman_se"],
+        chosen["neighbor_hit@15"],
+        chosen["neighbor_hit@15_se"],
+        reason,
     )
-    if config.refine.expected is None:
-        logger.info(
-            "distances as they are to be expected: an atlas with %.3f%s; refine.expected is %d",
-            scores[f"{ATLAS} expected"],
-            f", fields with {scores[f'{FIELDS} expected']:.3f}" if FIELDS in scores else "",
-            steps[best],
-        )
-    if config.refine.steps is None:
-        last = refine[start]
-        logger.info(
-            "refine.steps is %d, refine.neighbors %d, refine.anchor %g, refine.whiten %g, "
-            "refine.power %g, refine.narrow %g",
-            last["steps"],
-            last["neighbors"],
-            last["anchor"],
-            last["whiten"],
-            last["power"],
-            last["narrow"],
-        )
-    if tried:
-        logger.info(
-            "encoder.input is %s, encoder.standardize %g, encoder.spatial_genes %g, "
-            "encoder.kept %s",
-            found.input,
-            found.standardize,
-            found.spatial_genes,
-            found.kept,
-        )
-    return found
+    return {
+        "setting": choice.setting,
+        "candidates": rows,
+        "selected": chosen["name"],
+        "reason": reason,
+        "values": dict(choice.candidates[taken].values),
+    }
 
 
-def _expectations(
-    donors: list[list[_Left]], starts: Sequence[str], config: RunConfig, scores: dict[str, float]
-) -> tuple[dict[str, int], list[list[_Left]]]:
-    """Steps towards expected distances after each start, and the slides left out with what becomes
-    of their layouts.
-
-    What is tried stands in ``scores`` afterwards.
-    """
-    asked = config.refine.expected
-    tried = EXPECTED if asked is None else asked
-    if not tried:
-        return dict.fromkeys(starts, 0), donors
-    steps = {name: tried if asked is not None or name in _DOUBTING else 0 for name in starts}
-    names = [name for name in starts if steps[name]]
-    after = [[left.expected(names, tried) for left in slides] for slides in donors]
-    for name in names:
-        scores[f"{name} expected"] = _mean(after, partial(_Left.spearman, name=name))
-        if asked is None and scores[f"{name} expected"] <= (1 + _GAIN) * scores[name]:
-            steps[name] = 0
-    for slides, before in zip(after, donors, strict=True):
-        for left, own in zip(slides, before, strict=True):
-            left.layouts |= {name: own.layouts[name] for name in starts if not steps[name]}
-    return steps, after
-
-
-def _last_steps(
-    donors: list[list[_Left]], best: str, config: RunConfig, scores: dict[str, float]
-) -> dict[str, dict[str, int | float]]:
-    """The last step after each start, if any: how, by places and neighbours after the best of them;
-    whether, by neighbours after each.
-
-    What is found stands in ``scores`` afterwards.
-    """
-    own = config.refine.model_dump(include=_LAST.keys() - {"steps"}, exclude_none=True)
-    ways = dict(REFINE)
-    if own:
-        ways = {MIDDLE: REFINE[MIDDLE] | own}  # what is asked for is not tried
-    after = {way: _refined(donors, best, settings) for way, settings in ways.items()}
-    tried = {way: _balance(left, best) for way, left in after.items()}
-    way = max(tried, key=tried.__getitem__)
-    if not own and ways[way]["anchor"] == _LAST["anchor"]:
-        ways |= {name: ways[way] | {"anchor": anchor} for name, anchor in ANCHORS.items()}
-        for name in ANCHORS:
-            after[name] = _refined(donors, best, ways[name])
-            tried[name] = _balance(after[name], best)
-        way = max(tried, key=tried.__getitem__)
-    scores |= tried
-    found = {}
-    for name in [name for name in _STARTS if name in scores]:
-        value = _STARTS[name]
-        left = after[way] if name == best else _refined(donors, name, ways[way])
-        hit = partial(_Left.layout_hit, name=name)
-        scores[f"{name} hit"], scores[f"{name} refined"] = _mean(donors, hit), _mean(left, hit)
-        least = scores[f"{name} hit"] * (1 if name == FIELDS else 1 - _TIE)
-        taken = scores[f"{name} refined"] > least
-        found[value] = ways[way] if taken else ways[way] | {"steps": 0}
-    return found
-
-
-def _refined(donors: list[list[_Left]], name: str, settings) -> list[list[_Left]]:
-    return [[left.refined(name, settings) for left in slides] for slides in donors]
-
-
-def _mean(donors: list[list[_Left]], score: Callable[[_Left], float]) -> float:
-    return float(np.mean([np.mean([score(left) for left in slides]) for slides in donors]))
-
-
-def _balance(donors: list[list[_Left]], name: str) -> float:
-    """Of a layout: distances and neighbours, gains of which count alike, relative to either."""
-    far = _mean(donors, partial(_Left.spearman, name=name))
-    return float(np.sqrt(max(far, 0.0) * _mean(donors, partial(_Left.layout_hit, name=name))))
-
-
-def _score(donors: list[list[_Left]]) -> float:
-    """The same of an embedding, by the best start that can be made of it."""
-    far = max(_mean(donors, partial(_Left.spearman, name=name)) for name in _OF_EMBEDDINGS)
-    return float(np.sqrt(max(far, 0.0) * _mean(donors, _Left.embedding_hit)))
-
-
-class _Left:
-    """A slide left out, its embedding, and where each start would place its cells.
+def best_candidate(scores: Sequence[np.ndarray]) -> int:
+    """The first candidate, or the best of those that gain a standard error over it.
 
     Args:
-        h: embedding (n, d).
-        pos: true positions (n, 2).
-        placed: start to layout (n, 2).
-        doubt: start to how uncertain its places are (n,), as :func:`correct_distances` takes it; of
-            starts that can tell.
-        nearness: of the slides that were learned from.
+        scores: of each candidate, those of every left-out donor (donors,).
     """
-
-    def __init__(
-        self,
-        h: Tensor,
-        pos,
-        placed: Mapping[str, np.ndarray],
-        doubt: Mapping[str, Tensor] | None = None,
-        nearness: RelevantComponents | None = None,
-    ):
-        self.nearness = nearness
-        self.pos, self.layouts, self.doubt = np.asarray(pos), dict(placed), dict(doubt or {})
-        self.h, self.graph = h, knn(h, _NEIGHBORS)
-
-    def spearman(self, name: str) -> float:
-        return distance_metrics(self.layouts[name], self.pos)["distance_spearman"]
-
-    def errors(self, name: str) -> tuple[np.ndarray, Tensor | None]:
-        """Square error of every cell where a start places it, and what the start says of it."""
-        return square_errors(self.layouts[name], self.pos), self.doubt.get(name)
-
-    def embedding_hit(self) -> float:
-        return self._hit(self.graph)
-
-    def layout_hit(self, name: str) -> float:
-        layout = torch.from_numpy(np.asarray(self.layouts[name], dtype=np.float64))
-        return self._hit(knn(layout, _NEIGHBORS))
-
-    def expected(self, names: Sequence[str], steps: int) -> _Left:
-        """The same slide, some layouts with distances as they are to be expected."""
-        after = copy.copy(self)
-        after.layouts = self.layouts | {
-            name: correct_distances(self._layout(name), self.doubt.get(name), self.h, steps=steps)
-            .double()
-            .numpy()
-            for name in names
-        }
-        return after
-
-    def _layout(self, name: str) -> Tensor:
-        return torch.from_numpy(np.asarray(self.layouts[name], dtype=np.float64)).float()
-
-    def refined(self, name: str, settings: Mapping[str, int | float]) -> _Left:
-        """The same slide after a last step from one of the starts."""
-        layout = self._layout(name)
-        after = copy.copy(self)
-        settings, graph = dict(settings), self.graph
-        whiten, power = settings.pop("whiten"), settings.pop("power")
-        settings["begin"] = narrowed(layout, self.h, self.nearness, settings.pop("narrow"))
-        if whiten or power:
-            graph = knn(compared(self.h, self.nearness, whiten, power), _NEIGHBORS)
-        after.layouts = {name: refine_layout(layout, graph, **settings).double().numpy()}
-        return after
-
-    def _hit(self, graph: NeighborTable) -> float:
-        return candidate_recall(graph, self.pos, _NEIGHBORS)[f"candidate_recall@{_NEIGHBORS}"]
+    first, best, most = scores[0], 0, 0.0
+    for number, own in enumerate(scores[1:], start=1):
+        gain = own - first
+        if gain.mean() > max(most, standard_error(gain)):
+            best, most = number, float(gain.mean())
+    return best
 
 
-@dataclass
-class _Fold:
-    """Slides to learn from, and those of the donors left out.
-
-    Args:
-        train: slides of the other donors.
-        test: slides of these.
-        genes: of the encoder.
-        device: where it is trained.
-        donors: how many are left out.
-    """
-
-    train: list[Slide]
-    test: list[Slide]
-    genes: Sequence[str] | None
-    device: torch.device
-    donors: int = 1
-
-    @cached_property
-    def fields(self) -> GeneFields:
-        """Of the genes, on the slides to learn from."""
-        return fit_fields(self.train, self.genes, self.device)
-
-    def place_by_fields(self, left: Sequence[_Left]) -> None:
-        """Add the layout of the fields to those of the slides left out."""
-        atlas = count_atlas(self.train, self.genes, self.device, self.fields)
-        for slide, found in zip(self.test, left, strict=True):
-            place, variance = atlas.posterior(slide_counts(slide, self.genes))
-            found.layouts[FIELDS] = place.double().cpu().numpy()
-            found.doubt[FIELDS] = relative_variance(place, variance).cpu()
-
-    def _begin(self, encoder: SharedEncoder, config: RunConfig) -> list:
-        fields = self.fields if encoder.counts is not None else None
-        return begin(encoder, self.train, self.genes, config, fields)
-
-    def steps(self, config: RunConfig) -> int:
-        """Of its stage A."""
-        return round(_PART * config.encoder.steps_for(sum(s.num_cells for s in self.train)))
-
-    def brought(self) -> list[_Left]:
-        """The slides left out in the embedding that came with them."""
-        h = [torch.from_numpy(s.embedding).float() for s in (*self.train, *self.test)]
-        return self._look(h)
-
-    def components(
-        self, config: RunConfig, build: Callable[[RunConfig], SharedEncoder]
-    ) -> list[_Left]:
-        """The slides left out in nothing but spatial components: quick, and by which genes weigh
-        what, better or worse as an embedding trained on them is."""
-        encoder = build(config).to(self.device)
-        read = self._begin(encoder, config)
-        axes, _ = spatial_axes(read, [slide.pos for slide in self.train], config.encoder.out)
-        read = read + [read_expression(slide, self.genes, encoder) for slide in self.test]
-        return self._look([torch.from_numpy(project(x, axes)).float() for x in read])
-
-    def trained(
-        self, config: RunConfig, build: Callable[[RunConfig], SharedEncoder], seed: int, step_done
-    ) -> dict[str, list[_Left]]:
-        """The slides left out after a short stage A, by what the embedding keeps beside it."""
-        settings = config.encoder
-        torch.manual_seed(seed)
-        encoder = build(config).to(self.device)
-        read = self._begin(encoder, config)
-        positions = [slide.pos for slide in self.train]
-        steps = self.steps(config)
-        if steps:
-            fit = [
-                ContrastiveSlide(expression, pos, settings.neighbors, settings.far_quantile)
-                for expression, pos in zip(read, positions, strict=True)
-            ]
-            _train(encoder, fit, settings, steps, seed, self.device, step_done)
-        tried = _KEPT if steps and settings.skip and settings.keep else _KEPT[:1]
-        found = {}
-        for kept in tried if settings.kept is None else (settings.kept,):
-            finished = copy.deepcopy(encoder)
-            if steps:
-                asked = settings.model_copy(update={"kept": kept})
-                finish(finished, read, positions, asked)
-            found[kept] = self._embed(finished, read)
-        return found
-
-    def _embed(self, encoder: SharedEncoder, read: list) -> list[_Left]:
-        read = read + [read_expression(slide, self.genes, encoder) for slide in self.test]
-        return self._look([encode(encoder, expression, self.device) for expression in read])
-
-    def _look(self, h: list[Tensor]) -> list[_Left]:
-        known = [(own.numpy(), s.pos) for own, s in zip(h, self.train, strict=False)]
-        h = h[len(self.train) :]
-        together = torch.cat(h)  # what is learned of the others is learned once
-        atlas = Atlas(together.size(1)).fit(known)
-        nearness = RelevantComponents(together.size(1)).fit(known)
-        mapped = ridge_layout(together.numpy(), known)
-        ends = np.cumsum([len(own) for own in h])[:-1]
-        left = []
-        for own, slide, layout in zip(h, self.test, np.split(mapped, ends), strict=True):
-            place, variance = atlas.moments(own)  # slide by slide: each has others that are like it
-            placed = {
-                MAP: layout,
-                ATLAS: place.double().numpy(),
-                PLANE: principal_plane(own).numpy(),
-            }
-            doubt = {ATLAS: relative_variance(place, variance)}
-            left.append(_Left(own, slide.pos, placed, doubt, nearness))
-        return left
+def standard_error(values: np.ndarray) -> float:
+    """Standard error of a mean over donors; 0 for one."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def _train(
-    encoder: nn.Module,
-    slides: Sequence[ContrastiveSlide],
-    settings: EncoderConfig,
-    steps: int,
-    seed: int,
-    device: torch.device,
-    step_done: Callable[[], None],
-) -> None:
-    optimizer = torch.optim.AdamW(
-        encoder.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, settings.lr * 0.01)
-    generator = torch.Generator().manual_seed(seed)
-    encoder.train()
-    for step in range(steps):
-        loss = encoder_loss(encoder, slides[step % len(slides)], settings, generator, device)
-        optimizer.zero_grad(set_to_none=True)
-        loss["loss"].backward()
-        optimizer.step()
-        schedule.step()
-        step_done()
-    encoder.eval()
+def _donors(found: Sequence[Scores], name: str) -> np.ndarray:
+    return np.array([value for scores in found for value in getattr(scores, name)])
 
 
-def _spread_out(items: list, count: int) -> list:
-    """At most so many of them, as far apart in their order as can be."""
-    count = min(len(items), count)
-    return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
+def _error_model(folds: Sequence[DonorFold], values: Mapping[str, Any]) -> dict[str, Any]:
+    """How the square error of a cell follows its predictive variance, on the left-out donors."""
+    intercept, slope = fit_error_model([fold.errors(values) for fold in folds])
+    return {
+        "uncertainty.error_intercept": intercept,
+        "uncertainty.error_slope": slope,
+        "uncertainty.calibrated": True,
+    }
 
 
-def _sample(slide: Slide) -> Slide:
-    """At most so many cells of a slide, drawn at random."""
-    n = slide.num_cells
-    if n <= _CELLS:
-        return slide
-    return slide.take(np.sort(np.random.default_rng(0).choice(n, _CELLS, replace=False)))
+def _tell_defaults(mode: str, groups: Sequence, choices: Sequence) -> None:
+    if not choices:
+        logger.info("every setting is given: no cross-validation")
+    elif mode == "none":
+        logger.info("no cross-validation (selection.mode=none): defaults are taken")
+    elif not groups:
+        logger.info("slides of one donor: no cross-validation, defaults are taken")

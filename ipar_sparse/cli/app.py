@@ -1,0 +1,94 @@
+"""The ``ipar-sparse`` command: its subcommands, and the code that it exits with."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from .. import __version__
+from . import benchmark, config, embed, evaluate, experiment, info, predict, simulate, train
+from .messages import explain, say
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Predict where cells lie in a tissue from their gene expression alone.\n\n"
+        "Train on slides whose positions are known, then place the cells of other slides. "
+        "Slides are AnnData files (.h5ad or .zarr) with positions in obsm\\['spatial'].\n\n"
+        "[bold]A first try, with simulated slides:[/bold]\n\n"
+        "  ipar-sparse simulate slides --slides 4\n\n"
+        "  ipar-sparse train slides/cortex1.h5ad slides/cortex2.h5ad --val slides/cortex3.h5ad "
+        "--out run\n\n"
+        "  ipar-sparse evaluate run slides/cortex4.h5ad --out report"
+    ),
+)
+app.command()(simulate.simulate)
+app.command()(train.train)
+app.command()(predict.predict)
+app.command()(embed.embed)
+app.command()(evaluate.evaluate)
+app.command()(experiment.experiment)
+app.command()(benchmark.benchmark)
+app.command()(info.info)
+app.command()(config.config)
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the whole traceback of an error.")
+    ] = False,
+) -> None:
+    """Options of all commands; :func:`run_command` acts on them."""
+
+
+def main() -> NoReturn:
+    """Entry point of the ``ipar-sparse`` command."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(argv: list[str]) -> int:
+    """Runs one command line.
+
+    Args:
+        argv: its words, without the name of the program.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user, 130 for ctrl-C, 1 for any other failure.
+    """
+    debug = "--debug" in argv
+    if "--version" in argv:
+        print(__version__)
+        return 0
+    arguments = [word for word in argv if word != "--debug"] or ["--help"]
+    try:
+        if not {"-h", "--help"} & set(arguments):
+            _quiet_libraries()
+        command = typer.main.get_command(app)
+        code = command.main(arguments, prog_name="ipar-sparse", standalone_mode=False)
+    except Exception as error:
+        if debug:
+            raise
+        code, text = explain(error)
+        say(text, stream=sys.stderr)
+        return code
+    if code == 130:
+        say("stopped; nothing half-written was left", stream=sys.stderr)
+    return code or 0
+
+
+def _quiet_libraries() -> None:
+    """Messages of this package are shown, warnings meant for developers are not."""
+    import warnings
+
+    from ..progress import setup_logging
+
+    setup_logging()
+    for category in (FutureWarning, DeprecationWarning, ImportWarning):
+        warnings.simplefilter("ignore", category)

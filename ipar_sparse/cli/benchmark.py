@@ -1,0 +1,69 @@
+"""``ipar-sparse benchmark``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from . import options
+from .folders import check_output_folder
+from .messages import say
+from .options import RUNNING, flag
+
+
+def benchmark(
+    out: options.OutFolder,
+    sizes: Annotated[
+        str, typer.Option(help="Numbers of cells, with commas.")
+    ] = "384,1300,2600,5000",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="What to time: forward, backward, step (a whole training step). Or knn alone: the "
+            "search for nearest neighbours, with its recall."
+        ),
+    ] = "forward,backward",
+    implementations: Annotated[
+        str | None,
+        flag(
+            "--implementations",
+            "dense, pyg (plain message passing), chunked, triton; of knn: exact, triton, faiss, "
+            "torch_cluster. [dim]Default: all that this machine can run[/dim]",
+            RUNNING,
+            "NAME,...",
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32, tf32, bfloat16 or float16.")] = "float32",
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Time the sparse model against the dense one on this machine, or neighbour searches."""
+    from ..config import resolve_device
+
+    numbers = parse_sizes(sizes)
+    check_output_folder(out, overwrite)
+    target = resolve_device(device or "auto")
+
+    from ..benchmarks import run
+
+    chosen = implementations.split(",") if implementations else None
+    wanted = tasks.split(",")
+    try:
+        run(wanted, numbers, out, target, implementations=chosen, precision=precision)
+    except ValueError as error:
+        raise UserError(f"benchmark: {error}") from None
+    name = "knn" if "knn" in wanted else "benchmark"
+    say(f"{out / f'{name}.json'}\n{out / f'{name}.png'}")
+
+
+def parse_sizes(text: str) -> list[int]:
+    """The numbers of cells in a text such as ``"384,1300"``."""
+    try:
+        numbers = [int(float(part)) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 2:
+        raise UserError(f"--sizes takes numbers of cells with commas, e.g. 384,1300; got {text!r}")
+    return numbers

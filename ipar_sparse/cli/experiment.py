@@ -1,0 +1,141 @@
+"""``ipar-sparse experiment``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from . import options
+from .folders import check_folder
+from .messages import Stopped, say
+from .options import OUTPUT, READING, RUNNING, flag, given
+
+Variants = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="PRESET|FILE.yaml...",
+        help="Named variants, or study files with variants. [dim]Default: v1[/dim]",
+        show_default=False,
+    ),
+]
+Slides = Annotated[
+    list[Path] | None,
+    flag("--slides", "AnnData files with measured positions.", READING, "SLIDE..."),
+]
+HoldOut = Annotated[
+    str | None,
+    flag(
+        "--hold-out",
+        "slide: each slide in turn; donor: all slides of each donor in turn; or names of slides "
+        "or donors. [dim]Default: slide[/dim]",
+        RUNNING,
+        "slide|donor|NAME,...",
+    ),
+]
+Seeds = Annotated[
+    str | None,
+    flag("--seeds", "Training seeds, e.g. 0-4 or 0,3,7. [dim]Default: 0-2[/dim]", RUNNING, "N-M"),
+]
+Reference = Annotated[
+    str | None,
+    flag(
+        "--reference",
+        "Variant that the others are compared with. [dim]Default: the first[/dim]",
+        OUTPUT,
+        "NAME",
+    ),
+]
+
+
+def experiment(
+    out: options.OutFolder,
+    what: Variants = None,
+    slides: Slides = None,
+    hold_out: HoldOut = None,
+    donor_key: options.DonorKey = None,
+    donor_pattern: options.DonorPattern = None,
+    donor_map: options.DonorMap = None,
+    seeds: Seeds = None,
+    overrides: options.Overrides = None,
+    reference: Reference = None,
+    embedding: options.Embedding = None,
+    layer: options.Layer = None,
+    normalized: options.Normalized = None,
+    slide_key: options.SlideKey = None,
+    device: options.Device = None,
+    jobs: options.Jobs = None,
+) -> None:
+    """Train and score variants on held-out slides over seeds, side by side, in one table.
+
+    The same command goes on with a study that was stopped.
+    """
+    from ..evaluation.study_plan import load_variants, plan_study
+    from ..report import run_study_with_report
+
+    names, studies, files = _sort(what or [])
+    files = [*(slides or []), *files]
+    if not files:
+        raise UserError(
+            "give the slides, e.g. ipar-sparse experiment v1 --slides A.h5ad B.h5ad C.h5ad "
+            "--out DIR"
+        )
+    check_folder(out)
+    data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
+    variants, stated = load_variants(
+        names if names or studies else ["v1"], studies, overrides or [], data=data
+    )
+    study = plan_study(
+        files,
+        variants,
+        hold_out=str(hold_out or stated.get("hold_out") or "slide"),
+        seeds=parse_seeds(str(stated.get("seeds", "0-2") if seeds is None else seeds)),
+        reference=reference or stated.get("reference"),
+        donor_key=donor_key,
+        donor_pattern=donor_pattern,
+        donor_map=donor_map,
+    )
+    try:
+        results = run_study_with_report(study, out, jobs=jobs, device=device)
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"stopped; {out} holds all that was done so far: the same command goes on with it"
+        ) from None
+    if results.done:
+        say(f"study: {out / 'report.html'}")
+    if results.failed:
+        folder, error = next(iter(results.failed.items()))
+        more = f" (and {len(results.failed) - 1} more)" if len(results.failed) > 1 else ""
+        say(f"failed: {folder}: {error}{more}; see its log.txt", stream=sys.stderr)
+        raise typer.Exit(1)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds that a text such as ``"0-4"`` or ``"0,3,7"`` names."""
+    seeds: list[int] = []
+    for part in text.strip("[] ").split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"--seeds takes numbers and ranges, e.g. 0-4 or 0,3,7; got {text!r}")
+        seeds += range(int(first), int(last if dash else first) + 1)
+    if not seeds:
+        raise UserError(f"--seeds {text} names no seed; write the smaller first, e.g. 0-4")
+    return seeds
+
+
+def _sort(words: list[str]) -> tuple[list[str], list[Path], list[Path]]:
+    """Presets, study files and slides; of ``--slides A B C`` the option takes A alone."""
+    names, studies, files = [], [], []
+    for word in words:
+        suffix = Path(word.rstrip("/")).suffix.lower()
+        if suffix in (".yaml", ".yml"):
+            studies.append(Path(word))
+        elif suffix in (".h5ad", ".zarr") or os.sep in word:
+            files.append(Path(word))
+        else:
+            names.append(word)
+    return names, studies, files

@@ -1,0 +1,74 @@
+"""What a person is told: results, notes, and one line for every error."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+from ..errors import UserError
+
+_EXTRAS = {
+    "anndata": "cli",
+    "distributed": "cli",
+    "jinja2": "cli",
+    "matplotlib": "cli",
+    "pydantic": "cli",
+    "rich": "cli",
+    "safetensors": "cli",
+    "sklearn": "cli",
+    "tensorboard": "cli",
+    "yaml": "cli",
+    "faiss": "faiss",
+    "umap": "umap",
+}
+"""Library that may be missing -> the extra that installs it."""
+
+
+class Stopped(Exception):
+    """Ctrl-C, with a line on what is left and how to go on."""
+
+
+def say(text: str, stream=None) -> None:
+    """Prints a result, or a line to another stream."""
+    print(text, file=stream or sys.stdout, flush=True)
+
+
+def note(text: str) -> None:
+    """Prints what is no result and no error."""
+    say(f"note: {text}", stream=sys.stderr)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit code of an error, and the line that is printed for it."""
+    if isinstance(error, Stopped):
+        return 130, str(error)
+    code, text = _explain(error)
+    return code, f"error: {' '.join(text.split())}"
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if hasattr(error, "format_message"):  # a mistake found by the parser
+        context = getattr(error, "ctx", None)
+        where = f" (see `{context.command_path} --help`)" if context else ""
+        return 2, f"{error.format_message().rstrip('.')}{where}"
+    if isinstance(error, ModuleNotFoundError):
+        library = (error.name or "").split(".")[0]
+        if library in _EXTRAS:
+            extra = _EXTRAS[library]
+            return 2, f"{error.name} is not installed: pip install 'ipar_sparse[{extra}]'"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return 2, (
+            f"no space left on the disk{where}; free some space and try again (train: --resume)"
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 1, (
+            "out of memory; try --device cpu, --set train.batch_kind=miniset, "
+            "--set model.checkpoint_recycles=true or fewer cells"
+        )
+    return 1, (
+        f"unexpected {type(error).__name__}: {error}; this is a fault of the program: "
+        "run again with --debug and report what it prints"
+    )

@@ -1,0 +1,161 @@
+"""``ipar-sparse train``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from ..errors import UserError
+from . import options
+from .folders import check_resume, check_run_folder, run_folder, what_is_left
+from .inputs import check_no_leak, read_files, recorded_slides
+from .messages import Stopped, say
+from .options import OUTPUT, RUNNING, flag, given
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
+    from ..data.slide import Slide
+
+
+class Select(str, Enum):
+    """How thoroughly settings are selected before training."""
+
+    quick = "quick"
+    full = "full"
+    none = "none"
+
+
+class Members(NamedTuple):
+    """The slides of a run; ``val`` is None where training is to choose."""
+
+    train: list[Slide]
+    val: list[Slide] | None
+    donors: dict[str, str] | None
+
+
+RunFolder = Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder of the run.")]
+TrainFiles = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="SLIDE...",
+        help="AnnData files (.h5ad or .zarr) with measured positions, to train on.",
+        show_default=False,
+    ),
+]
+ValFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="SLIDE",
+        help="Slide that decides when training stops; can be repeated. [dim]Default: one of the "
+        "slides, where there are more than three[/dim]",
+        show_default=False,
+    ),
+]
+SelectMode = Annotated[
+    Select | None,
+    flag(
+        "--select",
+        "Settings selected by cross-validation over donors: few candidates (quick), all of them "
+        "(full), or named defaults at once (none). [dim]Default: quick[/dim]",
+        RUNNING,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    flag("--seed", "Seed of everything random. [dim]Default: 0[/dim]", RUNNING, "N", min=0),
+]
+Resume = Annotated[
+    bool, flag("--resume", "Go on with the run in --out from where it stopped.", OUTPUT)
+]
+
+
+def train(
+    out: RunFolder,
+    slides: TrainFiles = None,
+    val: ValFiles = None,
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
+    preset: options.Preset = None,
+    select: SelectMode = None,
+    embedding: options.Embedding = None,
+    layer: options.Layer = None,
+    normalized: options.Normalized = None,
+    slide_key: options.SlideKey = None,
+    donor_key: options.DonorKey = None,
+    donor_pattern: options.DonorPattern = None,
+    donor_map: options.DonorMap = None,
+    seed: Seed = None,
+    device: options.Device = None,
+    resume: Resume = False,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Train on slides whose positions are known."""
+    slides, val = slides or [], val or []
+    data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
+    donor_options = given(key=donor_key, pattern=donor_pattern, table=donor_map)
+    if resume:
+        asked = given(config=config, set=overrides, preset=preset, select=select, seed=seed)
+        asked |= data | {f"donor_{name}": value for name, value in donor_options.items()}
+        check_resume(out, overwrite, [f"--{name.replace('_', '-')}" for name in asked])
+    else:
+        if not slides:
+            raise UserError(
+                "give at least one slide to train on, e.g. ipar-sparse train A.h5ad "
+                "--val B.h5ad --out RUN"
+            )
+        check_run_folder(out, overwrite)
+    check_no_leak(slides, val)
+
+    from ..config import RunConfig, load_config, resolve_device
+    from ..train.fit import fit
+
+    if resume:
+        settings = RunConfig.load_request(out)
+    else:
+        sections = {
+            "data": data,
+            "train": given(seed=seed),
+            "selection": given(mode=select and select.value),
+        }
+        settings = load_config(config, overrides or [], preset=preset, **sections)
+    resolve_device(device or settings.train.device)
+    if resume:
+        recorded = recorded_slides(out, [*slides, *val], settings)
+        members = Members(*recorded, donors=None)  # the run has them on record
+    else:
+        members = _new_members(slides, val, settings, donor_options)
+    with run_folder(out, resume):
+        try:
+            fit(
+                members.train,
+                members.val,
+                settings,
+                out,
+                donors=members.donors,
+                resume=resume,
+                device=device,
+            )
+        except KeyboardInterrupt:
+            raise Stopped(what_is_left(out)) from None
+    say(f"trained: {out}\nnext: ipar-sparse evaluate {out} SLIDE.h5ad --out DIR")
+
+
+def _new_members(
+    slides: list[Path], val: list[Path], settings: RunConfig, donor_options: dict[str, Any]
+) -> Members:
+    """Slides of a new run, read from their files, and their donors."""
+    from ..data.splits import find_donors
+
+    everything = read_files(
+        [*slides, *val],
+        settings.data,
+        require_pos=True,
+        min_cells=settings.train.miniset_min,
+    )
+    validates = {str(path.absolute()) for path in val}
+    train_slides = [slide for slide in everything if slide.path not in validates]
+    val_slides = [slide for slide in everything if slide.path in validates]
+    return Members(train_slides, val_slides or None, find_donors(train_slides, **donor_options))

@@ -1,0 +1,131 @@
+"""AnnData files as open stores, h5ad or zarr: what readers and writers share."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import pandas as pd
+from anndata.io import read_elem
+
+from ..errors import UserError
+
+Store = Any
+"""An open h5py.File or zarr.Group; both are nested mappings with ``attrs``."""
+
+
+@contextmanager
+def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> Iterator[Store]:
+    """Opens an AnnData file and closes it again.
+
+    Args:
+        path: an .h5ad file or a zarr folder.
+        mode: "r" to read, "r+" to add to it.
+
+    Raises:
+        UserError: in one line, if the file is missing, damaged or no AnnData file.
+        OSError: if what was written does not fit on the disk.
+    """
+    store = _open_zarr(path, mode) if path.is_dir() else _open_h5ad(path, mode)
+    try:
+        if "obs" not in store or "var" not in store:
+            raise UserError(
+                f"{path}: is no AnnData file (no obs and var inside); convert it with "
+                "adata.write_h5ad, see data/README.md"
+            )
+        yield store
+    except BaseException as error:
+        with suppress(RuntimeError):  # a full disk fails again on closing
+            _close(store)
+        if mode == "r" and isinstance(error, (OSError, KeyError, EOFError)):
+            raise UserError(
+                f"{path}: is damaged ({first_line(error)}); copy or export it again"
+            ) from error
+        raise
+    try:
+        _close(store)
+    except RuntimeError as error:
+        raise OSError(first_line(error)) from error
+
+
+def read_frame(store: Store, name: str, path: Path) -> pd.DataFrame:
+    """The data frame obs or var of an open file.
+
+    Raises:
+        UserError: if an old version of AnnData wrote it.
+    """
+    frame = read_elem(store[name])
+    if not isinstance(frame, pd.DataFrame):
+        raise UserError(
+            f"{path}: {name} is in the layout of an AnnData older than 0.7; open it with "
+            "anndata.read_h5ad and write it again"
+        )
+    return frame
+
+
+def suggest(name: object, options: Iterable[object]) -> str:
+    """The end of an error line about an unknown name: the nearest known name, or some of them."""
+    known = [str(option) for option in options]
+    close = difflib.get_close_matches(str(name), known, 1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    if not known:
+        return "there are none"
+    return f"there are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}"
+
+
+def some_names(names: Iterable[object], most: int = 3) -> str:
+    """The first names, for a message."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error.args[0] if error.args else error).strip().split("\n")[0]
+
+
+def _open_zarr(path: Path, mode: Literal["r", "r+"]) -> Store:
+    import zarr
+
+    try:
+        # keys may have been added since the store was consolidated; zarr 2 does not look there
+        fresh: Any = {} if zarr.__version__.startswith("2.") else {"use_consolidated": False}
+        return zarr.open_group(str(path), mode=mode, **fresh)
+    except Exception as error:
+        raise UserError(
+            f"{path}: is a folder but not a zarr store; give an .h5ad file or a .zarr folder"
+        ) from error
+
+
+def _open_h5ad(path: Path, mode: Literal["r", "r+"]) -> Store:
+    if not path.exists():
+        raise UserError(f"{path}: no such file; check the path")
+    try:
+        return h5py.File(path, mode)
+    except OSError as error:
+        raise UserError(f"{path}: {_why_unreadable(path, error)}") from error
+
+
+def _close(store: Store) -> None:
+    if isinstance(store, h5py.File):
+        store.close()
+
+
+def _why_unreadable(path: Path, error: OSError) -> str:
+    if not os.access(path, os.R_OK):
+        return "may not be read; check its permissions"
+    if os.path.getsize(path) == 0:
+        return "is empty; copy or export it again"
+    if "truncated" in str(error):
+        return "is truncated (the copy did not finish); copy it again"
+    with open(path, "rb") as f:
+        signature = f.read(8)
+    if signature != b"\x89HDF\r\n\x1a\n":
+        return "is not an h5ad file; convert it with adata.write_h5ad, see data/README.md"
+    return f"cannot be opened ({first_line(error)}); copy or export it again"

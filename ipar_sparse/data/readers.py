@@ -1,0 +1,401 @@
+"""AnnData files (h5ad, zarr) to slides."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+from anndata.io import read_elem
+from scipy import sparse
+
+from ..config.schema import DataConfig
+from ..errors import UserError
+from .anndata_store import Store, open_store, read_frame, some_names, suggest
+from .keys import Keys
+from .slide import Slide
+
+BLOCK = 1 << 22  # stored values read, converted or checked at a time
+MAX_CATEGORIES = 64  # a column of more distinct labels identifies cells, it does not group them
+MAX_COLUMNS = 16  # obs columns kept with a slide
+LOG_CEILING = 20.0  # log1p of anything countable stays below this
+
+
+def read_file(
+    path: str | os.PathLike, data: DataConfig, *, require_pos: bool, min_cells: int = 1
+) -> list[Slide]:
+    """The slides of a file, read as a configuration says; see :func:`read_slides`.
+
+    Args:
+        path: AnnData file.
+        data: layer, embedding and keys.
+        require_pos: refuse slides without positions.
+        min_cells: refuse slides of fewer cells.
+    """
+    return read_slides(
+        path,
+        slide_key=data.slide_key,
+        layer=None if data.layer == "X" else data.layer,
+        normalized=data.normalized,
+        embedding=data.embedding,
+        spatial_key=data.spatial_key,
+        require_pos=require_pos,
+        min_cells=min_cells,
+    )
+
+
+def read_slides(
+    path: str | os.PathLike,
+    *,
+    slide_key: str | None = None,
+    layer: str | None = None,
+    normalized: bool | None = None,
+    embedding: str | None = None,
+    spatial_key: str = Keys.SPATIAL,
+    require_pos: bool = False,
+    min_cells: int = 1,
+) -> list[Slide]:
+    """Reads the slides of one AnnData file in blocks, and only what is asked for.
+
+    Args:
+        path: an .h5ad file or a zarr folder.
+        slide_key: obs column that names the slide of each cell, where a file holds several. Slides
+            come in the order in which they first appear.
+        layer: layer that holds the expression; X if left out. "raw" is `adata.raw`, unless a layer
+            has that name.
+        normalized: True for log-normalised values, False for counts. None decides by whether all
+            values are whole numbers, and notes it.
+        embedding: "obsm:KEY", an embedding to keep with the slides.
+        spatial_key: obsm key of the positions.
+        require_pos: refuse slides without valid positions. Otherwise positions that cannot be used
+            are left out with a note.
+        min_cells: refuse slides of fewer cells.
+
+    Returns:
+        The slides; `Slide.notes` says what was recognised in the file.
+
+    Raises:
+        UserError: in one line, for anything wrong with the file or its content.
+    """
+    path = Path(path)
+    notes: list[str] = []
+    expression = None
+    with open_store(path) as store:
+        obs = read_frame(store, "obs", path)
+        cell_names = obs.index.to_numpy(dtype=str)
+        _check_cell_names(cell_names, path)
+        group, genes = _select_matrix(store, layer, path, optional=embedding is not None)
+        pos = _read_positions(store, spatial_key, cell_names, require_pos, path, notes)
+        vectors = None if embedding is None else _read_embedding(store, embedding, path)
+        groups = _group_rows(obs, slide_key, path)
+        _check_sizes(groups, min_cells, slide_key, path)
+        if group is not None:
+            genes = _unique_genes(genes, notes)
+            expression = _read_matrix(group, (len(obs), len(genes)), path)
+            where = f"{path}, X" if layer is None else f"{path}, layer {layer!r}"
+            normalized = _check_values(expression, normalized, cell_names, genes, where, notes)
+        columns = _label_columns(obs)
+
+    slides = []
+    for label, rows in groups.items():
+        part = expression
+        if expression is not None and len(rows) < len(obs):
+            part = expression[rows]
+        slide = Slide(
+            name=path.stem if label is None else f"{path.stem}-{label}",
+            expression=part,
+            genes=genes,
+            cell_names=cell_names[rows],
+            pos=None if pos is None else pos[rows],
+            embedding=None if vectors is None else vectors[rows],
+            normalized=bool(normalized),
+            empty=np.zeros(len(rows), bool) if part is None else np.diff(part.indptr) == 0,
+            obs={key: values[rows] for key, values in columns.items()},
+            rows=rows,
+            notes=list(notes),
+            path=str(path.absolute()),
+        )
+        _note_oddities(slide)
+        slides.append(slide)
+    return slides
+
+
+def _check_cell_names(names: np.ndarray, path: Path) -> None:
+    if len(names) == 0:
+        raise UserError(f"{path}: has no cells; export it again")
+    index = pd.Index(names)
+    if not index.is_unique:
+        twice = index[index.duplicated()].unique()
+        raise UserError(
+            f"{path}: {len(twice)} cell names occur more than once ({some_names(twice)}); "
+            "call adata.obs_names_make_unique() and save it again"
+        )
+
+
+def _check_sizes(
+    groups: dict[str | None, np.ndarray], min_cells: int, slide_key: str | None, path: Path
+) -> None:
+    for label, rows in groups.items():
+        if len(rows) < min_cells:
+            where = path if label is None else f"{path}, {slide_key} {label}"
+            raise UserError(
+                f"{where}: has {len(rows)} cells, at least {min_cells} are needed; "
+                "leave it out or ask for smaller minisets and fewer neighbours"
+            )
+
+
+def _select_matrix(
+    store: Store, layer: str | None, path: Path, optional: bool
+) -> tuple[Any, np.ndarray]:
+    """The group or dataset that holds the expression, and the gene names of its columns (G,)."""
+    layers = list(store["layers"]) if "layers" in store else []
+    if layer is None or layer in layers:
+        group = store[f"layers/{layer}"] if layer else store.get("X")
+        if group is None or group.attrs.get("encoding-type") == "null":
+            if optional:
+                return None, np.empty(0, dtype=str)
+            raise UserError(f"{path}: X is empty; choose a layer, {suggest('', layers)}")
+        return group, read_frame(store, "var", path).index.to_numpy(dtype=str)
+    if layer == "raw" and "raw" in store and "X" in store["raw"]:
+        return store["raw/X"], read_elem(store["raw/var"]).index.to_numpy(dtype=str)
+    options = layers + (["raw"] if "raw" in store else [])
+    raise UserError(f"{path}: has no layer {layer!r}; {suggest(layer, options)}")
+
+
+def _unique_genes(genes: np.ndarray, notes: list[str]) -> np.ndarray:
+    index = pd.Index(genes)
+    twice = index[index.duplicated()].unique()
+    if len(twice) == 0:
+        return genes
+    notes.append(
+        f"{len(twice)} gene names occur more than once ({some_names(twice)}): "
+        "later ones were renamed NAME-1, NAME-2, ..."
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return anndata.utils.make_index_unique(index).to_numpy(dtype=str)
+
+
+def _block_length(dataset: Any) -> int:
+    # a block never splits a chunk along the first axis, or the chunk is decompressed many times
+    chunks = getattr(dataset, "chunks", None)
+    per_row = int(np.prod(dataset.shape[1:])) or 1
+    rows = max(1, BLOCK // per_row)
+    return max(rows // chunks[0], 1) * chunks[0] if chunks else rows
+
+
+def _read_flat(dataset: Any, dtype: type) -> np.ndarray:
+    out = np.empty(dataset.shape[0], dtype=dtype)
+    step = _block_length(dataset)
+    for start in range(0, len(out), step):
+        out[start : start + step] = dataset[start : start + step]
+    return out
+
+
+def _read_matrix(group: Any, shape: tuple[int, int], path: Path) -> sparse.csr_matrix:
+    """A stored dense, CSR or CSC matrix as float32 CSR, read in blocks."""
+    if not hasattr(group, "keys"):
+        if tuple(group.shape) != shape:
+            raise UserError(
+                f"{path}: the matrix is {group.shape[0]} x {group.shape[1]} but obs and var name "
+                f"{shape[0]} x {shape[1]}; export it again"
+            )
+        return _dense_to_csr(group)
+    attrs = group.attrs
+    kind = attrs.get("encoding-type") or f"{attrs.get('h5sparse_format')}_matrix"
+    if kind not in ("csr_matrix", "csc_matrix"):
+        raise UserError(f"{path}: the matrix is stored as {kind}; store it dense, as CSR or as CSC")
+    stored_shape = tuple(int(s) for s in attrs.get("shape", attrs.get("h5sparse_shape", shape)))
+    num_stored = group["data"].shape[0]
+    index_type = np.int32 if max(num_stored, *shape) < 2**31 else np.int64
+    indptr = np.asarray(group["indptr"][:], dtype=index_type)
+    major, minor = shape if kind == "csr_matrix" else shape[::-1]
+    indices = _read_flat(group["indices"], index_type)
+    consistent = (
+        stored_shape == shape
+        and len(indptr) == major + 1
+        and indptr[0] == 0
+        and indptr[-1] == num_stored == len(indices)
+        and np.all(np.diff(indptr) >= 0)
+        and (num_stored == 0 or (indices.min() >= 0 and indices.max() < minor))
+    )
+    if not consistent:
+        raise UserError(f"{path}: its sparse matrix is damaged; copy or export it again")
+    data = _read_flat(group["data"], np.float32)
+    if kind == "csr_matrix":
+        matrix = sparse.csr_matrix((data, indices, indptr), shape=shape)
+    else:
+        matrix = sparse.csc_matrix((data, indices, indptr), shape=shape).tocsr()
+    matrix.sum_duplicates()
+    matrix.eliminate_zeros()
+    return matrix
+
+
+def _dense_to_csr(dataset: Any) -> sparse.csr_matrix:
+    step = _block_length(dataset)
+    blocks = [
+        sparse.csr_matrix(np.asarray(dataset[start : start + step], dtype=np.float32))
+        for start in range(0, dataset.shape[0], step)
+    ]
+    return sparse.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]
+
+
+def _check_values(
+    matrix: sparse.csr_matrix,
+    normalized: bool | None,
+    cell_names: np.ndarray,
+    genes: np.ndarray,
+    where: str,
+    notes: list[str],
+) -> bool:
+    """Refuses impossible values; returns whether the values are log-normalised."""
+    whole, top = True, 0.0
+    for start in range(0, len(matrix.data), BLOCK):
+        values = matrix.data[start : start + BLOCK]
+        bad = ~np.isfinite(values)
+        problem = "not finite"
+        if not bad.any() and not normalized:
+            bad, problem = values < 0, "negative"
+        if bad.any():
+            at = start + int(np.argmax(bad))
+            cell = cell_names[np.searchsorted(matrix.indptr, at, side="right") - 1]
+            remedy = (
+                "remove the cell or the gene"
+                if problem == "not finite"
+                else "choose a layer with raw counts, or pass --normalized to use them as they are"
+            )
+            raise UserError(
+                f"{where}: values are {problem}, first {matrix.data[at]:g} at cell {cell}, "
+                f"gene {genes[matrix.indices[at]]}; {remedy}"
+            )
+        whole = whole and bool(np.all(values == np.rint(values)))
+        top = max(top, float(values.max()))
+    if normalized is None and not whole:
+        notes.append(
+            "values are not whole numbers: taken as log-normalised and used as they are "
+            "(--counts if they are counts)"
+        )
+        if top > LOG_CEILING:
+            notes.append(
+                f"values reach {top:.0f}, too high for logarithms: "
+                "pass --counts unless they are meant to be used as they are"
+            )
+    return not whole if normalized is None else bool(normalized)
+
+
+def _read_obsm(store: Store, key: str) -> np.ndarray:
+    value = read_elem(store[f"obsm/{key}"])
+    if sparse.issparse(value):
+        value = value.toarray()
+    return np.asarray(value)
+
+
+def _read_positions(
+    store: Store, key: str, cell_names: np.ndarray, required: bool, path: Path, notes: list[str]
+) -> np.ndarray | None:
+    """Positions (n, 2), float64; None if there are none or, where not required, unusable ones."""
+    available = list(store["obsm"]) if "obsm" in store else []
+    if key not in available:
+        if required:
+            raise UserError(
+                f'{path}: has no obsm["{key}"] with measured positions; {suggest(key, available)}'
+            )
+        return None
+    value = _read_obsm(store, key)
+    problem = None
+    if value.ndim != 2 or value.shape[1] not in (2, 3) or value.dtype.kind not in "fiu":
+        shape = " x ".join(str(s) for s in value.shape)
+        problem = f"is {shape} of {value.dtype}, expected {len(cell_names)} x 2 numbers"
+        remedy = "put x and y there"
+    else:
+        bad = ~np.isfinite(value[:, :2].astype(np.float64)).all(axis=1)
+        if bad.any():
+            first = some_names(cell_names[bad])
+            problem = f"is NaN or infinite for {bad.sum()} of {len(value)} cells ({first})"
+            remedy = "remove these cells or give them positions"
+    if problem is not None:
+        if required:
+            raise UserError(f'{path}: obsm["{key}"] {problem}; {remedy}')
+        notes.append(f'obsm["{key}"] {problem}: positions were left out')
+        return None
+    if value.shape[1] == 3:
+        notes.append(f'obsm["{key}"] has three columns: the first two were used')
+    return np.ascontiguousarray(value[:, :2], dtype=np.float64)
+
+
+def _read_embedding(store: Store, spec: str, path: Path) -> np.ndarray:
+    slot, _, key = str(spec).partition(":")
+    if slot != "obsm" or not key:
+        raise UserError(f"embedding {spec!r} is not understood; write it as obsm:KEY")
+    available = list(store["obsm"]) if "obsm" in store else []
+    if key not in available:
+        raise UserError(f'{path}: has no obsm["{key}"]; {suggest(key, available)}')
+    value = _read_obsm(store, key)
+    if value.ndim != 2 or value.dtype.kind not in "fiu":
+        raise UserError(f'{path}: obsm["{key}"] is no table of numbers; give an embedding n x d')
+    value = np.ascontiguousarray(value, dtype=np.float32)
+    bad: np.ndarray = ~np.isfinite(value).all(axis=1)
+    if bad.any():
+        raise UserError(
+            f'{path}: obsm["{key}"] is NaN or infinite for {bad.sum()} of {len(bad)} cells; '
+            "remove these cells or compute the embedding again"
+        )
+    return value
+
+
+def _group_rows(
+    obs: pd.DataFrame, slide_key: str | None, path: Path
+) -> dict[str | None, np.ndarray]:
+    """Row numbers of each slide, by its label; None labels a file of one slide."""
+    if slide_key is None:
+        return {None: np.arange(len(obs))}
+    if slide_key not in obs:
+        raise UserError(
+            f"{path}: has no obs column {slide_key!r}; {suggest(slide_key, obs.columns)}"
+        )
+    column = obs[slide_key]
+    if column.isna().any():
+        raise UserError(
+            f"{path}: {int(column.isna().sum())} cells have no value in obs[{slide_key!r}]; "
+            "fill it in or remove them"
+        )
+    codes, labels = pd.factorize(column.astype(str))
+    order = np.argsort(codes, kind="stable")
+    rows = np.split(order, np.cumsum(np.bincount(codes, minlength=len(labels)))[:-1])
+    return dict(zip(labels, rows, strict=True))
+
+
+def _label_columns(obs: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Columns to keep with a slide: numbers, and labels that group cells."""
+    columns: dict[str, np.ndarray] = {}
+    for key in obs.columns:
+        column = obs[key]
+        if len(columns) == MAX_COLUMNS:
+            break
+        if column.dtype.kind in "fiub":
+            plain = isinstance(column.dtype, np.dtype)
+            columns[str(key)] = column.to_numpy(
+                **({} if plain else {"dtype": float, "na_value": np.nan})
+            )
+        elif isinstance(column.dtype, pd.CategoricalDtype) or column.dtype.kind in "OU":
+            codes, labels = pd.factorize(column.astype(str))
+            if len(labels) <= MAX_CATEGORIES:
+                columns[str(key)] = labels.to_numpy(dtype=str)[codes]
+    return columns
+
+
+def _note_oddities(slide: Slide) -> None:
+    num_empty = int(slide.empty.sum())
+    if num_empty:
+        slide.notes.append(
+            f"{num_empty} of {slide.num_cells} cells have no counts "
+            f"({some_names(slide.cell_names[slide.empty])}): kept and flagged"
+        )
+    if slide.pos is not None:
+        repeated = slide.num_cells - len(np.unique(slide.pos, axis=0))
+        if repeated:
+            slide.notes.append(f"{repeated} cells share their position with another: kept")

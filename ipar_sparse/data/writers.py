@@ -1,0 +1,286 @@
+"""Slides and predictions to AnnData files (h5ad, zarr)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+from anndata.io import write_elem
+
+from ..errors import UserError
+from .anndata_store import Store, first_line, open_store, read_frame
+from .keys import Keys
+from .slide import Slide
+
+
+def write_slide(
+    slide: Slide,
+    path: str | os.PathLike,
+    *,
+    compression: str | None = "gzip",
+    overwrite: bool = True,
+) -> None:
+    """Writes one slide as AnnData: X, obs, var, obsm["spatial"], obsm["X_embedding"].
+
+    Args:
+        slide: the slide.
+        path: output file; its name ends in .h5ad or .zarr.
+        compression: compression of an h5ad file; None writes faster.
+        overwrite: replace an existing file.
+
+    Raises:
+        UserError: if the file exists or cannot be written; nothing half-written is left.
+    """
+    obsm = {}
+    if slide.pos is not None:
+        obsm[Keys.SPATIAL] = slide.pos
+    if slide.embedding is not None:
+        obsm["X_embedding"] = slide.embedding
+    adata = anndata.AnnData(
+        X=slide.expression,
+        obs=pd.DataFrame(slide.obs, index=slide.cell_names.astype(object)),
+        var=pd.DataFrame(index=np.asarray(slide.genes, dtype=object)),
+        obsm=obsm,
+    )
+    path = Path(path)
+    _check_suffix(path)
+    with _replacing(path, overwrite) as temp:
+        if path.suffix == ".zarr":
+            _write_zarr(adata, temp)
+        else:
+            adata.write_h5ad(temp, compression=compression)
+
+
+def check_output(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    obsm: Iterable[str] = (),
+    obs: Iterable[str] = (),
+) -> None:
+    """Checks, before a long computation, that its result can be written.
+
+    Args:
+        source: the AnnData file that predictions will be added to.
+        out: where the copy with predictions will go, .h5ad or .zarr.
+        overwrite: allow an existing `out`, and existing keys of this package in `source`.
+        obsm: obsm keys that will be written, e.g. `Keys.PREDICTION`.
+        obs: obs columns that will be written.
+
+    Raises:
+        UserError: if `out` is the source, exists, has another suffix, or a key is taken.
+    """
+    source, out = Path(source), Path(out)
+    _check_suffix(out)
+    if out.exists() and out.resolve() == source.resolve():
+        raise UserError(f"{out}: is the input itself; give --out another name")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: exists; choose another --out or pass --overwrite")
+    with open_store(source) as store:
+        present = [
+            f"{slot}[{key!r}]"
+            for slot, keys in (("obsm", obsm), ("obs", obs), ("uns", (Keys.UNS,)))
+            for key in keys
+            if slot in store and key in store[slot]
+        ]
+    if present and not overwrite:
+        raise UserError(
+            f"{source}: has {', '.join(present)} already; pass --overwrite to replace "
+            "them in the output (the input file itself is never changed)"
+        )
+
+
+def write_predictions(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    pos: np.ndarray | None = None,
+    embedding: np.ndarray | None = None,
+    obs: Mapping[str, np.ndarray] | None = None,
+    uns: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Copies the user's AnnData file and adds predictions to the copy.
+
+    The file is copied byte by byte and only new keys are added, so little memory is needed. The
+    whole file is read only if `out` has the other format (.h5ad or .zarr).
+
+    Args:
+        source: the AnnData file the cells were read from; it is not changed.
+        out: .h5ad or .zarr to write; appears complete or not at all.
+        pos: positions (n, 2) in file order, for obsm["X_ipar"].
+        embedding: embedding (n, d) in file order, for obsm["X_ipar_embedding"].
+        obs: columns to add, each (n,).
+        uns: nested dict of plain values, for uns["ipar"].
+        overwrite: replace `out`, and keys of the same name in the copy.
+
+    Raises:
+        UserError: if something is in the way (see `check_output`) or the disk is full.
+        ValueError: if an array has not one row per cell of the file.
+    """
+    source, out = Path(source), Path(out)
+    given = {Keys.PREDICTION: pos, Keys.EMBEDDING: embedding}
+    obsm = {key: np.asarray(value) for key, value in given.items() if value is not None}
+    columns = {key: _storable(np.asarray(value)) for key, value in (obs or {}).items()}
+    check_output(source, out, overwrite=overwrite, obsm=obsm, obs=columns)
+    with open_store(source) as store:
+        n = len(read_frame(store, "obs", source))
+    for key, value in (obsm | columns).items():
+        if len(value) != n:
+            raise ValueError(f"{key} has {len(value)} rows, expected {n}: one per cell of {source}")
+    if pos is not None and obsm[Keys.PREDICTION].shape != (n, 2):
+        raise ValueError(f"pos has shape {obsm[Keys.PREDICTION].shape}, expected ({n}, 2)")
+    with _replacing(out, overwrite) as temp:
+        _copy(source, temp, as_zarr=out.suffix == ".zarr")
+        with open_store(temp, mode="r+") as store:
+            for key, value in obsm.items():
+                _put(store, "obsm", key, value)
+            for key, value in columns.items():
+                _put(store, "obs", key, value)
+            _put(store, "uns", Keys.UNS, _plain(dict(uns or {})))
+        if out.suffix == ".zarr":
+            _consolidate(temp)
+
+
+def in_file_order(
+    slides: Sequence[Slide], values: Sequence[np.ndarray], fill: Any = np.nan
+) -> np.ndarray:
+    """Per-slide arrays as one array, in the row order of the file the slides were read from.
+
+    Args:
+        slides: all slides of one file, as `read_slides` returned them.
+        values: one array (n_s, ...) per slide.
+        fill: value of rows that belong to no slide.
+
+    Returns:
+        (n_file, ...) array.
+    """
+    total = 1 + max(int(slide.rows.max()) for slide in slides if slide.num_cells)
+    first = np.asarray(values[0])
+    covered = sum(slide.num_cells for slide in slides) == total
+    dtype = first.dtype if covered else np.result_type(first.dtype, type(fill))
+    out = np.full((total, *first.shape[1:]), fill if not covered else 0, dtype=dtype)
+    for slide, value in zip(slides, values, strict=True):
+        out[slide.rows] = value
+    return out
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".h5ad", ".zarr"):
+        raise UserError(f"{path}: the name of an output must end in .h5ad or .zarr")
+
+
+@contextmanager
+def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary path beside `out`, a file or a folder, that becomes `out` on success."""
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: exists; choose another name or pass --overwrite")
+    temp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    aside = out.with_name(f".{out.name}.{os.getpid()}.old")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield temp
+        _sync(temp)
+        if out.is_dir():  # a folder cannot be replaced in one step
+            os.replace(out, aside)
+        os.replace(temp, out)
+        with suppress(OSError):  # not every file system can sync a folder
+            _sync(out.parent, deep=False)
+    except OSError as error:
+        raise UserError(
+            f"{out}: could not be written ({_os_reason(error)}); "
+            "free some space or choose another folder; nothing was left behind"
+        ) from error
+    finally:
+        if aside.exists() and not out.exists():
+            os.replace(aside, out)
+        for leftover in (temp, aside):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def _os_reason(error: OSError) -> str:
+    if isinstance(error, shutil.Error):  # copytree gathers (source, target, message)
+        return error.args[0][0][2]
+    return os.strerror(error.errno) if error.errno else first_line(error)
+
+
+def _sync(path: Path, deep: bool = True) -> None:
+    """Writes a file, or all files of a folder, to the disk."""
+    files = [p for p in path.rglob("*") if p.is_file()] if deep and path.is_dir() else [path]
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _copy(source: Path, temp: Path, as_zarr: bool) -> None:
+    if source.is_dir() == as_zarr:
+        (shutil.copytree if as_zarr else shutil.copyfile)(source, temp)
+    elif as_zarr:
+        _write_zarr(anndata.io.read_h5ad(source), temp)
+    else:
+        anndata.io.read_zarr(source).write_h5ad(temp)
+
+
+def _write_zarr(adata: anndata.AnnData, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which zarr version is written is anndata's choice
+        adata.write_zarr(path)
+
+
+def _consolidate(path: Path) -> None:
+    # the source's consolidated metadata, if any, does not list the keys that were added
+    import zarr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr 3 warns that consolidation is an extension
+        zarr.consolidate_metadata(str(path))
+
+
+def _put(store: Store, slot: str, key: str, value: Any) -> None:
+    if slot not in store:
+        write_elem(store, slot, {})
+    group = store[slot]
+    fresh = key not in group
+    write_elem(group, key, value)
+    if slot == "obs" and fresh:
+        order = [str(c) for c in group.attrs["column-order"]]
+        group.attrs["column-order"] = [*order, key]
+
+
+def _storable(values: np.ndarray) -> np.ndarray:
+    return values.astype(object) if values.dtype.kind == "U" else values
+
+
+def _plain(value: Any) -> Any:
+    """Nested plain Python values in a form that AnnData can store in uns."""
+    if isinstance(value, dict):
+        taken = {str(k): _plain(v) for k, v in value.items() if v is not None}
+        odd = next((k for k in taken if "/" in k), None)
+        if odd is not None:
+            raise ValueError(f"uns key {odd!r} holds '/', which separates groups in the file")
+        return taken
+    if isinstance(value, (list, tuple)):
+        if all(isinstance(v, str) for v in value):
+            return np.array(value, dtype=object)
+        if all(isinstance(v, (bool, int, float, np.number)) for v in value):
+            return np.array(value)
+        return json.dumps(value, default=str)
+    if isinstance(value, (str, bool, int, float, np.number, np.bool_, np.ndarray)):
+        return _storable(value) if isinstance(value, np.ndarray) else value
+    return str(value)

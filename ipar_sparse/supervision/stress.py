@@ -1,0 +1,201 @@
+"""Pairs of nodes and their true distances: the stress family of IPA-Lite, and multiscale pairs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.spatial.distance import pdist, squareform
+from torch import Tensor
+
+from .neighbors import (
+    directed_pairs,
+    reference_positions,
+    refuse_large,
+    sampled_neighbors,
+    spatial_neighbors,
+    unique_pairs,
+)
+from .record import TensorRecord, offsets
+
+MINISET_LIMIT = 384  # nodes of the largest miniset; a target is exact up to here
+_RING = (20, 60)  # percentiles of all pairwise distances
+_SCALE_FACTOR = 8  # between the densities at which multiscale pairs are sampled
+_SCALE_PARTNERS = 6
+_SMALLEST_SUBSET = 32
+_SOFTENING = 0.25  # of the distance to the sixth neighbour
+_ROWS = 1 << 16  # nodes whose candidate partners are held at once
+
+
+@dataclass(frozen=True)
+class StressTarget(TensorRecord):
+    """Unique undirected pairs and their true distances.
+
+    Args:
+        edge_index: pairs i < j (2, M), int64. Pairs at distance zero are left out: they have no
+            logarithm.
+        dist: distances in the unit-RMS gauge (M,).
+        edge_batch: graph of each pair (M,), int64.
+        num_graphs: number of graphs.
+        softening: lengths (M,) below which a pair's distance stops mattering, None for none.
+    """
+
+    edge_index: Tensor
+    dist: Tensor
+    edge_batch: Tensor
+    num_graphs: int = 1
+    softening: Tensor | None = None
+
+
+def build_stress_target(
+    pos: Tensor | np.ndarray,
+    seed: int = 0,
+    *,
+    k: int | None = None,
+    ring: int = 10,
+    landmarks: int | None = None,
+) -> StressTarget:
+    """Distances to neighbours, ring partners and landmarks (stress family of IPA-Lite).
+
+    All spatial neighbour pairs; for every node random partners between the 20th and 60th
+    percentile of all pairwise distances; every node to its nearest farthest-point landmark.
+
+    Args:
+        pos: positions (n, 2), any units; brought into the unit-RMS gauge.
+        seed: of the ring partners.
+        k: neighbours a node, default max(20, 0.15 n).
+        ring: ring partners a node.
+        landmarks: number of landmarks, default max(8, n // 16).
+
+    Raises:
+        ValueError: on positions that are not a finite (n, 2) matrix, or more than 4096 of them.
+    """
+    pos = reference_positions(pos)
+    refuse_large(len(pos))
+    neighbors = spatial_neighbors(pos, k)
+    return stress_from_neighbors(pos, neighbors, seed, ring=ring, landmarks=landmarks)
+
+
+def stress_from_neighbors(
+    pos: Tensor,
+    neighbors: np.ndarray,
+    seed: int,
+    *,
+    sampled: bool = False,
+    ring: int = 10,
+    landmarks: int | None = None,
+) -> StressTarget:
+    """The stress target on given neighbour lists.
+
+    Args:
+        pos: positions (n, 2) float64, already in the unit-RMS gauge.
+        neighbors: neighbours (n, k).
+        seed: of the ring partners.
+        sampled: whether ring partners are drawn by rejection, without an n x n matrix, and
+            landmarks are as many as on a miniset of 384.
+        ring: ring partners a node.
+        landmarks: number of landmarks, default max(8, n // 16).
+    """
+    xy = pos.numpy()
+    if landmarks is None:
+        landmarks = max(8, (MINISET_LIMIT if sampled else len(pos)) // 16)
+    partners = _sampled_ring_pairs if sampled else _ring_pairs
+    pairs = [directed_pairs(neighbors), partners(xy, ring, seed), _landmark_pairs(xy, landmarks)]
+    return _stress_of_pairs(pos, np.concatenate(pairs, axis=1))
+
+
+def multiscale_pairs(pos: Tensor, seed: int) -> StressTarget:
+    """Equally many pairs a node at every scale, from the nearest neighbour to the whole slide.
+
+    Softened, since near-duplicates would dominate a mean of squared log-ratios.
+    """
+    n = len(pos)
+    k = min(_SCALE_PARTNERS, n - 1)
+    rng = np.random.default_rng([seed, 2])
+    lists, groups = [], 1
+    while groups == 1 or n // groups >= _SMALLEST_SUBSET:
+        lists.append(sampled_neighbors(pos.numpy(), k, groups, rng))
+        groups *= _SCALE_FACTOR
+    pairs = np.concatenate([directed_pairs(index) for index in lists], axis=1)
+    stress = _stress_of_pairs(pos, pairs)
+    if not k:
+        return stress
+    nearest = torch.from_numpy(lists[0])
+    reach = (pos[nearest] - pos.unsqueeze(1)).square().sum(-1).amax(-1).sqrt()
+    first, second = stress.edge_index
+    return replace(stress, softening=_SOFTENING * (reach[first] * reach[second]).sqrt())
+
+
+def collate_stress(stresses: Sequence[StressTarget], node: Sequence[int]) -> StressTarget:
+    """Targets of several graphs as one, the nodes of each numbered from ``node`` on."""
+    graph = offsets(stress.num_graphs for stress in stresses)
+    soft = [stress.softening for stress in stresses if stress.softening is not None]
+    return StressTarget(
+        edge_index=torch.cat([s.edge_index + o for s, o in zip(stresses, node, strict=True)], -1),
+        dist=torch.cat([s.dist for s in stresses]),
+        edge_batch=torch.cat([s.edge_batch + o for s, o in zip(stresses, graph, strict=True)]),
+        num_graphs=sum(s.num_graphs for s in stresses),
+        softening=torch.cat(soft) if len(soft) == len(stresses) else None,
+    )
+
+
+def _stress_of_pairs(pos: Tensor, pairs: np.ndarray) -> StressTarget:
+    low, high, _ = unique_pairs(pairs, len(pos))
+    xy = pos.numpy()
+    dist = np.sqrt(np.square(xy[low] - xy[high]).sum(-1))
+    keep = dist > 1e-8
+    edge_index = torch.from_numpy(np.stack([low[keep], high[keep]]))
+    edge_batch = torch.zeros(edge_index.size(1), dtype=torch.int64)
+    return StressTarget(edge_index, torch.from_numpy(dist[keep]), edge_batch)
+
+
+def _ring_pairs(xy: np.ndarray, partners: int, seed: int) -> np.ndarray:
+    n = len(xy)
+    if n < 3:
+        return np.empty((2, 0), dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    condensed = pdist(xy)
+    low, high = np.percentile(condensed, _RING)
+    distance = squareform(condensed)
+    inside = (distance >= low) & (distance <= high)
+    np.fill_diagonal(inside, False)
+    order = np.where(inside, rng.random((n, n)), 2.0)
+    take = min(partners, n - 1)
+    chosen = np.argpartition(order, take - 1, axis=1)[:, :take]
+    src, dst = chosen.reshape(-1), np.repeat(np.arange(n), take)
+    keep = inside[dst, src]
+    return np.stack([src[keep], dst[keep]])
+
+
+def _sampled_ring_pairs(xy: np.ndarray, partners: int, seed: int) -> np.ndarray:
+    """Ring partners by rejection: the first so many of random draws that lie in the ring."""
+    n = len(xy)
+    rng = np.random.default_rng([seed, 3])
+    first, second = rng.integers(0, n, (2, 200_000))
+    sample = np.sqrt(np.square(xy[first] - xy[second]).sum(-1))[first != second]
+    low, high = np.percentile(sample, _RING)
+    pairs = []
+    for start in range(0, n, _ROWS):
+        dst = np.arange(start, min(n, start + _ROWS))
+        src = rng.integers(0, n, (len(dst), 6 * partners))
+        distance = np.sqrt(np.square(xy[src] - xy[dst, None]).sum(-1))
+        inside = (distance >= low) & (distance <= high)
+        row, slot = np.nonzero(inside & (inside.cumsum(1) <= partners))
+        pairs.append(np.stack([src[row, slot], dst[row]]))
+    return np.concatenate(pairs, axis=1)
+
+
+def _landmark_pairs(xy: np.ndarray, count: int) -> np.ndarray:
+    """Every node with its nearest landmark; the first is the node farthest from the centre."""
+    n = len(xy)
+    nearest = np.zeros(n, dtype=np.int64)
+    best = np.full(n, np.inf)
+    landmark = int(np.square(xy).sum(-1).argmax())
+    for _ in range(min(count, n)):
+        square = np.square(xy - xy[landmark]).sum(-1)
+        nearest = np.where(square < best, landmark, nearest)
+        best = np.minimum(best, square)
+        landmark = int(best.argmax())
+    node = np.arange(n)
+    keep = nearest != node
+    return np.stack([nearest[keep], node[keep]])

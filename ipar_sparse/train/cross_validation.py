@@ -1,0 +1,361 @@
+"""Folds over donors: what one choice of settings reaches on donors that were left out.
+
+Slides of a donor are left out together, an encoder and a model are trained briefly on the rest,
+and the cells of the left-out slides are placed by the same steps as in a prediction. Slides that
+are held out of the run take no part.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import RunConfig
+from ..data.slide import Slide
+from ..estimators import Atlas, EmbeddingScaler, RelevantComponents
+from ..estimators.regression import ridge_layout
+from ..graph import knn
+from ..inference import steps
+from ..inference.embedding import embed_slide
+from ..inference.modules import build_encoder, build_gate_and_model
+from ..layout.uncertainty import square_errors
+from ..metrics.diagnostics import candidate_recall
+from ..metrics.layout import distance_metrics
+from .atlas import place_training_slides
+from .batches import Batches, EmbeddedSlide
+from .encoder import append_components, train_encoder
+from .loop import Loop
+from .model import Trained, train_gate, train_model
+
+NEIGHBORS = 15
+"""Nearest cells by which layouts are compared."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a cross-validation may cost, all folds together.
+
+    Args:
+        cells: of a slide, at most, drawn at random.
+        encoder: share of the encoder steps of the run.
+        model: share of its gate steps and of its model steps.
+    """
+
+    cells: int
+    encoder: float
+    model: float
+
+    def per_fold(self, folds: int) -> Budget:
+        """The share of one of so many folds."""
+        return Budget(self.cells, self.encoder / folds, self.model / folds)
+
+
+QUICK = Budget(cells=1000, encoder=0.1, model=0.12)
+FULL = Budget(cells=3000, encoder=1.5, model=1.5)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the left-out donors of one fold.
+
+    Args:
+        distance: Spearman correlation of pairwise distances, of each donor.
+        hit: share of the 15 nearest cells that are true neighbours, of each donor.
+    """
+
+    distance: tuple[float, ...]
+    hit: tuple[float, ...]
+
+    @property
+    def balanced(self) -> tuple[float, ...]:
+        """sqrt(distance * hit): a relative gain in either counts alike."""
+        pairs = zip(self.distance, self.hit, strict=True)
+        return tuple(math.sqrt(max(distance, 0.0) * hit) for distance, hit in pairs)
+
+
+@dataclass
+class HeldOutSlide:
+    """A left-out slide in the embedding of a fold.
+
+    Args:
+        donor: whose it is.
+        h: embeddings (n, d), on the device.
+        pos: true positions (n, 2).
+    """
+
+    donor: str
+    h: Tensor
+    pos: np.ndarray
+
+
+@dataclass
+class FoldModel:
+    """What is fitted on the slides of a fold, in one embedding.
+
+    Args:
+        train: embedded slides that are learned from.
+        test: embedded slides of the left-out donors.
+        relevant_components: of the first.
+        atlas: of the first.
+    """
+
+    train: list[EmbeddedSlide]
+    test: list[HeldOutSlide]
+    relevant_components: RelevantComponents
+    atlas: Atlas
+
+
+class DonorFold:
+    """Slides to learn from, those of the left-out donors, and what settings reach on these.
+
+    Args:
+        train: slides of the other donors.
+        test: slides of the left-out donors.
+        donors: slide name to donor.
+        genes: of the encoder; None where embeddings are brought along.
+        config: settings of the run, those of the data decided.
+        budget: how much this may cost.
+        loop: of short trainings.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[Slide],
+        test: Sequence[Slide],
+        donors: Mapping[str, str],
+        genes: Sequence[str] | None,
+        config: RunConfig,
+        budget: Budget,
+        loop: Loop,
+    ):
+        self.train = [_sample(slide, budget.cells) for slide in train]
+        self.test = [_sample(slide, budget.cells) for slide in test]
+        self.donors, self.genes, self.budget, self.loop = donors, genes, budget, loop
+        self.config = _brief(config, budget, self.train)
+        self._memory: dict[Any, Any] = {}
+
+    def scores(self, values: Mapping[str, Any]) -> Scores:
+        """What a choice of settings reaches on the left-out donors.
+
+        Args:
+            values: of all settings that are selected, by key.
+        """
+        return self._once(("scores", _key(values)), lambda: self._scores(values))
+
+    def errors(self, values: Mapping[str, Any]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Square error of every cell (n,) and its predictive variance (n,), slide by slide."""
+        found = []
+        for number, slide in enumerate(self._fitted(values).test):
+            layout = self._layout(number, values)
+            variance = self._recycled(number, values)[1]
+            known = None if variance is None else variance.double().cpu().numpy()
+            found.append((square_errors(layout, slide.pos), known))
+        return found
+
+    def _once(self, key, make):
+        if key not in self._memory:
+            self._memory[key] = make()
+        return self._memory[key]
+
+    def _scores(self, values: Mapping[str, Any]) -> Scores:
+        by_donor: dict[str, list[tuple[float, float]]] = {}
+        self.loop.after_step()  # nothing may have to be trained: here, too, a run can be stopped
+        for number, slide in enumerate(self._fitted(values).test):
+            layout = self._layout(number, values).double().cpu()
+            near = candidate_recall(knn(layout, NEIGHBORS), slide.pos, NEIGHBORS)
+            distance = distance_metrics(layout, slide.pos)["distance_spearman"]
+            pair = (distance, near[f"candidate_recall@{NEIGHBORS}"])
+            by_donor.setdefault(slide.donor, []).append(pair)
+        means = [np.mean(pairs, axis=0) for pairs in by_donor.values()]
+        return Scores(tuple(float(m[0]) for m in means), tuple(float(m[1]) for m in means))
+
+    def _layout(self, number: int, values: Mapping[str, Any]) -> Tensor:
+        """The final layout of a left-out slide."""
+        config, fitted = self.config.with_values(values), self._fitted(values)
+        slide, (layout, variance) = fitted.test[number], self._recycled(number, values)
+        layout = steps.correct_distances(layout, slide.h, variance, config)
+        if not config.refine.steps:
+            return layout
+        power = config.refine.rca_power
+        key = ("nearest", number, values["encoder.component_kind"], power)
+        graph = self._once(key, lambda: self._nearest(slide, fitted, config))
+        return steps.refine(layout, graph, config)
+
+    def _nearest(self, slide: HeldOutSlide, fitted: FoldModel, config: RunConfig):
+        candidates = steps.candidate_graph(slide.h, config)
+        return steps.refinement_graph(slide.h, candidates, fitted.relevant_components, config)
+
+    @torch.no_grad()
+    def _recycled(self, number: int, values: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The layout of a left-out slide before correction and refinement, and its variance."""
+        names = ("encoder.component_kind", "model.init", "model.recycling")
+        chosen = {name: values[name] for name in names}
+
+        def make():
+            config, fitted = self.config.with_values(chosen), self._fitted(chosen)
+            slide = fitted.test[number]
+            if config.model.init == "mlp":
+                # a map that is learned in training: ridge regression stands for it here
+                known = [(s.h, s.pos) for s in fitted.train]
+                layout = torch.from_numpy(ridge_layout(slide.h.cpu(), known)).to(slide.h)
+                initial, variance = layout, None
+            else:
+                initial, variance = steps.initial_layout(slide.h, config, fitted.atlas)
+            if not config.model.recycling:
+                return initial, variance
+            parts = self._trained(chosen)
+            graph = steps.attention_graph(slide.h, None, config)
+            bias, _ = steps.gate_bias(parts.gate, slide.h, graph, config)
+            given = None if config.model.init == "mlp" else initial
+            return steps.recycle(parts.model, slide.h, graph, bias, given)[-1], variance
+
+        return self._once(("recycled", number, _key(chosen)), make)
+
+    def _trained(self, chosen: Mapping[str, Any]) -> Trained:
+        """Gate and model, trained briefly on the slides that are learned from."""
+
+        def make():
+            config, fitted, loop = self.config.with_values(chosen), self._fitted(chosen), self.loop
+            torch.manual_seed(config.train.seed)
+            modules = build_gate_and_model(config, fitted.train[0].h.size(1))
+            gate, model = (module.to(loop.device) for module in modules)
+            slides = [replace(slide, initial=None) for slide in fitted.train]
+            if config.model.init == "atlas":
+                place_training_slides(fitted.atlas, slides, [], config, loop)
+            with torch.enable_grad():
+                parts = Trained(gate, model, config, loop.device)
+                brief = Loop(loop.seed, loop.device, loop.after_step)
+                batches = Batches(slides, [], config, loop.device)
+                train_gate(parts, batches, brief)
+                train_model(parts, batches, brief)
+            gate.eval(), model.eval()
+            return parts
+
+        return self._once(("trained", _key(chosen)), make)
+
+    def _fitted(self, values: Mapping[str, Any]) -> FoldModel:
+        kind = values["encoder.component_kind"]
+        return self._once(("fitted", kind), lambda: self._fit(kind))
+
+    def _fit(self, kind: str) -> FoldModel:
+        device = self.loop.device
+        encoder = self._encoder(kind) if self.genes is not None else None
+        slides = [*self.train, *self.test]
+        raw = [embed_slide(slide, encoder, self.genes, device).to(device) for slide in slides]
+        scaler = EmbeddingScaler(raw[0].size(1)).to(device).fit(raw[: len(self.train)])
+        h = [scaler(values).detach() for values in raw]
+        train = [
+            EmbeddedSlide(slide.name, own.cpu(), torch.from_numpy(slide.pos))
+            for slide, own in zip(self.train, h, strict=False)
+        ]
+        test = [
+            HeldOutSlide(self.donors[slide.name], own, slide.pos)
+            for slide, own in zip(self.test, h[len(self.train) :], strict=True)
+        ]
+        known = [(slide.h, slide.pos) for slide in train]
+        width = raw[0].size(1)
+        relevant = RelevantComponents(width).fit(known).to(device)
+        return FoldModel(train, test, relevant, Atlas(width).fit(known).to(device))
+
+    def _encoder(self, kind: str) -> nn.Module:
+        """The encoder with components of one kind appended to what it has learned."""
+        trained, read = self._once("encoder", self._train_encoder)
+        encoder = copy.deepcopy(trained)
+        if self.config.encoder.steps:
+            settings = self.config.with_values({"encoder.component_kind": kind}).encoder
+            append_components(encoder, read, [slide.pos for slide in self.train], settings)
+        return encoder.eval().requires_grad_(False)
+
+    def _train_encoder(self):
+        config, loop = self.config, Loop(self.loop.seed, self.loop.device, self.loop.after_step)
+        torch.manual_seed(config.train.seed)
+        encoder = build_encoder(config, len(self.genes or [])).to(loop.device)
+        alone = config.replace(encoder={"component_weight": 0.0})
+        with torch.enable_grad():
+            read = train_encoder(encoder, self.train, self.genes, alone, loop)
+        return encoder, read
+
+
+def _brief(config: RunConfig, budget: Budget, slides: Sequence[Slide]) -> RunConfig:
+    """Settings of a short training: minisets alone, and the random walk at its cap at once."""
+    settings = config.train
+    total = settings.epochs * (settings.steps_per_epoch or settings.minisets)
+    steps_taken = math.ceil(budget.model * total)
+    return config.replace(
+        encoder={"steps": math.ceil(budget.encoder * (config.encoder.steps or 0))},
+        train={
+            "batch_kind": "miniset",
+            "minisets": min(steps_taken, settings.minisets),
+            "miniset_min": min(settings.miniset_min, *(slide.num_cells for slide in slides)),
+            "batch_size": 1,
+            "epochs": 1,
+            "steps_per_epoch": steps_taken,
+            "gate_steps": math.ceil(budget.model * settings.gate_steps),
+            "warmup_epochs": 0,
+            "ramp_epochs": 0,
+        },
+    )
+
+
+def donor_folds(
+    slides: Sequence[Slide],
+    donors: Mapping[str, str] | None,
+    groups: int,
+    slides_per_donor: int,
+) -> list[tuple[list[Slide], list[Slide]]]:
+    """Slides to learn from and slides left out, once for each group of donors.
+
+    With fewer than twice as many donors as groups, one donor is left out at a time; else all are,
+    in so many groups. Donors that stand side by side are put in different groups.
+
+    Args:
+        slides: training slides.
+        donors: slide name to donor; every slide is its own donor if left out.
+        groups: at most so many.
+        slides_per_donor: slides of a donor that take part, at most.
+
+    Returns:
+        Nothing where all slides are of one donor.
+    """
+    by_donor: dict[str, list[Slide]] = {}
+    for slide in slides:
+        by_donor.setdefault((donors or {}).get(slide.name, slide.name), []).append(slide)
+    if len(by_donor) < 2:
+        return []
+    taken = {name: _spread_out(members, slides_per_donor) for name, members in by_donor.items()}
+    names = list(taken)
+    held = [[name] for name in _spread_out(names, groups)]
+    if len(names) >= 2 * groups:
+        held = [names[turn::groups] for turn in range(groups)]
+    return [
+        (
+            [slide for name in names if name not in out for slide in taken[name]],
+            [slide for name in out for slide in taken[name]],
+        )
+        for out in held
+    ]
+
+
+def _key(values: Mapping[str, Any]) -> tuple:
+    return tuple(sorted(values.items()))
+
+
+def _spread_out(items: list, count: int) -> list:
+    """At most so many of them, as far apart in their order as can be."""
+    count = min(len(items), count)
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
+
+
+def _sample(slide: Slide, cells: int) -> Slide:
+    """At most so many cells of a slide, drawn at random."""
+    n = slide.num_cells
+    if n <= cells:
+        return slide
+    return slide.take(np.sort(np.random.default_rng(0).choice(n, cells, replace=False)))

@@ -1,0 +1,360 @@
+"""What all stages of a training share: random numbers, logs, checkpoints, interruption, resume.
+
+Everything random in a step comes from a generator seeded by the run's seed, the stage and the
+step. A run that was stopped and resumed therefore computes what an unbroken one does, bit for bit
+on CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..errors import UserError
+from ..inference.checkpoint import BEST, LAST, load_checkpoint, read_meta, save_checkpoint
+from ..progress import Progress
+from .batches import step_generator
+from .history import HISTORY, History, TensorBoard
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("encoder", "gate", "model")
+_LOG_EVERY = 10  # steps
+_SAVE_EVERY = 60.0  # seconds
+
+TERM_COLUMNS = {
+    "rw_kl": "l_rw",
+    "stress_log": "l_stress",
+    "multiscale": "l_multiscale",
+    "gram": "l_gram",
+    "long_range": "l_long",
+    "repulsion": "l_rep",
+    "entropy_reg": "l_ent",
+}
+"""Terms of the supervision, and the columns of the history that hold them."""
+SCORES = ("e_geo", "l_rw", "l_stress", "lambda_ratio", "median_distance")
+"""What a validation measures of a layout."""
+_STEP_COLUMNS = "step stage epoch seconds lr w_rw grad_norm loss".split()
+_ENCODER_COLUMNS = "infonce distance invariance variance covariance".split()
+COLUMNS = (
+    *_STEP_COLUMNS,
+    *TERM_COLUMNS.values(),
+    "l_gate",
+    *_ENCODER_COLUMNS,
+    *(f"val_{graph}_{name}" for graph in ("tedge", "hgate") for name in SCORES),
+    "val_e_geo_floor",
+    "best",
+)
+"""Columns of the history."""
+
+
+@dataclass
+class TrainState:
+    """How far a run has come; saved with every checkpoint.
+
+    Args:
+        stage: one of :data:`STAGES`.
+        step: finished steps of the stage.
+        best: best validation score so far.
+        best_epoch: its epoch, counted from 0.
+        stale: epochs since then.
+        log_step: finished steps of all stages, which number the rows of the history.
+        metadata: what is known of the data: genes, cells, slides, candidate recall.
+    """
+
+    stage: str = STAGES[0]
+    step: int = 0
+    best: float | None = None
+    best_epoch: int | None = None
+    stale: int = 0
+    log_step: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Loop:
+    """Steps and their random numbers, without logs or files: for short trainings.
+
+    Args:
+        seed: of everything random.
+        device: where steps are computed.
+        after_step: called after each step; may raise to stop.
+    """
+
+    def __init__(
+        self, seed: int, device: torch.device, after_step: Callable[[], None] = lambda: None
+    ):
+        self.seed, self.device, self.after_step = seed, device, after_step
+        self.state = TrainState()
+
+    def generator(self, stage: str, step: int, device=None) -> torch.Generator:
+        """The source of all random numbers of one step."""
+        return step_generator(self.seed, stage, step, device or self.device)
+
+    @contextmanager
+    def stage(self, name: str, total: int, *saved: Any) -> Iterator[Stage]:
+        """A stage of so many steps.
+
+        Args:
+            name: one of :data:`STAGES`.
+            total: steps.
+            saved: the optimiser, and where there is one the gradient scaler; both are restored
+                where a stopped run had them, and saved with every checkpoint.
+        """
+        yield Stage(self, name, total, saved)
+        self.state.stage, self.state.step = _following(name), 0
+
+    def finished(self, name: str) -> bool:
+        """Whether a stage was finished before this run was resumed."""
+        return STAGES.index(self.state.stage) > STAGES.index(name)
+
+    def count(self, stage: Stage, losses: Mapping[str, Any] | None) -> None:
+        """After every step."""
+        self.state.step += 1
+        self.after_step()
+
+    def between_steps(self, stage: Stage) -> None:
+        """Between two steps: the place to stop, or to save."""
+
+    def log(self, stage: str, values: Mapping[str, Any]) -> None:
+        """Keeps a row of numbers."""
+
+    def save_best(self) -> None:
+        """Keeps the weights as the best so far."""
+
+    def save(self, stage: Stage | None = None) -> None:
+        """Saves everything that resuming needs."""
+
+
+class Stage:
+    """The steps of one stage; iterate over it, or over :meth:`until` an epoch's end.
+
+    Args:
+        loop: it belongs to.
+        name: of the stage.
+        total: steps.
+        saved: optimiser and gradient scaler.
+    """
+
+    def __init__(self, loop: Loop, name: str, total: int, saved: tuple):
+        self.loop, self.name, self.total, self.saved = loop, name, total, saved
+        self._losses: Mapping[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        return self.until(self.total)
+
+    def until(self, end: int) -> Iterator[int]:
+        """Numbers of the steps that are left up to ``end``, each counted when its body is done.
+
+        The run can be stopped between two of them; after the last one only by
+        :meth:`Loop.between_steps`, once the caller has done what belongs to the epoch.
+        """
+        while self.loop.state.step < end:
+            yield self.loop.state.step
+            self.loop.count(self, self._losses)
+            if self.loop.state.step < end:
+                self.loop.between_steps(self)
+
+    def record(self, losses: Mapping[str, Any]) -> None:
+        """The losses of the present step, for the logs."""
+        self._losses = losses
+
+
+class TrainingLoop(Loop):
+    """A loop that keeps a run folder.
+
+    Args:
+        out: the run directory; exists.
+        seed: of everything random.
+        device: where steps are computed.
+        resume: whether the run in ``out`` goes on.
+        stop: looked at between steps; set, it ends the run after a checkpoint, as ctrl-C does.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        seed: int,
+        device: torch.device,
+        resume: bool = False,
+        stop: threading.Event | None = None,
+    ):
+        super().__init__(seed, device)
+        self.out, self.stop = out, stop or threading.Event()
+        self.modules: dict[str, nn.Module] = {}
+        self.meta: dict[str, Any] = {}
+        self.progress = Progress()
+        self._resumed = read_meta(out / LAST) if resume and (out / LAST).is_file() else None
+        self._history: History | None = None
+        self._board: TensorBoard | None = None
+        self._task: Any = None
+        self._saved_at = self._began = time.monotonic()
+        self._pending = False
+
+    def __enter__(self) -> TrainingLoop:
+        self._signals = _interrupts(self.stop)
+        self._signals.__enter__()
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for log in (self._history, self._board):
+            if log is not None:
+                log.close()
+        self.progress.__exit__(*exception)
+        self._signals.__exit__(*exception)
+
+    def restore(self) -> None:
+        """Take up the last checkpoint, if there is one; optimisers wait for their stage.
+
+        Raises:
+            UserError: if it was trained on other genes.
+        """
+        meta = self._resumed
+        if meta is None:
+            return
+        if meta["genes"] != self.meta["genes"]:
+            raise UserError(
+                f"{self.out} was trained on {len(meta['genes'] or [])} genes that these slides do "
+                "not give; resume with the slides the run was started with"
+            )
+        load_checkpoint(self.out / LAST, self.modules)
+        self.state = TrainState(**{name: meta[name] for name in asdict(self.state)})
+        self._pending = self.state.step > 0
+        logger.info("resuming the %s at step %d", self.state.stage, self.state.step)
+
+    @contextmanager
+    def stage(self, name: str, total: int, *saved: Any) -> Iterator[Stage]:
+        if self._pending:
+            self._pending = False
+            load_checkpoint(self.out / LAST, optimizer=saved[0])
+            if len(saved) > 1 and self._resumed["scaler"]:
+                saved[1].load_state_dict(self._resumed["scaler"])
+        with self.progress.task(name.capitalize(), total=total) as self._task:
+            self._shown = self.state.step
+            if self._shown:
+                self._task.advance(self._shown)
+            yield Stage(self, name, total, saved)
+        if name != STAGES[-1]:
+            self.advance(name)
+
+    def advance(self, finished: str) -> None:
+        """Go on to the stage after ``finished``."""
+        self.state.stage, self.state.step = _following(finished), 0
+        self.save()
+
+    def count(self, stage: Stage, losses: Mapping[str, Any] | None) -> None:
+        state = self.state
+        state.step += 1
+        state.log_step += 1
+        if losses is None or not (state.step % _LOG_EVERY == 0 or state.step == 1):
+            return
+        values = {name: float(torch.as_tensor(value).detach()) for name, value in losses.items()}
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"the loss became {values['loss']} at step {state.step} of the {stage.name}; "
+                "lower train.lr, or use train.precision=float32"
+            )
+        values["lr"] = stage.saved[0].param_groups[0]["lr"]
+        self.log(stage.name, values)
+        shown, self._shown = self._shown, state.step
+        self._task.advance(state.step - shown, loss=values["loss"])
+
+    def between_steps(self, stage: Stage) -> None:
+        """If asked to stop, leave a checkpoint to resume from; else save one every minute.
+
+        Raises:
+            KeyboardInterrupt: if asked to stop.
+        """
+        if self.stop.is_set():
+            self.save(stage)
+            if stage.name == STAGES[-1] and not (self.out / BEST).exists():
+                self.save_best()
+            raise KeyboardInterrupt
+        if time.monotonic() - self._saved_at > _SAVE_EVERY:
+            self.save(stage)
+
+    def stop_if_asked(self) -> None:
+        """Stop where there is nothing to save yet.
+
+        Raises:
+            KeyboardInterrupt: if asked to stop.
+        """
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+
+    def log(self, stage: str, values: Mapping[str, Any]) -> None:
+        if self._history is None:
+            resumed = self._resumed is not None and (self.out / HISTORY).exists()
+            start = self.state.log_step if resumed else None
+            self._history = History(self.out / HISTORY, COLUMNS, resume_step=start)
+            self._board = TensorBoard(self.out / "tensorboard", resume_step=start)
+        step, seconds = self.state.log_step, round(time.monotonic() - self._began, 3)
+        row = {"step": step, "stage": stage, "seconds": seconds, **values}
+        self._history.write({name: value for name, value in row.items() if name in COLUMNS})
+        self._board.write(step, {f"{stage}/{name}": value for name, value in values.items()})
+
+    def save_best(self) -> None:
+        self._write(self.out / BEST, ())
+
+    def save(self, stage: Stage | None = None) -> None:
+        self._write(self.out / LAST, () if stage is None else stage.saved)
+        self._saved_at = time.monotonic()
+
+    def _write(self, path: Path, saved: tuple) -> None:
+        optimizer, scaler = (*saved, None, None)[:2]
+        meta = {
+            "ipar_sparse": __version__,
+            **asdict(self.state),
+            **self.meta,
+            "modules": list(self.modules),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        save_checkpoint(path, self.modules, meta, optimizer=optimizer)
+
+
+def _following(stage: str) -> str:
+    return STAGES[min(STAGES.index(stage) + 1, len(STAGES) - 1)]
+
+
+def cosine(step: int, total: int, high: float, low: float) -> float:
+    """A learning rate that falls from ``high`` to ``low`` over ``total`` steps as a cosine."""
+    return low + 0.5 * (high - low) * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@contextmanager
+def _interrupts(asked: threading.Event) -> Iterator[None]:
+    """Turns the first ctrl-C, or SIGTERM, into an event; the second ctrl-C stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        logger.warning("stopping after this step; press ctrl-C again to stop at once")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,48 @@
+"""Settings of a run that trains in a second, and a way to stop it between two steps."""
+
+import threading
+
+from ipar_sparse.config import RunConfig, load_config
+from ipar_sparse.train.loop import TrainingLoop
+
+SMALL = [
+    "encoder.steps=6",
+    "encoder.hidden=[24]",
+    "encoder.out=16",
+    "model.dim=16",
+    "model.channels=16",
+    "model.heads=2",
+    "model.head_channels=8",
+    "model.recycles=2",
+    "model.init=pca",
+    "train.minisets=4",
+    "train.miniset_min=40",
+    "train.miniset_max=60",
+    "train.epochs=3",
+    "train.warmup_epochs=1",
+    "train.ramp_epochs=1",
+    "train.gate_steps=3",
+    "train.val_minisets=2",
+    "train.device=cpu",
+    "graph.k=12",
+    "data.max_genes=60",
+    "selection.mode=none",
+]
+
+
+def small_config(*overrides: str, preset: str | None = None) -> RunConfig:
+    """The settings above, with some changed: ``small_config("train.epochs=1")``."""
+    return load_config(overrides=[*SMALL, *overrides], preset=preset)
+
+
+def stop_after(monkeypatch, stage: str, step: int) -> threading.Event:
+    """An event for ``fit(stop=...)`` that is set when so many steps of a stage are done."""
+    event, count = threading.Event(), TrainingLoop.count
+
+    def counted(loop, running, losses):
+        count(loop, running, losses)
+        if (running.name, loop.state.step) == (stage, step):
+            event.set()
+
+    monkeypatch.setattr(TrainingLoop, "count", counted)
+    return event

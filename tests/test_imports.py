@@ -1,0 +1,46 @@
+"""What importing the lower rooms costs, and that the package's lazy names are there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import ipar_sparse
+
+ROOMS = {"geometry", "graph", "nn", "ops"}
+PROBE = "import json, sys; print(json.dumps(sorted(sys.modules)))"
+
+
+def modules_after(statement):
+    """Modules that a fresh process has loaded after an import statement."""
+    found = subprocess.run(
+        [sys.executable, "-c", f"{statement}; {PROBE}"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(found.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    ("room", "cost"),
+    [
+        ("graph", "import torch"),
+        ("ops", "import torch"),
+        ("nn", "import torch, torch_geometric.nn"),
+    ],
+)
+def test_importing_a_room_loads_torch_and_pyg_alone(room, cost):
+    loaded = modules_after(f"import ipar_sparse.{room}") - modules_after(cost)
+    packages = {name.partition(".")[0] for name in loaded}
+    assert packages - sys.stdlib_module_names == {"ipar_sparse"}
+    rooms = {name.split(".")[1] for name in loaded if name.startswith("ipar_sparse.")}
+    assert room in rooms and rooms <= ROOMS
+
+
+@pytest.mark.parametrize("name", sorted(set(ipar_sparse.__all__) - {"__version__"}))
+def test_names_of_the_package_resolve(name):
+    assert getattr(ipar_sparse, name) is not None
