@@ -57,7 +57,7 @@ class RunConfig(Section):
     """Everything that decides what a run computes."""
 
     preset: str = "v1"
-    """Named variant; other settings start from its values. They stand in docs/studies/variants.md."""
+    """Named variant; other settings start from its values. See docs/studies/variants.md."""
     data: DataConfig = DataConfig()
     encoder: EncoderConfig = EncoderConfig()
     graph: GraphConfig = GraphConfig()

@@ -338,7 +338,7 @@ def _read_embedding(store: Store, spec: str, path: Path) -> np.ndarray:
     if value.ndim != 2 or value.dtype.kind not in "fiu":
         raise UserError(f'{path}: obsm["{key}"] is no table of numbers; give an embedding n x d')
     value = np.ascontiguousarray(value, dtype=np.float32)
-    bad: np.ndarray = ~np.isfinite(value).all(axis=1)
+    bad = np.logical_not(np.isfinite(value).all(axis=1))
     if bad.any():
         raise UserError(
             f'{path}: obsm["{key}"] is NaN or infinite for {bad.sum()} of {len(bad)} cells; '
