@@ -2,7 +2,8 @@
 
 Choices are made one after another, each among the candidates of :data:`GRID`. A candidate's score
 is sqrt(distance Spearman x neighbour hit) of the final layout of left-out donors. The first
-candidate of a choice is taken unless another gains at least one standard error over it.
+candidate of a choice is taken unless another gains one standard error over it; recycles are left
+out only where that gains two.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,14 @@ class Choice:
     Args:
         setting: what is chosen, in words.
         keys: settings that it decides; it is made where one of them is open.
-        candidates: the first is taken unless another is better by a standard error.
+        candidates: the first is taken unless another gains enough over it.
+        errors: enough, in standard errors of the gain over the left-out donors.
     """
 
     setting: str
     keys: tuple[str, ...]
     candidates: tuple[Candidate, ...]
+    errors: float = 1.0
 
 
 def _refinement(rca_power: float, anchor_weight: float, full: bool = False) -> Candidate:
@@ -117,6 +120,7 @@ GRID = (
             Candidate("yes", {"model.recycling": True}),
             Candidate("no", {"model.recycling": False}),
         ),
+        2.0,
     ),
     Choice(
         "refinement",
@@ -295,7 +299,7 @@ def _open_choices(config: RunConfig, open_keys: set[str]) -> list[Choice]:
             values = {k: v for k, v in candidate.values.items() if k in open_keys}
             kept.setdefault(tuple(values.items()), Candidate(candidate.name, values))
         if len(kept) > 1:
-            found.append(Choice(choice.setting, choice.keys, tuple(kept.values())))
+            found.append(replace(choice, candidates=tuple(kept.values())))
     return found
 
 
@@ -308,7 +312,7 @@ def _choose(
         task.advance(now=f"{choice.setting}: {candidate.name}")
         scores.append([fold.scores({**values, **candidate.values}) for fold in folds])
     balanced = [_donors(found, "balanced") for found in scores]
-    taken = best_candidate(balanced)
+    taken = best_candidate(balanced, choice.errors)
     rows = []
     for candidate, found, own in zip(choice.candidates, scores, balanced, strict=True):
         row: dict[str, Any] = {"name": candidate.name, "values": dict(candidate.values)}
@@ -320,7 +324,7 @@ def _choose(
     chosen = rows[taken]
     first = rows[0]["name"]
     gain = f"{chosen['gain']:+.3f} ± {chosen['gain_se']:.3f} over {first}"
-    reason = gain if taken else f"nothing gains a standard error over {first}"
+    reason = gain if taken else f"nothing gains {choice.errors:g} standard errors over {first}"
     logger.info(
         "%s: %s (distance Spearman %.3f ± %.3f, neighbour hit %.3f ± %.3f; %s)",
         choice.setting,
@@ -340,16 +344,17 @@ def _choose(
     }
 
 
-def best_candidate(scores: Sequence[np.ndarray]) -> int:
-    """The first candidate, or the best of those that gain a standard error over it.
+def best_candidate(scores: Sequence[np.ndarray], errors: float = 1.0) -> int:
+    """The first candidate, or the best of those that gain enough over it.
 
     Args:
         scores: of each candidate, those of every left-out donor (donors,).
+        errors: enough, in standard errors of the gain.
     """
     first, best, most = scores[0], 0, 0.0
     for number, own in enumerate(scores[1:], start=1):
         gain = own - first
-        if gain.mean() > max(most, standard_error(gain)):
+        if gain.mean() > max(most, errors * standard_error(gain)):
             best, most = number, float(gain.mean())
     return best
 
