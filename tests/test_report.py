@@ -234,7 +234,11 @@ def test_a_slide_that_was_trained_on_is_called_so():
 
 def test_what_is_wrong_inside_the_model_stands_beside_its_attention(tmp_path):
     """The map may be good all the same, which is for its scores to say."""
-    evaluation = full_evaluation(measures={"logit_std/r0/h0": 32.0, "lambda_ratio": 0.3})
+    evaluation = full_evaluation(
+        n=60,
+        measures={"logit_std/r0/h0": 32.0, "lambda_ratio": 0.3},
+        **dict.fromkeys(("trajectory", "focus", "uncertainty")),
+    )
     assert not summarize(evaluation).warnings
     page = write_report(tmp_path, evaluation).read_text()
     top, _, below = page.partition('<section id="attention"')
