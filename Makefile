@@ -10,6 +10,8 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 EXT ?=
 PYTEST_ARGS ?=
+# On small tensors, more threads wait for each other longer than they work.
+TEST_THREADS ?= 1
 
 # A short training for a look around; DEMO_ARGS go to `ipar-sparse train` after these.
 DEMO_DIR ?= demo
@@ -49,7 +51,8 @@ $(EXT_READY): $(READY)
 	@touch $@
 
 test: $(READY) $(if $(EXT),$(EXT_READY))
-	$(if $(EXT),IPAR_SPARSE_REQUIRE_EXT=1) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(if $(EXT),IPAR_SPARSE_REQUIRE_EXT=1) OMP_NUM_THREADS=$(TEST_THREADS) \
+	  $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 # The fourth slide is seen by no stage of the training.
 demo: $(READY)

@@ -1,6 +1,7 @@
 """What every test may ask for: devices, compiled extensions, a small run, real slides."""
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -25,6 +26,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logger():
+    """Commands send the package's messages to the terminal; the next test is to see them again."""
+    logger = logging.getLogger("ipar_sparse")
+    before = logger.handlers[:], logger.level, logger.propagate
+    logger.handlers[:], logger.propagate = [], True
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture(scope="session")
