@@ -114,19 +114,16 @@ def test_a_finished_run_that_is_resumed_is_left_as_it_is(small_slides, tmp_path)
     assert again == first and (tmp_path / LAST).read_bytes() == before
 
 
-def test_a_resumed_run_takes_settings_and_donors_from_its_folder(
-    small_slides, tmp_path, monkeypatch
+def test_a_resumed_run_takes_its_settings_from_its_folder(
+    small_run, small_slides, tmp_path, monkeypatch
 ):
     train, val = small_slides[:2], small_slides[2:3]
-    donors = {slide.name: "one" for slide in train}
-    config = small_config("train.epochs=2")
     with pytest.raises(KeyboardInterrupt):
-        fit(train, val, config, tmp_path, donors=donors, stop=stop_after(monkeypatch, "gate", 1))
-    decided = RunConfig.load(tmp_path)
-    result = fit(train, val, small_config("train.seed=9"), tmp_path, resume=True)
-    assert result.config == decided == RunConfig.load(tmp_path)
-    assert RunConfig.load_request(tmp_path) == config
-    assert json.loads((tmp_path / "inputs.json").read_text())["donors"] == donors
+        fit(train, val, small_config(), tmp_path, stop=stop_after(monkeypatch, "gate", 1))
+    fit(train, val, small_config("train.seed=9", "train.epochs=1"), tmp_path, resume=True)
+    assert RunConfig.load(tmp_path) == RunConfig.load(small_run)
+    assert RunConfig.load_request(tmp_path) == small_config()
+    assert same_tensors(tmp_path / BEST, small_run / BEST)
 
 
 def test_a_run_does_not_resume_on_other_genes_or_from_nothing(small_slides, tmp_path, monkeypatch):
@@ -143,25 +140,28 @@ def test_a_run_does_not_resume_on_other_genes_or_from_nothing(small_slides, tmp_
 
 
 @pytest.mark.parametrize("embedding", [False, True])
-def test_a_run_stopped_in_its_cross_validation_begins_it_again_when_resumed(
+def test_a_run_stopped_in_its_cross_validation_begins_it_again_with_the_same_donors(
     small_slides, tmp_path, embedding
 ):
     settings = ["selection.mode=quick", "encoder.component_kind=principal", "model.recycling=false"]
     settings += ["refine.anchor_weight=5", "refine.rca_power=0.5"]
-    slides = small_slides[:2]
+    slides = small_slides[:3]
     if embedding:
         slides = brought([replace(slide) for slide in slides], 8, 0.1, seed=0)
         settings.append("data.embedding=obsm:X_pca")
+    names = [slide.name for slide in slides]
+    donors = dict(zip(names, "aab", strict=True))
     stop = threading.Event()
     stop.set()
     with pytest.raises(KeyboardInterrupt):
-        fit(slides, [], small_config(*settings), tmp_path, stop=stop)
+        fit(slides, [], small_config(*settings), tmp_path, donors=donors, stop=stop)
     with pytest.raises(UserError, match="train --resume"):
         Predictor.load(tmp_path)
     result = fit(slides, [], out=tmp_path, resume=True)
     assert result.config.unresolved() == []
     table = json.loads((tmp_path / "selection.json").read_text())
     assert [choice["setting"] for choice in table["choices"]] == ["refinement"]
+    assert [fold["held_out"] for fold in table["folds"]] == [names[:2], names[2:]]
 
 
 def test_a_run_stopped_before_any_epoch_counts_keeps_its_last_weights(
@@ -187,8 +187,11 @@ def test_another_seed_is_another_run(small_run, small_slides, tmp_path):
 
 
 def test_validation_slides_change_no_trained_weight(small_run, small_slides, tmp_path):
-    """Whatever the validation slide holds, the last weights are the same: no leak."""
-    fit(small_slides[:2], small_slides[3:4], small_config(), tmp_path)
+    """Whatever cells and genes the validation slide holds, the last weights are the same."""
+    other = small_slides[3]
+    lacking = np.isin(other.genes, read_meta(small_run / LAST)["genes"][:5])
+    other = replace(other, expression=other.expression[:, ~lacking], genes=other.genes[~lacking])
+    fit(small_slides[:2], [other], small_config(), tmp_path)
     ours, theirs = load_file(tmp_path / LAST), load_file(small_run / LAST)
     assert {"encoder", "scaler", "gate", "model"} <= {key.split(".")[0] for key in theirs}
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -268,23 +271,27 @@ def test_slides_that_cannot_be_trained_on_are_refused_by_name(small_slides, tmp_
 
 
 def test_a_model_learns_where_cells_lie(tmp_path):
-    """An embedding that holds the position, up to noise and a mixing: the map must come out."""
+    """An embedding that holds the position, up to noise and a mixing: the map must come out.
+
+    Without training, the same model reaches a Spearman correlation of 0.66 and 4.6 times chance.
+    """
     slides = simulate("cortex", slides=3, spots=200, genes=50, seed=9)
     slides = brought(slides, 16, 0.05, seed=1, squash=np.tanh)
     config = small_config(
         "data.embedding=obsm:x",
-        "train.epochs=6",
-        "train.minisets=30",
+        "train.epochs=4",
+        "train.minisets=24",
         "train.lr=2e-3",
-        "train.gate_steps=20",
+        "train.gate_steps=10",
+        "model.init=mlp",
         "model.recycles=3",
         "refine.steps=0",
     )
     fit(slides[:2], slides[2:], config, tmp_path)
     prediction = Predictor.load(tmp_path).predict(slides[2])
     score = evaluate_layout(prediction.pos, slides[2].pos)
-    assert score["distance_spearman"] > 0.8
-    assert score["neighbor_hit@15"] > 3 * score["neighbor_hit_chance@15"]
+    assert score["distance_spearman"] > 0.87
+    assert score["neighbor_hit@15"] > 8 * score["neighbor_hit_chance@15"]
 
 
 def test_a_shared_encoder_gives_the_same_run_as_its_own(small_run, small_slides, tmp_path):
