@@ -11,14 +11,13 @@ from torch import nn
 
 from ipar_sparse.errors import UserError
 from ipar_sparse.files import atomic_path, atomic_write
-from ipar_sparse.inference.checkpoint import (
+from ipar_sparse.inference.checkpoint import load_checkpoint, save_checkpoint
+from ipar_sparse.inference.run_folder import (
     BEST,
     LAST,
     count_parameters,
     find_checkpoint,
-    load_checkpoint,
     read_meta,
-    save_checkpoint,
 )
 
 

@@ -20,8 +20,8 @@ from ipar_sparse import cli
 from ipar_sparse.config import MAIN_SETTINGS, RunConfig, describe, load_config
 from ipar_sparse.data.readers import read_slides
 from ipar_sparse.data.slide import slide_digest
-from ipar_sparse.inference.checkpoint import BEST, LAST, read_meta
 from ipar_sparse.inference.predictor import Predictor
+from ipar_sparse.inference.run_folder import BEST, LAST, read_meta
 from ipar_sparse.train.history import HISTORY, read_history
 
 FIT = importlib.import_module("ipar_sparse.train.fit")

@@ -14,9 +14,9 @@ from ipar_sparse.config import load_config
 from ipar_sparse.data.expression import Expression, match_genes
 from ipar_sparse.estimators.components import principal_axes, spatial_axes
 from ipar_sparse.geometry.gauge import gauge_fix
-from ipar_sparse.inference.checkpoint import LAST, read_meta
 from ipar_sparse.inference.embedding import encode, read_expression
 from ipar_sparse.inference.modules import build_encoder
+from ipar_sparse.inference.run_folder import LAST, read_meta
 from ipar_sparse.nn import SharedEncoder
 from ipar_sparse.train.encoder import (
     ContrastiveSlide,

@@ -15,8 +15,8 @@ from ipar_sparse.config import RunConfig
 from ipar_sparse.data.simulation import simulate
 from ipar_sparse.data.slide import slide_digest
 from ipar_sparse.errors import UserError
-from ipar_sparse.inference.checkpoint import BEST, LAST, read_meta
 from ipar_sparse.inference.predictor import Predictor
+from ipar_sparse.inference.run_folder import BEST, LAST, read_meta
 from ipar_sparse.metrics.layout import evaluate_layout
 from ipar_sparse.train.fit import REFERENCE, fit, fit_encoder
 from ipar_sparse.train.history import HISTORY, read_history

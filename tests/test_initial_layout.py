@@ -10,8 +10,8 @@ from ipar_sparse.config import load_config
 from ipar_sparse.estimators import EmbeddingScaler
 from ipar_sparse.estimators.atlas import Atlas
 from ipar_sparse.geometry.gauge import gauge_fix
-from ipar_sparse.inference.checkpoint import BEST
 from ipar_sparse.inference.predictor import Predictor
+from ipar_sparse.inference.run_folder import BEST
 from ipar_sparse.layout.distance_correction import relative_variance
 from ipar_sparse.metrics.layout import evaluate_layout
 from ipar_sparse.train.atlas import fit_atlas

@@ -12,9 +12,10 @@ from ipar_sparse.estimators.relevant_components import RelevantComponents
 from ipar_sparse.geometry.gauge import gauge_fix, leading_components, principal_plane
 from ipar_sparse.graph import knn, pooled_candidates
 from ipar_sparse.inference import steps
-from ipar_sparse.inference.checkpoint import BEST, load_checkpoint
+from ipar_sparse.inference.checkpoint import load_checkpoint
 from ipar_sparse.inference.modules import build_gate_and_model
 from ipar_sparse.inference.predictor import Predictor
+from ipar_sparse.inference.run_folder import BEST
 from ipar_sparse.layout.distance_correction import correct_distances
 from ipar_sparse.layout.refinement import refine_layout
 

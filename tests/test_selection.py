@@ -10,8 +10,8 @@ from ipar_sparse.config import RunConfig, load_config
 from ipar_sparse.config.presets import DEFAULT_SELECTION
 from ipar_sparse.data.simulation import simulate
 from ipar_sparse.data.slide import Slide
-from ipar_sparse.inference.checkpoint import LAST, read_meta
 from ipar_sparse.inference.predictor import Predictor
+from ipar_sparse.inference.run_folder import LAST, read_meta
 from ipar_sparse.layout.uncertainty import square_errors
 from ipar_sparse.train.cross_validation import donor_folds
 from ipar_sparse.train.fit import fit, fit_encoder

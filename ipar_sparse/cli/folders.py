@@ -60,7 +60,7 @@ def check_resume(out: Path, overwrite: bool, given: Iterable[str]) -> None:
         overwrite: whether --overwrite was given, too.
         given: other options that were given.
     """
-    from ..inference.checkpoint import LAST
+    from ..inference.run_folder import LAST
 
     if overwrite:
         raise UserError("--resume and --overwrite exclude each other; leave one out")
@@ -117,7 +117,7 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
 
 def what_is_left(out: Path) -> str:
     """What a run that was stopped leaves behind, and how to go on with it."""
-    from ..inference.checkpoint import BEST, LAST
+    from ..inference.run_folder import BEST, LAST
 
     if not (out / LAST).is_file():
         return "stopped before the first checkpoint; nothing was left behind"
@@ -129,6 +129,6 @@ def what_is_left(out: Path) -> str:
 
 
 def _has_checkpoint(out: Path) -> bool:
-    from ..inference.checkpoint import BEST, LAST
+    from ..inference.run_folder import BEST, LAST
 
     return any((out / name).is_file() for name in (BEST, LAST))

@@ -23,7 +23,7 @@ def info(run: options.Run) -> None:
     from rich.table import Table
 
     from ..config import RunConfig
-    from ..inference.checkpoint import LAST, count_parameters, find_checkpoint, read_meta
+    from ..inference.run_folder import LAST, count_parameters, find_checkpoint, read_meta
 
     config = RunConfig.load(run)
     request = RunConfig.load_request(run)

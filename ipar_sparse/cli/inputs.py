@@ -117,7 +117,7 @@ def recorded_slides(
 def load_predictor(run: Path, device: str | None) -> Predictor:
     """The trained model of a run."""
     from ..config import RunConfig, resolve_device
-    from ..inference.checkpoint import find_checkpoint
+    from ..inference.run_folder import find_checkpoint
 
     RunConfig.load(run)  # a folder that is no run is refused before anything slow
     find_checkpoint(run)

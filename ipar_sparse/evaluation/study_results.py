@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..files import atomic_write, write_json
-from ..inference.checkpoint import LAST, read_meta
+from ..inference.run_folder import LAST, read_meta
 from ..train.fit import FitResult
 from .comparison import Comparison, Record, compare
 from .results import E_GEO_SUFFIX, SlideEvaluation, role_of

@@ -18,8 +18,8 @@ from ..config import resolve_device
 from ..data.slide import Slide
 from ..errors import UserError
 from ..files import atomic_write
-from ..inference.checkpoint import LAST
 from ..inference.predictor import Predictor
+from ..inference.run_folder import LAST
 from ..progress import console, log_to
 from ..train.fit import fit, fit_encoder
 from .jobs import run_jobs

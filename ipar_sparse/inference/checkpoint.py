@@ -8,29 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import atomic_write
-
-BEST = "model.safetensors"
-"""Weights of the best validated epoch: what prediction uses."""
-LAST = "last.safetensors"
-"""Weights and trainer state of the last finished epoch: what ``--resume`` uses."""
-
-logger = logging.getLogger(__name__)
-
-_FORMAT = "ipar_sparse.checkpoint"
-_VERSION = 1
+from .run_folder import FORMAT, LAST, VERSION, open_header
 
 
 def save_checkpoint(
@@ -63,8 +52,8 @@ def save_checkpoint(
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     text = json.dumps(document)
     header = {
-        "format": _FORMAT,
-        "version": str(_VERSION),
+        "format": FORMAT,
+        "version": str(VERSION),
         "document": text,
         "sha256": digest(text, tensors),
     }
@@ -110,74 +99,8 @@ def load_checkpoint(
     return document["meta"]
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """The ``meta`` of a checkpoint, without reading its tensors.
-
-    Raises:
-        UserError: the file is missing, truncated or foreign.
-    """
-    return _open(Path(path))[0]["meta"]
-
-
-def count_parameters(path: Path) -> dict[str, int]:
-    """Stored values of each module of a checkpoint, by the module's name.
-
-    Raises:
-        UserError: the file is missing, truncated or foreign.
-    """
-    document, _, names = _open(Path(path))
-    counts = dict.fromkeys(document["modules"], 0)
-    with safe_open(path, framework="pt") as file:
-        for name in names:
-            module = name.partition(".")[0]
-            if module in counts:
-                counts[module] += math.prod(file.get_slice(name).get_shape())
-    return counts
-
-
-def find_checkpoint(run: Path) -> Path:
-    """The checkpoint to predict with: the best one, or the last if none was validated yet.
-
-    Raises:
-        UserError: the run has no checkpoint.
-    """
-    if (best := Path(run) / BEST).is_file():
-        return best
-    if (last := Path(run) / LAST).is_file():
-        logger.warning("%s was stopped before any weights were validated: not fully trained", run)
-        return last
-    raise UserError(
-        f"{run} holds no checkpoint ({BEST}); give the --out folder of a training run, "
-        "or train it first"
-    )
-
-
-def _open(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; give the --out folder of a training run")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header, names = file.metadata() or {}, list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is truncated or not a checkpoint ({error}); "
-            "restore it from a copy or train again"
-        ) from None
-    if header.get("format") != _FORMAT:
-        raise UserError(
-            f"{path} is a safetensors file but not a checkpoint of ipar_sparse; "
-            "give the --out folder of `ipar-sparse train`"
-        )
-    if int(header["version"]) > _VERSION:
-        raise UserError(
-            f"{path} has checkpoint format {header['version']}, this version reads up to "
-            f"{_VERSION}; upgrade ipar_sparse"
-        )
-    return json.loads(header["document"]), header, names
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    document, header, names = _open(path)
+    document, header, names = open_header(path)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in names}
     if digest(header["document"], tensors) != header["sha256"]:

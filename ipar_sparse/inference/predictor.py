@@ -20,9 +20,10 @@ from ..graph import NeighborTable
 from ..layout.uncertainty import predict_rmse
 from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
 from . import steps
-from .checkpoint import find_checkpoint, load_checkpoint, read_meta
+from .checkpoint import load_checkpoint
 from .embedding import embed_slide
 from .modules import build_encoder, build_gate_and_model
+from .run_folder import find_checkpoint, read_meta
 
 logger = logging.getLogger(__name__)
 

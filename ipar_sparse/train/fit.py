@@ -23,9 +23,10 @@ from ..errors import UserError
 from ..estimators import EmbeddingScaler, RelevantComponents
 from ..files import atomic_write
 from ..graph import knn_candidates
-from ..inference.checkpoint import LAST, load_checkpoint, read_meta
+from ..inference.checkpoint import load_checkpoint
 from ..inference.embedding import embed_slide
 from ..inference.modules import build_encoder, build_gate_and_model
+from ..inference.run_folder import LAST, read_meta
 from ..metrics.diagnostics import candidate_recall
 from .atlas import fit_atlas
 from .batches import Batches, EmbeddedSlide
@@ -221,6 +222,9 @@ def _prepare(
         atomic_write(loop.out / INPUTS, json.dumps(inputs, indent=2) + "\n")
     genes = None
     if request.data.embedding is None:
+        for slide in (*train, *val):
+            if slide.expression is None:
+                raise UserError(f"{slide.name}: no expression to train on; give X or --layer")
         found, missing = match_genes(train)
         if request.data.max_genes is not None and len(found) > request.data.max_genes:
             found = select_genes(train, found, request.data.max_genes)

@@ -23,7 +23,8 @@ from torch import nn
 
 from .. import __version__
 from ..errors import UserError
-from ..inference.checkpoint import BEST, LAST, load_checkpoint, read_meta, save_checkpoint
+from ..inference.checkpoint import load_checkpoint, save_checkpoint
+from ..inference.run_folder import BEST, LAST, read_meta
 from ..progress import Progress
 from .batches import step_generator
 from .history import HISTORY, History, TensorBoard

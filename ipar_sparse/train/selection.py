@@ -264,20 +264,11 @@ def resolve_from_data(request: RunConfig, slides: Sequence[Slide]) -> RunConfig:
     if request.data.target_sum is None:
         values["data.target_sum"] = median_total(slides)
     if request.encoder.steps is None:
-        values["encoder.steps"] = encoder_steps(request, sum(s.num_cells for s in slides))
+        values["encoder.steps"] = request.encoder.steps_for(sum(s.num_cells for s in slides))
     if settings.steps_per_epoch is None:
         pool = math.ceil(settings.minisets / settings.batch_size)
         values["train.steps_per_epoch"] = SLIDE_STEPS if settings.batch_kind == "slide" else pool
     return request.with_values(values)
-
-
-def encoder_steps(config: RunConfig, cells: int) -> int:
-    """Optimiser steps of the encoder: 50 passes over the cells, but 400 to 2000 steps.
-
-    On 2,000 cells 1,200 steps served an unseen slide worse than 400; 400 are seven passes over
-    30,000, where 1,600 served better (docs/studies/encoder.md).
-    """
-    return min(max(round(50 * cells / config.encoder.batch_size), 400), 2000)
 
 
 def _open_choices(config: RunConfig, open_keys: set[str]) -> list[Choice]:
@@ -324,7 +315,8 @@ def _choose(
     chosen = rows[taken]
     first = rows[0]["name"]
     gain = f"{chosen['gain']:+.3f} ± {chosen['gain_se']:.3f} over {first}"
-    reason = gain if taken else f"nothing gains {choice.errors:g} standard errors over {first}"
+    enough = "a standard error" if choice.errors == 1 else f"{choice.errors:g} standard errors"
+    reason = gain if taken else f"no other gains {enough} over {first}"
     logger.info(
         "%s: %s (distance Spearman %.3f ± %.3f, neighbour hit %.3f ± %.3f; %s)",
         choice.setting,

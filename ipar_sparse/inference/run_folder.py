@@ -1,0 +1,94 @@
+"""What a run folder holds, told from the headers of its checkpoints, without loading torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UserError
+
+BEST = "model.safetensors"
+"""Weights of the best validated epoch: what prediction uses."""
+LAST = "last.safetensors"
+"""Weights and trainer state of the last finished epoch: what ``--resume`` uses."""
+FORMAT = "ipar_sparse.checkpoint"
+VERSION = 1
+"""Of the format of checkpoints."""
+
+logger = logging.getLogger(__name__)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The ``meta`` of a checkpoint, without reading its tensors.
+
+    Raises:
+        UserError: the file is missing, truncated or foreign.
+    """
+    return open_header(Path(path))[0]["meta"]
+
+
+def count_parameters(path: Path) -> dict[str, int]:
+    """Stored values of each module of a checkpoint, by the module's name.
+
+    Raises:
+        UserError: the file is missing, truncated or foreign.
+    """
+    document, _, names = open_header(Path(path))
+    counts = dict.fromkeys(document["modules"], 0)
+    with safe_open(path, framework="np") as file:
+        for name in names:
+            module = name.partition(".")[0]
+            if module in counts:
+                counts[module] += math.prod(file.get_slice(name).get_shape())
+    return counts
+
+
+def find_checkpoint(run: Path) -> Path:
+    """The checkpoint to predict with: the best one, or the last if none was validated yet.
+
+    Raises:
+        UserError: the run has no checkpoint.
+    """
+    if (best := Path(run) / BEST).is_file():
+        return best
+    if (last := Path(run) / LAST).is_file():
+        logger.warning("%s was stopped before any weights were validated: not fully trained", run)
+        return last
+    raise UserError(
+        f"{run} holds no checkpoint ({BEST}); give the --out folder of a training run, "
+        "or train it first"
+    )
+
+
+def open_header(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Document, header and names of the tensors of a checkpoint.
+
+    Raises:
+        UserError: the file is missing, truncated, foreign or of a newer format.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; give the --out folder of a training run")
+    try:
+        with safe_open(path, framework="np") as file:
+            header, names = file.metadata() or {}, list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is truncated or not a checkpoint ({error}); "
+            "restore it from a copy or train again"
+        ) from None
+    if header.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is a safetensors file but not a checkpoint of ipar_sparse; "
+            "give the --out folder of `ipar-sparse train`"
+        )
+    if int(header["version"]) > VERSION:
+        raise UserError(
+            f"{path} has checkpoint format {header['version']}, this version reads up to "
+            f"{VERSION}; upgrade ipar_sparse"
+        )
+    return json.loads(header["document"]), header, names
