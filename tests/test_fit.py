@@ -126,13 +126,26 @@ def test_a_resumed_run_takes_its_settings_from_its_folder(
     assert same_tensors(tmp_path / BEST, small_run / BEST)
 
 
+def test_a_folder_that_holds_a_run_is_not_trained_into(small_run, small_slides):
+    before = (small_run / BEST).read_bytes()
+    with pytest.raises(UserError, match="holds a run; resume it"):
+        fit(small_slides[:2], [], small_config("train.seed=5"), small_run)
+    assert (small_run / BEST).read_bytes() == before
+
+
 def test_a_run_does_not_resume_on_other_genes_or_from_nothing(small_slides, tmp_path, monkeypatch):
     stop = stop_after(monkeypatch, "encoder", 2)
     with pytest.raises(KeyboardInterrupt):
         fit(small_slides[:2], [], small_config(), tmp_path, stop=stop)
-    others = simulate("cortex", slides=2, spots=140, genes=60, seed=3)
-    with pytest.raises(UserError, match="trained on 60 genes that these slides do not give"):
+    others = simulate("cortex", slides=2, spots=140, genes=60, seed=4)
+    with pytest.raises(UserError, match="was not started with this slide"):
         fit(others, [], out=tmp_path, resume=True)
+    fewer = [
+        replace(slide, expression=slide.expression[:, :50], genes=slide.genes[:50])
+        for slide in small_slides[:2]
+    ]
+    with pytest.raises(UserError, match="genes that these slides do not give"):
+        fit(fewer, [], out=tmp_path, resume=True)
     with pytest.raises(UserError, match="stopped before it had fitted its relevant components"):
         Predictor.load(tmp_path)
     with pytest.raises(UserError, match="requested.yaml cannot be read"):

@@ -377,3 +377,12 @@ def test_wrong_arguments_are_named():
     assert "PairBias(10, heads=4" in str(PairBias(10, 4))
     assert "qk_norm=True" in str(IPALiteConv(8, qk_norm=True))
     assert EdgeGateSoft(128, heads=4).heads == 4
+
+
+@pytest.mark.parametrize("name", LOGIT_TERMS)
+def test_a_term_tells_its_learned_scalars(name):
+    term, states = LOGIT_TERMS[name](C, HEADS), torch.randn(7, C)
+    found = term.learned_scalars(states, states)
+    assert found
+    for value in found.values():
+        assert value.shape in ((), (HEADS,)) and value.isfinite().all()

@@ -21,6 +21,7 @@ from ipar_sparse.train.model import (
     term_weights,
     train_gate,
     train_model,
+    training_step,
     update,
 )
 
@@ -95,14 +96,13 @@ def test_a_gradient_that_is_not_finite_costs_one_step_and_no_weight(slide):
     batch = build_batch(slide, config, 0)
     for factor in (0.0, math.nan):
         parts = parts_of(config)
-        optimizer = parts.optimizer(parts.gate, parts.model)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        update(parts, losses_of(parts, batch, seeded(1), 2.0), optimizer, scaler)
+        optimizer, scaler = parts.optimizer(parts.gate, parts.model), parts.grad_scaler()
+        training_step(parts, batch, seeded(1), 2.0, optimizer, scaler)
         before = copy.deepcopy(parts.model.state_dict())
-        losses = losses_of(parts, batch, seeded(2), 2.0)
-        losses["loss"] = losses["loss"] * factor
-        update(parts, losses, optimizer, scaler)
-        assert math.isfinite(losses["grad_norm"]) == (factor == 0)
+        loss = losses_of(parts, batch, seeded(2), 2.0)["loss"] * factor
+        parameters = [*parts.gate.parameters(), *parts.model.parameters()]
+        norm = update(loss, parameters, optimizer, scaler, clip=1.0)
+        assert math.isfinite(norm) == (factor == 0)
         found.append(parts.model.state_dict())
     for key, value in found[0].items():
         assert torch.equal(found[1][key], value), key

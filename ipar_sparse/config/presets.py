@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "ramp_epochs": 6,
         },
         "refine": {"distance_correction_steps": 0, "steps": 0},
+        "selection": {"mode": "none"},
     },
     "v1-rbf": {"model": {"terms": ["rbf"]}},
     "v1-mono": {"model": {"terms": ["mono"]}},

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+ALL_SETTINGS = "; `ipar-sparse config --all` lists them all"
+
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values of ``base``, with those of ``top`` in place of its own."""
@@ -33,7 +35,7 @@ def explain(error: ValidationError, source, known: Iterable[str]) -> str:
     more = f" (and {len(others)} more)" if others else ""
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown config key {key}{where}{suggest(key, known)}{more}"
+        return f"unknown config key {key}{where}{suggest(key, known, ALL_SETTINGS)}{more}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         section = f"config section {key}" if key else "config"
@@ -48,7 +50,7 @@ def explain(error: ValidationError, source, known: Iterable[str]) -> str:
     return f"config key {key}{where}: given {first['input']!r}, expected {expected}{more}"
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """The end of a message about an unknown name: the most similar known one, if there is one."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -56,4 +58,4 @@ def suggest(name: str, known: Iterable[str]) -> str:
         leaf = name.rsplit(".", 1)[-1]
         leaves = {row.rsplit(".", 1)[-1]: row for row in reversed(known)}
         close = [leaves[k] for k in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
-    return f"; did you mean {close[0]}?" if close else "; `ipar-sparse config` lists them all"
+    return f"; did you mean {close[0]}?" if close else otherwise

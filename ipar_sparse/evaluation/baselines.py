@@ -217,7 +217,7 @@ def run_baselines(
             progress(name)
         try:
             layout = baseline(**material)
-        except (np.linalg.LinAlgError, RuntimeError, MemoryError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             logger.warning("baseline %s left out: %s", name, error)
             continue
         if layout is None:

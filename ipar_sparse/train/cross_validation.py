@@ -139,6 +139,7 @@ class DonorFold:
         self.test = [_sample(slide, budget.cells) for slide in test]
         self.donors, self.genes, self.budget, self.loop = donors, genes, budget, loop
         self.config = _brief(config, budget, self.train)
+        self.batch_kind = config.train.batch_kind
         self._memory: dict[Any, Any] = {}
 
     def scores(self, values: Mapping[str, Any]) -> Scores:
@@ -211,7 +212,8 @@ class DonorFold:
             if not config.model.recycling:
                 return initial, variance
             parts = self._trained(chosen)
-            graph = steps.attention_graph(slide.h, None, config)
+            as_predicted = config.replace(train={"batch_kind": self.batch_kind})
+            graph = steps.attention_graph(slide.h, None, as_predicted)
             bias, _ = steps.gate_bias(parts.gate, slide.h, graph, config)
             given = None if config.model.init == "mlp" else initial
             return steps.recycle(parts.model, slide.h, graph, bias, given)[-1], variance

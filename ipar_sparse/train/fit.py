@@ -26,7 +26,7 @@ from ..graph import knn_candidates
 from ..inference.checkpoint import load_checkpoint
 from ..inference.embedding import embed_slide
 from ..inference.modules import build_encoder, build_gate_and_model
-from ..inference.run_folder import LAST, read_meta
+from ..inference.run_folder import BEST, LAST, read_meta
 from ..metrics.diagnostics import candidate_recall
 from .atlas import fit_atlas
 from .batches import Batches, EmbeddedSlide
@@ -49,7 +49,7 @@ class FitResult:
     Args:
         out: the run directory.
         best_epoch: epoch of the kept weights, counted from 0; None where none was validated.
-        best: its E_geo on gated candidates of the validation slides.
+        best: its validation E_geo.
         config: the settings that the run was computed with.
         metadata: genes, cells, candidate recall of the unseen slides, and the like.
     """
@@ -99,6 +99,8 @@ def fit(
     out = Path(out)
     request, donors = _request(config, donors, out, resume, device)
     train, val = _divide(slides, val, donors)
+    if resume:
+        _check_slides(train, val, out)
     with _loop(out, request, resume, stop) as loop:
         genes = _prepare(train, val, request, donors, loop, resume)
         if encoder is not None and not resume:
@@ -198,6 +200,19 @@ def _divide(
     return slides, list(val)
 
 
+def _check_slides(train: Sequence[Slide], val: Sequence[Slide], out: Path) -> None:
+    """Refuses to go on with other slides than a run was started with."""
+    recorded = _read_inputs(out)
+    for role, slides in (("train", train), ("val", val)):
+        known = {one["digest"] for one in recorded.get(role, [])}
+        for slide in slides:
+            if slide_digest(slide) not in known:
+                raise UserError(
+                    f"{slide.name}: {out} was not started with this slide as it is; give the "
+                    "slides as before"
+                )
+
+
 def _loop(out: Path, request: RunConfig, resume: bool, stop) -> TrainingLoop:
     device = resolve_device(request.train.device)
     out.mkdir(parents=True, exist_ok=True)
@@ -217,6 +232,8 @@ def _prepare(
         for note in slide.notes:
             logger.info("%s: %s", slide.name, note)
     if not resume:
+        if any((loop.out / name).exists() for name in (BEST, LAST)):
+            raise UserError(f"{loop.out} holds a run; resume it, or choose another folder")
         request.save_request(loop.out)
         inputs = {"train": _inputs(train), "val": _inputs(val), "donors": donors and dict(donors)}
         atomic_write(loop.out / INPUTS, json.dumps(inputs, indent=2) + "\n")
@@ -305,6 +322,10 @@ def _take_settings(trained: Path, genes: Sequence[str] | None, out: Path) -> Run
             f"{trained} holds no trained encoder of these slides' genes; train it again"
         )
     decided, request = RunConfig.load(trained), RunConfig.load_request(out)
+    asked = RunConfig.load_request(trained)
+    same = (asked.data, asked.encoder, asked.train.seed)
+    if same != (request.data, request.encoder, request.train.seed):
+        raise UserError(f"{trained} was trained with other data, encoder settings or seed")
     config = request.with_values({key: decided.get(key) for key in request.unresolved()})
     atomic_write(out / SELECTION, (Path(trained) / SELECTION).read_text())
     config.save(out)

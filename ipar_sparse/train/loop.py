@@ -263,9 +263,10 @@ class TrainingLoop(Loop):
             return
         values = {name: float(torch.as_tensor(value).detach()) for name, value in losses.items()}
         if not math.isfinite(values["loss"]):
+            advice = "lower train.lr, or use train.precision=float32"
             raise UserError(
                 f"the loss became {values['loss']} at step {state.step} of the {stage.name}; "
-                "lower train.lr, or use train.precision=float32"
+                + ("lower encoder.lr" if stage.name == "encoder" else advice)
             )
         values["lr"] = stage.saved[0].param_groups[0]["lr"]
         self.log(stage.name, values)

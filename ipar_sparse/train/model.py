@@ -44,6 +44,11 @@ class Trained:
         parameters = [p for module in modules for p in module.parameters()]
         return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss, for float16 on a GPU alone."""
+        half = self.config.train.precision == "float16" and self.device.type == "cuda"
+        return torch.amp.GradScaler(self.device.type, enabled=half)
+
     def autocast(self):
         """The arithmetic of the forward pass."""
         precision = self.config.train.precision
@@ -56,9 +61,9 @@ def train_gate(parts: Trained, batches: Batches, loop: Loop) -> None:
     """Train the gate alone, on the reference walk over the candidate edges."""
     settings, gate = parts.config.train, parts.gate
     total = settings.gate_steps if parts.config.model.gated else 0
-    optimizer = parts.optimizer(gate)
+    optimizer, scaler = parts.optimizer(gate), parts.grad_scaler()
     gate.train()
-    with loop.stage("gate", total, optimizer) as stage:
+    with loop.stage("gate", total, optimizer, scaler) as stage:
         for step in stage:
             generator = loop.generator("gate", step)
             batch = subsample_edges(batches.at("gate", step), settings, generator)
@@ -66,21 +71,17 @@ def train_gate(parts: Trained, batches: Batches, loop: Loop) -> None:
             with parts.autocast():
                 logits = gate(h, batch.graph)
             loss = gate_loss(logits.float(), batch.graph, probability=batch.gate_target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(gate.parameters(), settings.grad_clip)
-            optimizer.step()
+            norm = update(loss, [*gate.parameters()], optimizer, scaler, settings.grad_clip)
             stage.record({"loss": loss, "l_gate": loss, "grad_norm": norm})
 
 
 def train_model(parts: Trained, batches: Batches, loop: Loop) -> None:
     """Train gate and model together, and keep the weights of the best validated epoch."""
-    settings, device = parts.config.train, parts.device
+    settings = parts.config.train
     per_epoch = settings.steps_per_epoch
     total = settings.epochs * per_epoch
     optimizer = parts.optimizer(parts.gate, parts.model)
-    half = settings.precision == "float16" and device.type == "cuda"
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    scaler = parts.grad_scaler()
     parts.gate.train(), parts.model.train()
     with loop.stage("model", total, optimizer, scaler) as stage:
         while loop.state.step < total and loop.state.stale < settings.patience:
@@ -118,7 +119,9 @@ def training_step(
     On a GPU it never waits for the device, but for float16's scale.
     """
     losses = losses_of(parts, batch, generator, epoch)
-    update(parts, losses, optimizer, scaler)
+    parameters = [*parts.gate.parameters(), *parts.model.parameters()]
+    clip = parts.config.train.grad_clip
+    losses["grad_norm"] = update(losses["loss"], parameters, optimizer, scaler, clip)
     return losses
 
 
@@ -170,24 +173,27 @@ def losses_of(
 
 
 def update(
-    parts: Trained,
-    losses: dict[str, Tensor],
+    loss: Tensor,
+    parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-) -> None:
-    """One optimiser step, clipped; a gradient that is not finite changes nothing."""
+    clip: float,
+) -> Tensor:
+    """One optimiser step with clipped gradients; returns their norm before clipping.
+
+    Five recycles can multiply a gradient beyond what a float holds. Such a gradient says nothing
+    and is taken as zero.
+    """
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(losses["loss"]).backward()
+    scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    parameters = [*parts.gate.parameters(), *parts.model.parameters()]
-    norm = nn.utils.clip_grad_norm_(parameters, parts.config.train.grad_clip)
-    # five recycles can multiply a gradient beyond what a float holds: that step says nothing
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.masked_fill_(~norm.isfinite(), 0.0)
-    losses["grad_norm"] = norm
     scaler.step(optimizer)
     scaler.update()
+    return norm
 
 
 def augment(

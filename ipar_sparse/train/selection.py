@@ -183,7 +183,8 @@ def select_settings(
     result = SelectionResult(given.selection.mode)
     values = {key: given.get(key) for key in DEFAULT_SELECTION}
     values |= {key: DEFAULT_SELECTION[key] for key in open_keys}
-    if result.mode == "none" or not groups or not choices:
+    calibrates = "uncertainty.error_intercept" in open_keys
+    if result.mode == "none" or not groups or not (choices or calibrates):
         _tell_defaults(result.mode, groups, choices)
         values |= {key: value for key, value in _untried(values).items() if key in open_keys}
     else:
@@ -202,7 +203,7 @@ def select_settings(
                 values |= table.pop("values")
                 result.choices.append(table)
             result.donors = len(_donors([fold.scores(values) for fold in folds], "hit"))
-            if "uncertainty.error_intercept" in open_keys:
+            if calibrates:
                 task.advance(now="error model")
                 model = _error_model(folds, values)
                 values |= {key: value for key, value in model.items() if key in open_keys}
@@ -236,7 +237,7 @@ def _folds(
 
 
 def _untried(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What nobody has tried is left out where nothing tells how uncertain places are."""
+    """Defaults that depend on the initial layout: an atlas alone has a predictive variance."""
     if values["model.init"] == "atlas":
         return {}
     return {
