@@ -77,7 +77,9 @@ GRID = (
         ("model.init",),
         # an atlas alone tells how uncertain places are, which the correction is for
         (
-            Candidate("atlas", {"model.init": "atlas", _CORRECTION: 200}),
+            Candidate(
+                "atlas", {"model.init": "atlas", _CORRECTION: DEFAULT_SELECTION[_CORRECTION]}
+            ),
             Candidate("pca", {"model.init": "pca", _CORRECTION: 0}),
             Candidate("mlp", {"model.init": "mlp", _CORRECTION: 0}),
         ),
@@ -95,7 +97,7 @@ GRID = (
         (_CORRECTION,),
         (
             Candidate("no", {_CORRECTION: 0}),
-            Candidate("yes", {_CORRECTION: 200}),
+            Candidate("yes", {_CORRECTION: DEFAULT_SELECTION[_CORRECTION]}),
         ),
     ),
     Choice(
@@ -197,7 +199,7 @@ def select_settings(
             if "model.recycling" in open_keys:
                 values["model.recycling"] = False  # models are not trained until they are asked for
             for choice in choices:
-                if choice.setting == "distance correction" and values["model.init"] != "atlas":
+                if choice.keys == (_CORRECTION,) and values["model.init"] != "atlas":
                     continue  # nothing tells how uncertain places are
                 table = _choose(choice, folds, values, task)
                 values |= table.pop("values")
@@ -275,14 +277,14 @@ def resolve_from_data(request: RunConfig, slides: Sequence[Slide]) -> RunConfig:
 def _open_choices(config: RunConfig, open_keys: set[str]) -> list[Choice]:
     """Choices of which something is open, with the candidates that agree with what is set."""
     encoder = config.encoder
-    closed = set()
+    closed: set[str] = set()
     if config.data.embedding is not None or not (encoder.skip and encoder.component_weight):
-        closed.add("components of expression")
+        closed.add("encoder.component_kind")
     if config.refine.steps == 0:
-        closed.add("how refinement is done")
+        closed |= {"refine.rca_power", "refine.anchor_weight"}
     found = []
     for choice in GRID:
-        if choice.setting in closed or not open_keys.intersection(choice.keys):
+        if not open_keys.difference(closed).intersection(choice.keys):
             continue
         kept: dict[tuple, Candidate] = {}
         for candidate in choice.candidates:
