@@ -13,19 +13,21 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from .. import __version__
 from ..errors import UserError
 from ..inference.checkpoint import load_checkpoint, save_checkpoint
 from ..inference.run_folder import BEST, LAST, read_meta
-from ..progress import Progress
+from ..progress import Progress, Task
 from .batches import step_generator
 from .history import HISTORY, History, TensorBoard
 
@@ -104,17 +106,20 @@ class Loop:
         return step_generator(self.seed, stage, step, device or self.device)
 
     @contextmanager
-    def stage(self, name: str, total: int, *saved: Any) -> Iterator[Stage]:
-        """A stage of so many steps.
+    def stage(
+        self, name: str, total: int, optimizer: Optimizer, scaler: GradScaler | None = None
+    ) -> Iterator[Stage]:
+        """A stage of so many steps; after any but the last, the next one begins.
 
         Args:
             name: one of :data:`STAGES`.
             total: steps.
-            saved: the optimiser, and where there is one the gradient scaler; both are restored
-                where a stopped run had them, and saved with every checkpoint.
+            optimizer: restored where a stopped run had it, and saved with every checkpoint.
+            scaler: of gradients, likewise.
         """
-        yield Stage(self, name, total, saved)
-        self.state.stage, self.state.step = _following(name), 0
+        yield Stage(self, name, total, optimizer, scaler)
+        if name != STAGES[-1]:
+            self.state.stage, self.state.step = _following(name), 0
 
     def finished(self, name: str) -> bool:
         """Whether a stage was finished before this run was resumed."""
@@ -145,12 +150,24 @@ class Stage:
         loop: it belongs to.
         name: of the stage.
         total: steps.
-        saved: optimiser and gradient scaler.
+        optimizer: saved with its checkpoints.
+        scaler: of gradients, likewise.
+        display: of its progress, if it is shown.
     """
 
-    def __init__(self, loop: Loop, name: str, total: int, saved: tuple):
-        self.loop, self.name, self.total, self.saved = loop, name, total, saved
+    def __init__(
+        self,
+        loop: Loop,
+        name: str,
+        total: int,
+        optimizer: Optimizer,
+        scaler: GradScaler | None = None,
+        display: Task | None = None,
+    ):
+        self.loop, self.name, self.total = loop, name, total
+        self.optimizer, self.scaler, self.display = optimizer, scaler, display
         self._losses: Mapping[str, Any] | None = None
+        self._shown = loop.state.step
 
     def __iter__(self) -> Iterator[int]:
         return self.until(self.total)
@@ -171,6 +188,43 @@ class Stage:
         """The losses of the present step, for the logs."""
         self._losses = losses
 
+    def show(self, loss: float) -> None:
+        """Brings the display up to the present step."""
+        if self.display is not None:
+            shown, self._shown = self._shown, self.loop.state.step
+            self.display.advance(self._shown - shown, loss=loss)
+
+
+class RunLog:
+    """The history of a run and its TensorBoard curves, opened when something is first written.
+
+    Args:
+        out: the run directory.
+        resumed: whether they go on where a checkpoint left them.
+    """
+
+    def __init__(self, out: Path, resumed: bool):
+        self.out, self.resumed = out, resumed and (out / HISTORY).exists()
+        self._began = time.monotonic()
+        self._writers: tuple[History, TensorBoard] | None = None
+
+    def write(self, stage: str, values: Mapping[str, Any], step: int) -> None:
+        """Adds a row, numbered by the finished steps of all stages."""
+        if self._writers is None:
+            start = step if self.resumed else None
+            history = History(self.out / HISTORY, COLUMNS, resume_step=start)
+            self._writers = history, TensorBoard(self.out / "tensorboard", resume_step=start)
+        history, board = self._writers
+        seconds = round(time.monotonic() - self._began, 3)
+        row = {"step": step, "stage": stage, "seconds": seconds, **values}
+        history.write({name: value for name, value in row.items() if name in COLUMNS})
+        board.write(step, {f"{stage}/{name}": value for name, value in values.items()})
+
+    def close(self) -> None:
+        """Closes the files."""
+        for writer in self._writers or ():
+            writer.close()
+
 
 class TrainingLoop(Loop):
     """A loop that keeps a run folder.
@@ -181,6 +235,10 @@ class TrainingLoop(Loop):
         device: where steps are computed.
         resume: whether the run in ``out`` goes on.
         stop: looked at between steps; set, it ends the run after a checkpoint, as ctrl-C does.
+
+    Attributes:
+        modules: name to module, saved with every checkpoint.
+        meta: what else a checkpoint says: ``dim`` and ``genes``.
     """
 
     def __init__(
@@ -197,24 +255,18 @@ class TrainingLoop(Loop):
         self.meta: dict[str, Any] = {}
         self.progress = Progress()
         self._resumed = read_meta(out / LAST) if resume and (out / LAST).is_file() else None
-        self._history: History | None = None
-        self._board: TensorBoard | None = None
-        self._task: Any = None
-        self._saved_at = self._began = time.monotonic()
-        self._pending = False
+        self._log = RunLog(out, self._resumed is not None)
+        self._saved_at = time.monotonic()
+        self._open = ExitStack()
 
     def __enter__(self) -> TrainingLoop:
-        self._signals = _interrupts(self.stop)
-        self._signals.__enter__()
-        self.progress.__enter__()
+        self._open.enter_context(_interrupts(self.stop))
+        self._open.enter_context(self.progress)
+        self._open.callback(self._log.close)
         return self
 
     def __exit__(self, *exception) -> None:
-        for log in (self._history, self._board):
-            if log is not None:
-                log.close()
-        self.progress.__exit__(*exception)
-        self._signals.__exit__(*exception)
+        self._open.__exit__(*exception)
 
     def restore(self) -> None:
         """Take up the last checkpoint, if there is one; optimisers wait for their stage.
@@ -232,21 +284,22 @@ class TrainingLoop(Loop):
             )
         load_checkpoint(self.out / LAST, self.modules)
         self.state = TrainState(**{name: meta[name] for name in asdict(self.state)})
-        self._pending = self.state.step > 0
         logger.info("resuming the %s at step %d", self.state.stage, self.state.step)
 
     @contextmanager
-    def stage(self, name: str, total: int, *saved: Any) -> Iterator[Stage]:
-        if self._pending:
-            self._pending = False
-            load_checkpoint(self.out / LAST, optimizer=saved[0])
-            if len(saved) > 1 and self._resumed["scaler"]:
-                saved[1].load_state_dict(self._resumed["scaler"])
-        with self.progress.task(name.capitalize(), total=total) as self._task:
-            self._shown = self.state.step
-            if self._shown:
-                self._task.advance(self._shown)
-            yield Stage(self, name, total, saved)
+    def stage(
+        self, name: str, total: int, optimizer: Optimizer, scaler: GradScaler | None = None
+    ) -> Iterator[Stage]:
+        if self._resumed is not None and self.state.step:
+            load_checkpoint(self.out / LAST, optimizer=optimizer)
+            if scaler is not None and self._resumed["scaler"]:
+                scaler.load_state_dict(self._resumed["scaler"])
+        self._resumed = None
+        with self.progress.task(name.capitalize(), total=total) as display:
+            stage = Stage(self, name, total, optimizer, scaler, display)
+            if self.state.step:
+                display.advance(self.state.step)
+            yield stage
         if name != STAGES[-1]:
             self.advance(name)
 
@@ -268,10 +321,9 @@ class TrainingLoop(Loop):
                 f"the loss became {values['loss']} at step {state.step} of the {stage.name}; "
                 + ("lower encoder.lr" if stage.name == "encoder" else advice)
             )
-        values["lr"] = stage.saved[0].param_groups[0]["lr"]
+        values["lr"] = stage.optimizer.param_groups[0]["lr"]
         self.log(stage.name, values)
-        shown, self._shown = self._shown, state.step
-        self._task.advance(state.step - shown, loss=values["loss"])
+        stage.show(values["loss"])
 
     def between_steps(self, stage: Stage) -> None:
         """If asked to stop, leave a checkpoint to resume from; else save one every minute.
@@ -297,25 +349,17 @@ class TrainingLoop(Loop):
             raise KeyboardInterrupt
 
     def log(self, stage: str, values: Mapping[str, Any]) -> None:
-        if self._history is None:
-            resumed = self._resumed is not None and (self.out / HISTORY).exists()
-            start = self.state.log_step if resumed else None
-            self._history = History(self.out / HISTORY, COLUMNS, resume_step=start)
-            self._board = TensorBoard(self.out / "tensorboard", resume_step=start)
-        step, seconds = self.state.log_step, round(time.monotonic() - self._began, 3)
-        row = {"step": step, "stage": stage, "seconds": seconds, **values}
-        self._history.write({name: value for name, value in row.items() if name in COLUMNS})
-        self._board.write(step, {f"{stage}/{name}": value for name, value in values.items()})
+        self._log.write(stage, values, self.state.log_step)
 
     def save_best(self) -> None:
-        self._write(self.out / BEST, ())
+        self._write(self.out / BEST)
 
     def save(self, stage: Stage | None = None) -> None:
-        self._write(self.out / LAST, () if stage is None else stage.saved)
+        self._write(self.out / LAST, stage)
         self._saved_at = time.monotonic()
 
-    def _write(self, path: Path, saved: tuple) -> None:
-        optimizer, scaler = (*saved, None, None)[:2]
+    def _write(self, path: Path, stage: Stage | None = None) -> None:
+        scaler = None if stage is None else stage.scaler
         meta = {
             "ipar_sparse": __version__,
             **asdict(self.state),
@@ -323,6 +367,7 @@ class TrainingLoop(Loop):
             "modules": list(self.modules),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
+        optimizer = None if stage is None else stage.optimizer
         save_checkpoint(path, self.modules, meta, optimizer=optimizer)
 
 
