@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..files import check_folder
 from . import options
-from .folders import check_folder
 from .messages import Stopped, say
 from .options import OUTPUT, READING, RUNNING, flag, given
 

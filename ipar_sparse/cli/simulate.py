@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..files import check_folder
 from . import options
-from .folders import check_folder, removed_on_failure
+from .folders import removed_on_failure
 from .messages import say
 
 

@@ -10,8 +10,8 @@ import typer
 
 from ..errors import UserError
 from . import options
-from .folders import check_resume, check_run_folder, run_folder, what_is_left
-from .inputs import check_no_leak, read_files, recorded_slides
+from .folders import check_resume, what_is_left
+from .inputs import check_no_leak
 from .messages import Stopped, say
 from .options import OUTPUT, RUNNING, flag, given
 
@@ -93,6 +93,8 @@ def train(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Train on slides whose positions are known."""
+    from ..train.run_folder import check_run_folder, run_folder
+
     slides, val = slides or [], val or []
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
     donor_options = given(key=donor_key, pattern=donor_pattern, table=donor_map)
@@ -110,6 +112,7 @@ def train(
     check_no_leak(slides, val)
 
     from ..config import RunConfig, load_config, resolve_device
+    from ..data.records import recorded_slides
     from ..train.fit import fit
 
     if resume:
@@ -147,6 +150,7 @@ def _new_members(
     slides: list[Path], val: list[Path], settings: RunConfig, donor_options: dict[str, Any]
 ) -> Members:
     """Slides of a new run, read from their files, and their donors."""
+    from ..data.readers import read_files
     from ..data.splits import find_donors
 
     everything = read_files(

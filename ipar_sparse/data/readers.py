@@ -51,7 +51,7 @@ def read_file(
         data: layer, embedding and keys.
         require_pos: refuse slides without positions.
         min_cells: refuse slides of fewer cells.
-        name: of an object.
+        name: what slides and messages call it; see :func:`read_slides`.
     """
     return read_slides(
         source,
@@ -81,25 +81,28 @@ def read_files(
         data: layer, keys and embedding.
         require_pos: refuse slides without positions.
         min_cells: refuse slides with fewer cells.
-        names: of objects, one a source; ``slide1``, ``slide2``, ... if left out.
+        names: one a source; None names a file by its stem.
 
     Raises:
         UserError: in one line, for anything wrong with a source or its content.
     """
     slides: list[Slide] = []
-    names = names or [f"slide{number}" for number in range(1, len(sources) + 1)]
+    pairs = list(zip(sources, names or [None] * len(sources), strict=True))
     with Progress() as progress:
-        for source, name in progress.track(
-            list(zip(sources, names, strict=True)), "Reading slides"
-        ):
+        for source, name in progress.track(pairs, "Reading slides"):
             slides += read_file(
                 source, data, require_pos=require_pos, min_cells=min_cells, name=name
             )
-    found = [slide.name for slide in slides]
-    for number, slide in enumerate(slides, start=1):
-        if found.count(slide.name) > 1:
-            slide.name = f"{slide.name}-{number}"
+    tell_apart(slides)
     return slides
+
+
+def tell_apart(slides: Sequence[Slide]) -> None:
+    """Adds its number to the name of each slide that another one shares."""
+    names = [slide.name for slide in slides]
+    for number, slide in enumerate(slides, start=1):
+        if names.count(slide.name) > 1:
+            slide.name = f"{slide.name}-{number}"
 
 
 def read_slides(
@@ -131,7 +134,7 @@ def read_slides(
         require_pos: refuse slides without valid positions. Otherwise positions that cannot be used
             are left out with a note.
         min_cells: refuse slides of fewer cells.
-        name: what slides and messages call an object; a file has its own name.
+        name: of the slide; the stem of the file, or "slide", if left out.
 
     Returns:
         The slides; `Slide.notes` says what was recognised in the file.
@@ -139,12 +142,14 @@ def read_slides(
     Raises:
         UserError: in one line, for anything wrong with the file or its content.
     """
+    opened: AbstractContextManager[Store]
     if isinstance(source, anndata.AnnData):
-        path, where, name = None, name or "slide", name or "slide"
-        opened: AbstractContextManager[Store] = nullcontext(memory_store(source))
+        path, name = None, name or "slide"
+        where, opened = name, nullcontext(memory_store(source))
     else:
         path = Path(source)
-        where, name, opened = str(path), path.stem, open_store(path)
+        name = name or path.stem
+        where, opened = str(path), open_store(path)
     notes: list[str] = []
     expression = None
     with opened as store:
