@@ -1,9 +1,12 @@
 """A model in a notebook: AnnData in, AnnData out, and the same as at the command line."""
 
 import anndata
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from small_run import SMALL
 from test_house import _fresh
 
@@ -13,6 +16,8 @@ from ipar_sparse.config import RunConfig
 from ipar_sparse.data.readers import read_slides
 from ipar_sparse.data.writers import to_anndata, write_slide
 from ipar_sparse.errors import UserError
+from ipar_sparse.pl.colors import label_palette
+from ipar_sparse.pl.style import CYCLE, FAINT
 
 IPAR = ipar.IPAR
 
@@ -259,3 +264,101 @@ def test_a_saved_model_places_cells_as_before(small_run, cells, tmp_path):
         model.save(tmp_path / "thesis", overwrite=True)
     with pytest.raises(UserError, match="not a run directory"):
         IPAR.load(tmp_path / "thesis")
+
+
+@pytest.fixture
+def placed(cells):
+    """Cells with a prediction that is the measured map, turned and mirrored."""
+    cells = cells.copy()
+    pos = cells.obsm["spatial"] - cells.obsm["spatial"].mean(0)
+    cells.obsm["X_ipar"] = pos @ np.array([[0.0, 1.0], [1.0, 0.0]]) / 300
+    cells.obs["kind"] = pd.Categorical(np.arange(cells.n_obs) % 3).rename_categories(list("xyz"))
+    cells.obs["depth"] = np.arange(cells.n_obs, dtype=float)
+    return cells
+
+
+def drawn(ax):
+    """Positions and colours of the cells on some axes."""
+    (points,) = ax.collections
+    points.update_scalarmappable()
+    return np.asarray(points.get_offsets()), points.get_facecolors()[:, :3]
+
+
+def legend_of(ax):
+    legend = ax.get_legend()
+    return {
+        text.get_text(): to_hex(mark.get_color())
+        for text, mark in zip(legend.get_texts(), legend.legend_handles, strict=True)
+    }
+
+
+def test_labels_take_their_stored_colours_as_in_scanpy(placed):
+    ax = ipar.pl.layout(placed, "kind", ax=Figure().subplots())
+    assert list(legend_of(ax)) == ["x", "y", "z"]
+    assert list(legend_of(ax).values()) == [color.lower() for color in CYCLE[:3]]
+    placed.uns["kind_colors"] = ["#112233", "red", "#0000ff"]
+    ax = ipar.pl.layout(placed, "kind", ax=Figure().subplots())
+    assert legend_of(ax) == {"x": "#112233", "y": "#ff0000", "z": "#0000ff"}
+    at, shown = drawn(ax)
+    red = at[(shown == [1, 0, 0]).all(1)]
+    expected = placed.obsm["X_ipar"][placed.obs["kind"] == "y"]
+    np.testing.assert_allclose(np.sort(red, axis=0), np.sort(expected, axis=0))
+    part = placed[placed.obs["kind"] != "x"].copy()  # a label that is not there has no entry
+    part.uns["kind_colors"] = ["#ff0000", "#0000ff"]
+    assert list(legend_of(ipar.pl.layout(part, "kind", ax=Figure().subplots()))) == ["y", "z"]
+
+
+def test_every_key_of_a_list_has_its_map(placed):
+    gene = placed.var_names[3]
+    axes = ipar.pl.layout(placed, ["kind", "depth", gene], ax=Figure().subplots(1, 3))
+    assert [ax.get_title() for ax in axes] == ["kind", "depth", gene]
+    assert [ax.get_legend() is None for ax in axes] == [False, True, True]
+    values = axes[2].collections[0].get_array()
+    assert sorted(values) == sorted(placed.X[:, 3].toarray().ravel())
+    with pytest.raises(UserError, match="no gene is called 'Kind'; columns: .*kind"):
+        ipar.pl.layout(placed, "Kind")
+    del placed.obsm["X_ipar"]
+    with pytest.raises(UserError, match=r"call predict\(\) first"):
+        ipar.pl.layout(placed)
+    ipar.pl.layout(placed, "kind", basis="spatial", ax=Figure().subplots())
+
+
+@pytest.mark.parametrize("labels", [list("aabbc"), pd.Series(list("aabbc"), dtype="category")])
+def test_arrays_of_labels_are_drawn_too(labels):
+    pos = np.arange(10.0).reshape(5, 2)
+    ax = ipar.pl.layout(pos, labels, palette={"a": "k", "b": "w", "c": "b"}, ax=Figure().subplots())
+    assert legend_of(ax) == {"a": "#000000", "b": "#ffffff", "c": "#0000ff"}
+    ax = ipar.pl.layout(pos, [True, False, True, True, False], ax=Figure().subplots())
+    assert list(legend_of(ax)) == ["False", "True"]
+    with pytest.raises(ValueError, match="5 cells, but colours for 4"):
+        ipar.pl.layout(pos, list("aabb"))
+
+
+def test_cells_without_a_value_are_grey():
+    pos = np.arange(8.0).reshape(4, 2)
+    for color in ([0.0, np.nan, 1.0, 2.0], pd.Series(["a", None, "b", "b"], dtype="category")):
+        at, shown = drawn(ipar.pl.layout(pos, color, ax=Figure().subplots()))
+        missing = (at == pos[1]).all(1)
+        assert to_hex(shown[missing][0]).upper() == FAINT
+        assert not (shown[~missing] == shown[missing]).all(1).any()
+
+
+def test_thirty_labels_have_thirty_colours():
+    for count in (1, 7, 8, 30):
+        assert len(np.unique(label_palette(count).round(6), axis=0)) == count
+
+
+def centred(pos):
+    pos = pos - pos.mean(0)
+    return pos / np.sqrt((pos**2).sum(1).mean())
+
+
+def test_the_prediction_is_turned_to_match(placed):
+    left, right = ipar.pl.compare(placed, "kind", axes=Figure().subplots(1, 2))
+    true, pred = drawn(left)[0], drawn(right)[0]
+    np.testing.assert_allclose(centred(pred), centred(true), atol=1e-6)
+    assert (left.get_title(), right.get_title()) == ("Measured, kind", "Predicted, kind")
+    assert left.get_legend() is None and right.get_legend() is not None
+    axes = ipar.pl.compare(placed, ["kind", "depth"])
+    assert axes.shape == (2, 2)
+    plt.close(axes[0, 0].figure)

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,34 +165,33 @@ def read_slides(
         if group is not None:
             genes = _unique_genes(genes, notes)
             expression = _read_matrix(group, (len(obs), len(genes)), where)
-            matrix = "X" if layer is None else f"layer {layer!r}"
-            normalized = _check_values(
-                expression, normalized, cell_names, genes, f"{where}, {matrix}", notes
-            )
+            part = f"{where}, X" if layer is None else f"{where}, layer {layer!r}"
+            normalized = _check_values(expression, normalized, cell_names, genes, part, notes)
         columns = _label_columns(obs)
 
-    slides = []
-    for label, rows in groups.items():
-        part = expression
-        if expression is not None and len(rows) < len(obs):
-            part = expression[rows]
-        slide = Slide(
-            name=name if label is None else f"{name}-{label}",
-            expression=part,
-            genes=genes,
-            cell_names=cell_names[rows],
-            pos=None if pos is None else pos[rows],
-            embedding=None if vectors is None else vectors[rows],
-            normalized=bool(normalized),
-            empty=np.zeros(len(rows), bool) if part is None else np.diff(part.indptr) == 0,
-            obs={key: values[rows] for key, values in columns.items()},
-            rows=rows,
-            notes=list(notes),
-            path=None if path is None else str(path.absolute()),
-        )
+    whole = Slide(
+        name=name,
+        expression=expression,
+        genes=genes,
+        cell_names=cell_names,
+        pos=pos,
+        embedding=vectors,
+        normalized=bool(normalized),
+        empty=None if expression is None else np.diff(expression.indptr) == 0,
+        obs=columns,
+        path=None if path is None else str(path.absolute()),
+    )
+    slides = [_part(whole, label, rows, notes) for label, rows in groups.items()]
+    for slide in slides:
         _note_oddities(slide)
-        slides.append(slide)
     return slides
+
+
+def _part(whole: Slide, label: str | None, rows: np.ndarray, notes: list[str]) -> Slide:
+    """The slide of some rows of a file; the whole one where nothing labels it."""
+    if label is None:
+        return replace(whole, notes=list(notes))
+    return replace(whole.take(rows), name=f"{whole.name}-{label}", notes=list(notes))
 
 
 def _check_cell_names(names: np.ndarray, where: str) -> None:
