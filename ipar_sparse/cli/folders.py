@@ -32,8 +32,8 @@ def check_resume(out: Path, overwrite: bool, given: Iterable[str]) -> None:
         raise UserError("--resume and --overwrite exclude each other; leave one out")
     if options := ", ".join(given):
         raise UserError(
-            f"--resume goes on with the saved settings; leave out {options}, "
-            "or start anew with --overwrite"
+            f"--resume goes on with the saved settings; leave out {options} (train.epochs and "
+            "train.patience may be set), or start anew with --overwrite"
         )
     if not (out / LAST).is_file():
         raise UserError(

@@ -68,7 +68,13 @@ Seed = Annotated[
     flag("--seed", "Seed of everything random. [dim]Default: 0[/dim]", RUNNING, "N", min=0),
 ]
 Resume = Annotated[
-    bool, flag("--resume", "Go on with the run in --out from where it stopped.", OUTPUT)
+    bool,
+    flag(
+        "--resume",
+        "Go on with the run in --out from where it stopped. With --set train.epochs=N or "
+        "train.patience=N also from its end.",
+        OUTPUT,
+    ),
 ]
 
 
@@ -93,13 +99,14 @@ def train(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Train on slides whose positions are known."""
-    from ..train.run_folder import check_run_folder, run_folder
+    from ..train.run_folder import check_run_folder, extend_run, extends, run_folder
 
     slides, val = slides or [], val or []
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
     donor_options = given(key=donor_key, pattern=donor_pattern, table=donor_map)
     if resume:
-        asked = given(config=config, set=overrides, preset=preset, select=select, seed=seed)
+        other = [text for text in overrides or [] if not extends(text)]
+        asked = given(config=config, set=other or None, preset=preset, select=select, seed=seed)
         asked |= data | {f"donor_{name}": value for name, value in donor_options.items()}
         check_resume(out, overwrite, [f"--{name.replace('_', '-')}" for name in asked])
     else:
@@ -128,6 +135,7 @@ def train(
     if resume:
         recorded = recorded_slides(out, [*slides, *val], settings)
         members = Members(*recorded, donors=None)  # the run has them on record
+        extend_run(out, overrides or [])
     else:
         members = _new_members(slides, val, settings, donor_options)
     with run_folder(out, resume):

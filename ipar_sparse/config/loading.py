@@ -42,8 +42,7 @@ def load_config(
         path = Path(source)
         given = _read_yaml(path)
     given = merge(given, sections)
-    for text in overrides:
-        given = merge(given, _parse_override(text))
+    given = merge(given, parse_overrides(overrides))
     name = preset or given.get("preset") or "v1"
     if name not in PRESETS:
         raise UserError(
@@ -91,6 +90,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"not a {type(values).__name__}"
         )
     return {key: value for key, value in values.items() if value is not None}
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Nested values of ``"train.epochs=30"`` strings; later wins.
+
+    Raises:
+        UserError: a string of another form.
+    """
+    given: dict[str, Any] = {}
+    for text in overrides:
+        given = merge(given, _parse_override(text))
+    return given
 
 
 def _parse_override(text: str) -> dict[str, Any]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config.schema import CONFIG, REQUESTED
+from ..config.loading import parse_overrides
+from ..config.schema import CONFIG, REQUESTED, RunConfig
 from ..errors import UserError
 from ..files import check_folder
-from ..inference.checkpoint import BEST, LAST
+from ..inference.checkpoint import BEST, LAST, read_meta
+from .loop import STAGES
+
+EXTENDABLE = ("train.epochs", "train.patience")
+"""Settings of a run that may be raised when it goes on."""
 
 
 def check_run_folder(out: Path, overwrite: bool) -> None:
@@ -28,6 +34,44 @@ def check_run_folder(out: Path, overwrite: bool) -> None:
         raise UserError(
             f"{out} is not a run directory, so it is not overwritten; choose another --out"
         )
+
+
+def extend_run(out: Path, overrides: Sequence[str]) -> None:
+    """Gives a run more epochs or more patience, so that resuming it goes on.
+
+    From there on the learning rate follows the schedule of the longer run.
+
+    Args:
+        out: folder of a run.
+        overrides: ``"train.epochs=30"`` strings; see :data:`EXTENDABLE`.
+
+    Raises:
+        UserError: a bad value, fewer epochs than are done, or a run that patience ended.
+    """
+    values = parse_overrides(overrides)
+    if not values:
+        return
+    request = RunConfig.load_request(out).replace(**values)
+    if (out / CONFIG).is_file():
+        config, meta = RunConfig.load(out).replace(**values), read_meta(out / LAST)
+        done = meta["step"] / config.train.steps_per_epoch if meta["stage"] == STAGES[-1] else 0
+        if config.train.epochs < done:
+            raise UserError(
+                f"{out} has done {math.ceil(done)} epochs; set train.epochs to more, or start anew "
+                "with --overwrite"
+            )
+        if meta["stale"] >= config.train.patience:
+            raise UserError(
+                f"{out} was stopped since its validation score had not improved for "
+                f"{meta['stale']} epochs; set train.patience to more to go on"
+            )
+        config.save(out)
+    request.save_request(out)
+
+
+def extends(override: str) -> bool:
+    """Whether an override such as ``"train.epochs=30"`` may be given to a run that goes on."""
+    return override.partition("=")[0].strip() in EXTENDABLE
 
 
 @contextmanager
