@@ -313,8 +313,15 @@ def _line(row: dict) -> str:
         return f"{text} " + (f"skipped: {row['skipped']}" if "skipped" in row else row["failed"])
     text += f" {_cell(row)}, ± {1000 * row['seconds_spread']:.1f} ms"
     if "tb_per_s" in row:
-        text += f", {row['edges_per_s']:.2g} edges/s, {row['tb_per_s']:.2g} TB/s"
+        text += f", {row['edges_per_s']:.2g} edges/s, {bandwidth_text(row['tb_per_s'])}"
     return text
+
+
+def bandwidth_text(tb_per_s: float) -> str:
+    """A bandwidth as a person reads it, in a unit that leaves digits to read."""
+    if tb_per_s >= 0.1:
+        return f"{tb_per_s:.2f} TB/s"
+    return f"{1e3 * tb_per_s:.2g} GB/s"
 
 
 def size_text(count: float) -> str:

@@ -29,15 +29,18 @@ _HOME = {
     "fit": "train.fit",
     "Predictor": "inference.predictor",
     "UserError": "errors",
+    "IPAR": "api",
 }
 """Public name -> the module that holds it."""
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [*_HOME, "pl", "__version__"]
 
 
 def __getattr__(name):
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name == "pl":
+        return import_module(f"{__name__}.pl")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -58,6 +58,22 @@ def write_json(path: str | os.PathLike, values: Any) -> None:
     atomic_write(path, text + "\n")
 
 
+def check_folder(path: Path, option: str = "--out") -> None:
+    """Refuses a folder that is a file, lies below one, or cannot be written to.
+
+    Args:
+        path: the folder, which need not exist.
+        option: what the message calls it.
+    """
+    for part in (path, *path.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise UserError(f"{option}: {part} is a file, not a folder; choose another")
+            if not os.access(part, os.W_OK):
+                raise UserError(f"{option}: {part} cannot be written to; choose another")
+            return
+
+
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a YAML file of ``name: value`` lines.
 

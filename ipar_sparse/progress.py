@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -42,7 +43,7 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 class Progress:
-    """Progress bars with the latest values on a terminal; elsewhere a line from time to time.
+    """Progress bars on a terminal and in notebooks; elsewhere a line from time to time.
 
     Example::
 
@@ -58,7 +59,7 @@ class Progress:
     def __init__(self, interval: float = 10.0):
         self._interval = interval
         self._bars: RichProgress | None = None
-        if console.is_terminal:
+        if console.is_terminal or (console.is_jupyter and find_spec("ipywidgets")):
             self._bars = RichProgress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),

@@ -87,6 +87,13 @@ def test_effective_bandwidth_counts_rows_in_the_given_precision():
     assert model.rates(row) == {"edges_per_s": 35.0, "tb_per_s": half / 2e12}
 
 
+@pytest.mark.parametrize(
+    "tb_per_s, text", [(2.345, "2.35 TB/s"), (0.0423, "42 GB/s"), (4.2e-6, "0.0042 GB/s")]
+)
+def test_a_slow_machine_has_a_bandwidth_too(tb_per_s, text):
+    assert harness.bandwidth_text(tb_per_s) == text
+
+
 def test_a_worker_that_fails_or_dies_is_replaced():
     worker = harness.Worker()
     try:

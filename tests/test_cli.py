@@ -345,6 +345,23 @@ def test_a_run_does_not_go_on_with_other_slides(slides, tmp_path, refused, fitte
     assert not fitted
 
 
+def test_a_finished_run_is_extended(slides, run, tmp_path, refused):
+    longer = tmp_path / "run"
+    shutil.copytree(run, longer)
+    steps = read_meta(run / LAST)["step"]
+    more = ["train", "--out", str(longer), "--resume", "--set"]
+    assert "done 2 epochs" in refused(*more, "train.epochs=1")
+    assert "leave out --set" in refused(*more, "train.lr=1")
+    assert "train.epochs" in refused(*more, "train.epochs=many")
+    assert cli.run_command([*more, "train.epochs=3"]) == 0
+    assert read_meta(longer / LAST)["step"] == steps * 3 // 2
+    assert RunConfig.load(longer).train.epochs == 3
+    assert RunConfig.load_request(longer).train.epochs == 3
+    assert RunConfig.load(run).train.epochs == 2
+    epochs = [row["epoch"] for row in read_history(longer / HISTORY) if row.get("epoch")]
+    assert epochs and len(read_history(longer / HISTORY)) > len(read_history(run / HISTORY))
+
+
 def test_a_run_records_how_it_was_made(slides, run, capsys):
     config = RunConfig.load(run)
     assert config.model.heads == 2 and config.train.epochs == 2
@@ -441,6 +458,17 @@ def test_positions_do_not_depend_on_measured_ones(slides, run, tmp_path):
     assert np.array_equal(a, b)
 
 
+def test_placing_a_slide_of_the_run_says_so(slides, run, tmp_path, capfd):
+    for name, words in (("cortex1", "was trained on"), ("cortex2", "decided when training stop")):
+        out = tmp_path / f"{name}.h5ad"
+        argv = ["predict", str(run), f"{slides}/{name}.h5ad", "--out", str(out)]
+        assert cli.run_command(argv) == 0
+        assert f"{name} {words}" in " ".join(capfd.readouterr().err.split())
+    argv = ["predict", run, f"{slides}/cortex3.h5ad", "--out", tmp_path / "c.h5ad"]
+    assert cli.run_command([str(a) for a in argv]) == 0
+    assert "says nothing" not in capfd.readouterr().err
+
+
 def test_slides_of_one_file_are_placed_apart(slides, run, tmp_path):
     parts = [anndata.read_h5ad(slides / f"cortex{i}.h5ad") for i in (1, 3)]
     both = anndata.concat(parts, label="section", keys=["one", "three"])
@@ -534,7 +562,7 @@ def test_evaluate_refuses_what_it_cannot_score(slides, run, tmp_path, refused):
 
 def test_simulate_refuses_to_replace(slides, refused):
     assert "--overwrite" in refused("simulate", slides, folder=slides)
-    assert "--spots" in refused("simulate", slides, "--spots", "0", folder=slides)
+    assert "--spots" in refused("simulate", slides, "--spots", "3", folder=slides)
     assert "--tissue" in refused("simulate", slides, "--tissue", "bone", folder=slides)
     line = refused("simulate", slides / "tiny.yaml", folder=slides)
     assert "is a file" in line

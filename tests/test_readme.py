@@ -14,8 +14,29 @@ SHOWN = r"(?:^\s*|`)ipar-sparse ([a-z][a-z-]*)((?:[^\n`]*\\\n)*[^\n`]*)"
 """A command with its options: at the start of a line, going on after backslashes, or in `code`."""
 
 
-def test_the_python_of_the_readme_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+def test_the_notebook_of_the_readme_runs(small_slides, tmp_path, monkeypatch):
+    pytest.importorskip("anndata")
+    from small_run import small_config
+
+    from ipar_sparse.data.writers import to_anndata
+
+    code, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    slides = [to_anndata(slide) for slide in small_slides]
+    names = dict(zip(("slide_a", "slide_b", "slide_c", "slide_d"), slides, strict=True))
+    names |= {"cells": slides[3].copy(), "quick": small_config("train.epochs=1")}
+    exec(
+        compile(code.replace("val=slide_c", "val=slide_c, config=quick"), "README.md", "exec"),
+        names,
+    )
+    assert names["cells"].obsm["X_ipar"].shape == (140, 2)
+    assert names["scores"].index[0] == "model"
+    assert (tmp_path / "run" / "config.json").is_file()
+
+
+def test_the_layers_of_the_readme_run():
+    _, code = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     names: dict = {}
     exec(compile(code.replace("5000", "150"), "README.md", "exec"), names)
     assert names["pos"].shape == (150, 2) and bool(torch.isfinite(names["pos"]).all())

@@ -26,6 +26,7 @@ from ipar_sparse.evaluation.study_plan import (
     baseline_variants,
     cv_groups,
     encoder_task,
+    load_plan,
     load_variants,
     plan_study,
     study_jobs,
@@ -308,6 +309,19 @@ def test_a_folder_is_taken_for_the_same_study_only(copy, plan, files, tmp_path):
         run_study(plan, tmp_path / "mine")
     more = {**plan.variants, "again": plan.variants["base"]}
     check_study_folder(replace(plan, variants=more, seeds=(0, 1, 2)), copy)
+
+
+def test_a_study_is_overwritten_on_demand_and_nothing_else_is(copy, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr("ipar_sparse.evaluation.study_run.run_jobs", lambda *_, **__: [])
+    smaller = replace(plan, folds=plan.folds[:1])
+    results = run_study(smaller, copy, overwrite=True)
+    assert not results.done and load_plan(copy).folds == smaller.folds
+    assert not (copy / "runs").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="holds no study"):
+        run_study(plan, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "letter.txt").is_file()
 
 
 def test_plans_that_cannot_be_run_are_refused(files, plan, slides, tmp_path):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from ..errors import UserError
+from ..files import check_folder
 from . import options
-from .folders import check_folder
-from .inputs import load_predictor, read_files, reading_settings, tell_notes
-from .results import empty_cells, provenance, tell_written
+from .inputs import load_predictor, tell_notes
+from .results import tell_written
 
 
 def embed(
@@ -21,29 +20,17 @@ def embed(
 ) -> None:
     """Embed cells with the trained encoder alone, to obsm['X_ipar_embedding'] of a copy."""
     from ..data.keys import Keys
-    from ..data.writers import check_output, in_file_order, write_predictions
-    from ..progress import Progress
+    from ..data.readers import read_files
+    from ..data.writers import check_output, write_predictions
+    from ..inference.placing import check_encoder, embed_cells, reading_settings
 
     check_folder(out.parent)
     predictor = load_predictor(run, device)
-    if predictor.encoder is None:
-        raise UserError(
-            f"{run} was trained on the embedding {predictor.config.data.embedding}, so it has no "
-            "encoder; use that embedding as it is"
-        )
+    check_encoder(predictor)
     data = reading_settings(predictor, layer, normalized, slide_key)
     obsm = (Keys.EMBEDDING,)
     check_output(cells, out, overwrite=overwrite, obsm=obsm, obs=(Keys.EMPTY,))
     slides = read_files([cells], data, require_pos=False)
     tell_notes(slides)
-    with Progress() as progress:
-        embeddings = [predictor.embed(slide) for slide in progress.track(slides, "Embedding")]
-    write_predictions(
-        cells,
-        out,
-        embedding=in_file_order(slides, embeddings),
-        obs=empty_cells(slides),
-        uns=provenance(predictor),
-        overwrite=overwrite,
-    )
+    write_predictions(cells, out, **vars(embed_cells(predictor, slides)), overwrite=overwrite)
     tell_written(slides, out, obsm)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from . import options
 from .folders import check_output_folder, removed_on_failure
-from .inputs import load_predictor, read_files, reading_settings, tell_notes
+from .inputs import load_predictor, tell_notes
 from .messages import note, say
 from .options import RUNNING, flag
-
-if TYPE_CHECKING:
-    from ..data.slide import Slide
-    from ..inference.predictor import Predictor
 
 
 def evaluate(
@@ -44,6 +40,9 @@ def evaluate(
 
     `ipar-sparse experiment` trains and scores on each slide or donor in turn.
     """
+    from ..data.readers import read_files
+    from ..inference.placing import reading_settings, role_in_training
+
     check_output_folder(out, overwrite)
     predictor = load_predictor(run, device)
     data = reading_settings(predictor, layer, normalized, slide_key, embedding)
@@ -53,7 +52,8 @@ def evaluate(
     from ..report import evaluate_slide
 
     for one in slides:
-        _warn_if_seen(predictor, one)
+        if role := role_in_training(predictor, one):
+            note(f"{one.name} {role}: these scores say nothing about unseen slides")
         folder = out if len(slides) == 1 else out / one.name
         with removed_on_failure(folder):
             metrics = evaluate_slide(
@@ -72,13 +72,3 @@ def evaluate(
         }
         scores = ", ".join(f"{name} {metrics[key]:.3f}" for name, key in shown.items())
         say(f"{one.name}: {scores}\nreport: {folder / 'report.html'}")
-
-
-def _warn_if_seen(predictor: Predictor, slide: Slide) -> None:
-    """Says so where the slide took part in the training of the run."""
-    from ..data.slide import slide_digest
-
-    roles = {one["digest"]: one["role"] for one in predictor.meta["metadata"]["slides"]}
-    if role := roles.get(slide_digest(slide)):
-        did = {"train": "was trained on", "val": "decided when training stopped"}[role]
-        note(f"{slide.name} {did}: these scores say nothing about unseen slides")

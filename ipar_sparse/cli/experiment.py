@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..files import check_folder
 from . import options
-from .folders import check_folder
 from .messages import Stopped, say
 from .options import OUTPUT, READING, RUNNING, flag, given
 
@@ -69,10 +69,11 @@ def experiment(
     slide_key: options.SlideKey = None,
     device: options.Device = None,
     jobs: options.Jobs = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Train and score variants on held-out slides over seeds, side by side, in one table.
 
-    The same command goes on with a study that was stopped.
+    The same command goes on with a study that was stopped; --overwrite starts anew.
     """
     from ..evaluation.study_plan import load_variants, plan_study
     from ..report import run_study_with_report
@@ -100,7 +101,7 @@ def experiment(
         donor_map=donor_map,
     )
     try:
-        results = run_study_with_report(study, out, jobs=jobs, device=device)
+        results = run_study_with_report(study, out, jobs=jobs, device=device, overwrite=overwrite)
     except KeyboardInterrupt:
         raise Stopped(
             f"stopped; {out} holds all that was done so far: the same command goes on with it"

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
 from . import options
-from .inputs import recorded_inputs
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from ..config import RunConfig
 
 
 def info(run: options.Run) -> None:
@@ -22,35 +16,16 @@ def info(run: options.Run) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..config import RunConfig
-    from ..inference.run_folder import LAST, count_parameters, find_checkpoint, read_meta
+    from ..inference.summary import read_selection, summarize_run
 
-    config = RunConfig.load(run)
-    request = RunConfig.load_request(run)
-    weights = find_checkpoint(run)
-    meta = read_meta(run / LAST if (run / LAST).is_file() else weights)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    recorded = recorded_inputs(run)
-    for role, label in (("train", "trained on"), ("val", "validated on")):
-        slides = [f"{one['path'] or one['name']}, {one['cells']:,} cells" for one in recorded[role]]
-        table.add_row(label, "\n".join(slides) or "nothing")
-    table.add_row("genes", f"{meta['metadata']['genes']:,}")
-    table.add_row("progress", f"{meta['stage']} stage, step {meta['step']:,}")
-    if meta["best"] is not None:
-        best = f"{meta['best_epoch'] + 1}, validation E_geo {meta['best']:.4g}"
-        table.add_row("best epoch", best)
-    table.add_row("weights", weights.name)
-    counts = count_parameters(weights).items()
-    table.add_row("parameters", ", ".join(f"{name} {count:,}" for name, count in counts))
-    table.add_row("version", meta["ipar_sparse"])
-    table.add_row("settings", "\n".join(_changed(request)) or "all defaults")
-    decided = [f"{key} = {_text(config.get(key))}" for key in request.unresolved()]
-    table.add_row("selected", "\n".join(decided) or "nothing was left open")
+    for label, text in summarize_run(run).items():
+        table.add_row(label, text)
     console = Console()
     console.print(table)
-    selection = _selection(run)
+    selection = read_selection(run)
     if selection["choices"]:
         donors, folds = selection["donors"], len(selection["folds"])
         console.print(
@@ -61,17 +36,6 @@ def info(run: options.Run) -> None:
         console.print(_scores(selection))
         for choice in selection["choices"]:
             console.print(f"{choice['setting']}: {choice['reason']}", markup=False, soft_wrap=True)
-
-
-def _selection(run: Path) -> dict[str, Any]:
-    """The cross-validation table of a run."""
-    from ..config.schema import SELECTION
-
-    path = run / SELECTION
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{path} is missing or damaged; train the run again") from None
 
 
 def _scores(selection: Mapping[str, Any]) -> Table:
@@ -98,20 +62,3 @@ def _score(candidate: Mapping[str, Any], name: str) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
-
-
-def _changed(config: RunConfig) -> Iterator[str]:
-    """Settings that differ from their defaults, as ``section.key = value``."""
-    from ..config import RunConfig, describe
-
-    defaults = RunConfig()
-    for setting in describe():
-        value = config.get(setting.key)
-        if value != defaults.get(setting.key):
-            yield f"{setting.key} = {_text(value)}"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)

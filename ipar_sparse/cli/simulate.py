@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..files import check_folder
 from . import options
-from .folders import check_folder, removed_on_failure
+from .folders import removed_on_failure
 from .messages import say
 
 
@@ -31,7 +32,7 @@ def simulate(
         ),
     ] = Tissue.cortex,
     slides: Annotated[int, typer.Option(min=1, metavar="N", help="Number of slides.")] = 3,
-    spots: Annotated[int, typer.Option(min=1, metavar="N", help="Spots on each slide.")] = 1500,
+    spots: Annotated[int, typer.Option(min=100, metavar="N", help="Spots on each slide.")] = 1500,
     genes: Annotated[int, typer.Option(min=50, metavar="N", help="Number of genes.")] = 1200,
     seed: Annotated[
         int, typer.Option(min=0, metavar="N", help="Seed; another one gives other slides.")

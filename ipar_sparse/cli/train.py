@@ -10,8 +10,8 @@ import typer
 
 from ..errors import UserError
 from . import options
-from .folders import check_resume, check_run_folder, run_folder, what_is_left
-from .inputs import check_no_leak, read_files, recorded_slides
+from .folders import check_resume, what_is_left
+from .inputs import check_no_leak
 from .messages import Stopped, say
 from .options import OUTPUT, RUNNING, flag, given
 
@@ -68,7 +68,13 @@ Seed = Annotated[
     flag("--seed", "Seed of everything random. [dim]Default: 0[/dim]", RUNNING, "N", min=0),
 ]
 Resume = Annotated[
-    bool, flag("--resume", "Go on with the run in --out from where it stopped.", OUTPUT)
+    bool,
+    flag(
+        "--resume",
+        "Go on with the run in --out from where it stopped. With --set train.epochs=N or "
+        "train.patience=N also from its end.",
+        OUTPUT,
+    ),
 ]
 
 
@@ -93,11 +99,14 @@ def train(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Train on slides whose positions are known."""
+    from ..train.run_folder import check_run_folder, extend_run, extends, run_folder
+
     slides, val = slides or [], val or []
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
     donor_options = given(key=donor_key, pattern=donor_pattern, table=donor_map)
     if resume:
-        asked = given(config=config, set=overrides, preset=preset, select=select, seed=seed)
+        other = [text for text in overrides or [] if not extends(text)]
+        asked = given(config=config, set=other or None, preset=preset, select=select, seed=seed)
         asked |= data | {f"donor_{name}": value for name, value in donor_options.items()}
         check_resume(out, overwrite, [f"--{name.replace('_', '-')}" for name in asked])
     else:
@@ -110,6 +119,7 @@ def train(
     check_no_leak(slides, val)
 
     from ..config import RunConfig, load_config, resolve_device
+    from ..data.records import recorded_slides
     from ..train.fit import fit
 
     if resume:
@@ -125,6 +135,7 @@ def train(
     if resume:
         recorded = recorded_slides(out, [*slides, *val], settings)
         members = Members(*recorded, donors=None)  # the run has them on record
+        extend_run(out, overrides or [])
     else:
         members = _new_members(slides, val, settings, donor_options)
     with run_folder(out, resume):
@@ -147,6 +158,7 @@ def _new_members(
     slides: list[Path], val: list[Path], settings: RunConfig, donor_options: dict[str, Any]
 ) -> Members:
     """Slides of a new run, read from their files, and their donors."""
+    from ..data.readers import read_files
     from ..data.splits import find_donors
 
     everything = read_files(

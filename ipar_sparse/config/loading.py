@@ -15,7 +15,7 @@ from .validation import merge, suggest
 
 
 def load_config(
-    path: Path | None = None,
+    source: str | Path | Mapping[str, Any] | None = None,
     overrides: Iterable[str] = (),
     *,
     preset: str | None = None,
@@ -24,7 +24,8 @@ def load_config(
     """The configuration that a run is asked for; later wins: preset, file, sections, overrides.
 
     Args:
-        path: YAML file with any part of the tree.
+        source: YAML file with any part of the tree, or such values. Keys of values may be nested
+            or joined, e.g. ``{"train.epochs": 10}``.
         overrides: ``"train.epochs=30"`` strings; the value is read as YAML, ``none`` as null.
         preset: name in ``PRESETS``; default: the file's ``preset``, else ``v1``.
         **sections: values by section, e.g. ``train={"seed": 1}``.
@@ -32,10 +33,16 @@ def load_config(
     Raises:
         UserError: unknown key (the nearest is suggested), bad value, unreadable file.
     """
-    given: dict[str, Any] = _read_yaml(path) if path is not None else {}
+    path = None
+    given: dict[str, Any] = {}
+    if isinstance(source, Mapping):
+        for key, value in source.items():
+            given = merge(given, _nested(str(key), value))
+    elif source is not None:
+        path = Path(source)
+        given = _read_yaml(path)
     given = merge(given, sections)
-    for text in overrides:
-        given = merge(given, _parse_override(text))
+    given = merge(given, parse_overrides(overrides))
     name = preset or given.get("preset") or "v1"
     if name not in PRESETS:
         raise UserError(
@@ -85,6 +92,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Nested values of ``"train.epochs=30"`` strings; later wins.
+
+    Raises:
+        UserError: a string of another form.
+    """
+    given: dict[str, Any] = {}
+    for text in overrides:
+        given = merge(given, _parse_override(text))
+    return given
+
+
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, raw = text.partition("=")
     parts = key.strip().split(".")
@@ -96,6 +115,10 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise UserError(f"--set {key}: the value {raw!r} is not valid YAML") from None
     if isinstance(value, str) and value.lower() == "none":
         value = None
-    for part in reversed(parts):
+    return _nested(key.strip(), value)
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
         value = {part: value}
     return value

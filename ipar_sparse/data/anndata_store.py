@@ -1,4 +1,4 @@
-"""AnnData files as open stores, h5ad or zarr: what readers and writers share."""
+"""AnnData as open stores, from h5ad, zarr or memory: what readers and writers share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import anndata
 import h5py
 import pandas as pd
 from anndata.io import read_elem
@@ -16,7 +17,7 @@ from anndata.io import read_elem
 from ..errors import UserError
 
 Store = Any
-"""An open h5py.File or zarr.Group; both are nested mappings with ``attrs``."""
+"""Nested mappings of elements: an open h5py.File, a zarr.Group, or :func:`memory_store`."""
 
 
 @contextmanager
@@ -53,16 +54,43 @@ def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> Iterator[Store]:
         raise OSError(first_line(error)) from error
 
 
-def read_frame(store: Store, name: str, path: Path) -> pd.DataFrame:
-    """The data frame obs or var of an open file.
+def memory_store(adata: anndata.AnnData) -> Store:
+    """An AnnData object as a store; its elements are not copied."""
+    if adata.isbacked:
+        adata = adata.to_memory()
+    store = {"obs": adata.obs, "var": adata.var, "layers": adata.layers, "obsm": adata.obsm}
+    if adata.X is not None:
+        store["X"] = adata.X
+    if adata.raw is not None:
+        store["raw"] = {"X": adata.raw.X, "var": adata.raw.var}
+    return store
+
+
+def is_stored(element: Any) -> bool:
+    """Whether an element lies in a file, and not in memory."""
+    return type(element).__module__.partition(".")[0] in ("h5py", "zarr")
+
+
+def read_element(element: Any) -> Any:
+    """An element of a store, read where it lies in a file."""
+    return read_elem(element) if is_stored(element) else element
+
+
+def read_frame(store: Store, name: str, where: str | Path) -> pd.DataFrame:
+    """The data frame obs or var of an open store.
+
+    Args:
+        store: the open store.
+        name: of the frame.
+        where: what messages call the store.
 
     Raises:
         UserError: if an old version of AnnData wrote it.
     """
-    frame = read_elem(store[name])
+    frame = read_element(store[name])
     if not isinstance(frame, pd.DataFrame):
         raise UserError(
-            f"{path}: {name} is in the layout of an AnnData older than 0.7; open it with "
+            f"{where}: {name} is in the layout of an AnnData older than 0.7; open it with "
             "anndata.read_h5ad and write it again"
         )
     return frame

@@ -1,21 +1,33 @@
-"""AnnData files (h5ad, zarr) to slides."""
+"""AnnData, from files (h5ad, zarr) or memory, to slides."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
-from anndata.io import read_elem
 from scipy import sparse
 
 from ..config.schema import DataConfig
 from ..errors import UserError
-from .anndata_store import Store, open_store, read_frame, some_names, suggest
+from ..progress import Progress
+from .anndata_store import (
+    Store,
+    is_stored,
+    memory_store,
+    open_store,
+    read_element,
+    read_frame,
+    some_names,
+    suggest,
+)
 from .keys import Keys
 from .slide import Slide
 
@@ -26,18 +38,24 @@ LOG_CEILING = 20.0  # log1p of anything countable stays below this
 
 
 def read_file(
-    path: str | os.PathLike, data: DataConfig, *, require_pos: bool, min_cells: int = 1
+    source: str | os.PathLike | anndata.AnnData,
+    data: DataConfig,
+    *,
+    require_pos: bool,
+    min_cells: int = 1,
+    name: str | None = None,
 ) -> list[Slide]:
-    """The slides of a file, read as a configuration says; see :func:`read_slides`.
+    """The slides of a file or object, read as a configuration says; see :func:`read_slides`.
 
     Args:
-        path: AnnData file.
+        source: AnnData file or object.
         data: layer, embedding and keys.
         require_pos: refuse slides without positions.
         min_cells: refuse slides of fewer cells.
+        name: what slides and messages call it; see :func:`read_slides`.
     """
     return read_slides(
-        path,
+        source,
         slide_key=data.slide_key,
         layer=None if data.layer == "X" else data.layer,
         normalized=data.normalized,
@@ -45,11 +63,51 @@ def read_file(
         spatial_key=data.spatial_key,
         require_pos=require_pos,
         min_cells=min_cells,
+        name=name,
     )
 
 
+def read_files(
+    sources: Sequence[str | os.PathLike | anndata.AnnData],
+    data: DataConfig,
+    *,
+    require_pos: bool,
+    min_cells: int = 1,
+    names: Sequence[str | None] | None = None,
+) -> list[Slide]:
+    """The slides of some files or objects; of those with one name, each gets its number added.
+
+    Args:
+        sources: AnnData files or objects.
+        data: layer, keys and embedding.
+        require_pos: refuse slides without positions.
+        min_cells: refuse slides with fewer cells.
+        names: one a source; None names a file by its stem.
+
+    Raises:
+        UserError: in one line, for anything wrong with a source or its content.
+    """
+    slides: list[Slide] = []
+    pairs = list(zip(sources, names or [None] * len(sources), strict=True))
+    with Progress() as progress:
+        for source, name in progress.track(pairs, "Reading slides"):
+            slides += read_file(
+                source, data, require_pos=require_pos, min_cells=min_cells, name=name
+            )
+    tell_apart(slides)
+    return slides
+
+
+def tell_apart(slides: Sequence[Slide]) -> None:
+    """Adds its number to the name of each slide that another one shares."""
+    names = [slide.name for slide in slides]
+    for number, slide in enumerate(slides, start=1):
+        if names.count(slide.name) > 1:
+            slide.name = f"{slide.name}-{number}"
+
+
 def read_slides(
-    path: str | os.PathLike,
+    source: str | os.PathLike | anndata.AnnData,
     *,
     slide_key: str | None = None,
     layer: str | None = None,
@@ -58,11 +116,14 @@ def read_slides(
     spatial_key: str = Keys.SPATIAL,
     require_pos: bool = False,
     min_cells: int = 1,
+    name: str | None = None,
 ) -> list[Slide]:
     """Reads the slides of one AnnData file in blocks, and only what is asked for.
 
+    An object in memory passes the same checks. Slides may share its arrays, and never change them.
+
     Args:
-        path: an .h5ad file or a zarr folder.
+        source: an .h5ad file, a zarr folder, or an AnnData object.
         slide_key: obs column that names the slide of each cell, where a file holds several. Slides
             come in the order in which they first appear.
         layer: layer that holds the expression; X if left out. "raw" is `adata.raw`, unless a layer
@@ -74,6 +135,7 @@ def read_slides(
         require_pos: refuse slides without valid positions. Otherwise positions that cannot be used
             are left out with a note.
         min_cells: refuse slides of fewer cells.
+        name: of the slide; the stem of the file, or "slide", if left out.
 
     Returns:
         The slides; `Slide.notes` says what was recognised in the file.
@@ -81,89 +143,97 @@ def read_slides(
     Raises:
         UserError: in one line, for anything wrong with the file or its content.
     """
-    path = Path(path)
+    opened: AbstractContextManager[Store]
+    if isinstance(source, anndata.AnnData):
+        path, name = None, name or "slide"
+        where, opened = name, nullcontext(memory_store(source))
+    else:
+        path = Path(source)
+        name = name or path.stem
+        where, opened = str(path), open_store(path)
     notes: list[str] = []
     expression = None
-    with open_store(path) as store:
-        obs = read_frame(store, "obs", path)
+    with opened as store:
+        obs = read_frame(store, "obs", where)
         cell_names = obs.index.to_numpy(dtype=str)
-        _check_cell_names(cell_names, path)
-        group, genes = _select_matrix(store, layer, path, optional=embedding is not None)
-        pos = _read_positions(store, spatial_key, cell_names, require_pos, path, notes)
-        vectors = None if embedding is None else _read_embedding(store, embedding, path)
-        groups = _group_rows(obs, slide_key, path)
-        _check_sizes(groups, min_cells, slide_key, path)
+        _check_cell_names(cell_names, where)
+        group, genes = _select_matrix(store, layer, where, optional=embedding is not None)
+        pos = _read_positions(store, spatial_key, cell_names, require_pos, where, notes)
+        vectors = None if embedding is None else _read_embedding(store, embedding, where)
+        groups = _group_rows(obs, slide_key, where)
+        _check_sizes(groups, min_cells, slide_key, where)
         if group is not None:
             genes = _unique_genes(genes, notes)
-            expression = _read_matrix(group, (len(obs), len(genes)), path)
-            where = f"{path}, X" if layer is None else f"{path}, layer {layer!r}"
-            normalized = _check_values(expression, normalized, cell_names, genes, where, notes)
+            expression = _read_matrix(group, (len(obs), len(genes)), where)
+            part = f"{where}, X" if layer is None else f"{where}, layer {layer!r}"
+            normalized = _check_values(expression, normalized, cell_names, genes, part, notes)
         columns = _label_columns(obs)
 
-    slides = []
-    for label, rows in groups.items():
-        part = expression
-        if expression is not None and len(rows) < len(obs):
-            part = expression[rows]
-        slide = Slide(
-            name=path.stem if label is None else f"{path.stem}-{label}",
-            expression=part,
-            genes=genes,
-            cell_names=cell_names[rows],
-            pos=None if pos is None else pos[rows],
-            embedding=None if vectors is None else vectors[rows],
-            normalized=bool(normalized),
-            empty=np.zeros(len(rows), bool) if part is None else np.diff(part.indptr) == 0,
-            obs={key: values[rows] for key, values in columns.items()},
-            rows=rows,
-            notes=list(notes),
-            path=str(path.absolute()),
-        )
+    whole = Slide(
+        name=name,
+        expression=expression,
+        genes=genes,
+        cell_names=cell_names,
+        pos=pos,
+        embedding=vectors,
+        normalized=bool(normalized),
+        empty=None if expression is None else np.diff(expression.indptr) == 0,
+        obs=columns,
+        path=None if path is None else str(path.absolute()),
+    )
+    slides = [_part(whole, label, rows, notes) for label, rows in groups.items()]
+    for slide in slides:
         _note_oddities(slide)
-        slides.append(slide)
     return slides
 
 
-def _check_cell_names(names: np.ndarray, path: Path) -> None:
+def _part(whole: Slide, label: str | None, rows: np.ndarray, notes: list[str]) -> Slide:
+    """The slide of some rows of a file; the whole one where nothing labels it."""
+    if label is None:
+        return replace(whole, notes=list(notes))
+    return replace(whole.take(rows), name=f"{whole.name}-{label}", notes=list(notes))
+
+
+def _check_cell_names(names: np.ndarray, where: str) -> None:
     if len(names) == 0:
-        raise UserError(f"{path}: has no cells; export it again")
+        raise UserError(f"{where}: has no cells; export it again")
     index = pd.Index(names)
     if not index.is_unique:
         twice = index[index.duplicated()].unique()
         raise UserError(
-            f"{path}: {len(twice)} cell names occur more than once ({some_names(twice)}); "
+            f"{where}: {len(twice)} cell names occur more than once ({some_names(twice)}); "
             "call adata.obs_names_make_unique() and save it again"
         )
 
 
 def _check_sizes(
-    groups: dict[str | None, np.ndarray], min_cells: int, slide_key: str | None, path: Path
+    groups: dict[str | None, np.ndarray], min_cells: int, slide_key: str | None, where: str
 ) -> None:
     for label, rows in groups.items():
         if len(rows) < min_cells:
-            where = path if label is None else f"{path}, {slide_key} {label}"
+            of = where if label is None else f"{where}, {slide_key} {label}"
             raise UserError(
-                f"{where}: has {len(rows)} cells, at least {min_cells} are needed; "
+                f"{of}: has {len(rows)} cells, at least {min_cells} are needed; "
                 "leave it out or ask for smaller minisets and fewer neighbours"
             )
 
 
 def _select_matrix(
-    store: Store, layer: str | None, path: Path, optional: bool
+    store: Store, layer: str | None, where: str, optional: bool
 ) -> tuple[Any, np.ndarray]:
     """The group or dataset that holds the expression, and the gene names of its columns (G,)."""
     layers = list(store["layers"]) if "layers" in store else []
     if layer is None or layer in layers:
-        group = store[f"layers/{layer}"] if layer else store.get("X")
-        if group is None or group.attrs.get("encoding-type") == "null":
+        group = store["layers"][layer] if layer else store.get("X")
+        if group is None or (is_stored(group) and group.attrs.get("encoding-type") == "null"):
             if optional:
                 return None, np.empty(0, dtype=str)
-            raise UserError(f"{path}: X is empty; choose a layer, {suggest('', layers)}")
-        return group, read_frame(store, "var", path).index.to_numpy(dtype=str)
+            raise UserError(f"{where}: X is empty; choose a layer, {suggest('', layers)}")
+        return group, read_frame(store, "var", where).index.to_numpy(dtype=str)
     if layer == "raw" and "raw" in store and "X" in store["raw"]:
-        return store["raw/X"], read_elem(store["raw/var"]).index.to_numpy(dtype=str)
+        return store["raw"]["X"], read_element(store["raw"]["var"]).index.to_numpy(dtype=str)
     options = layers + (["raw"] if "raw" in store else [])
-    raise UserError(f"{path}: has no layer {layer!r}; {suggest(layer, options)}")
+    raise UserError(f"{where}: has no layer {layer!r}; {suggest(layer, options)}")
 
 
 def _unique_genes(genes: np.ndarray, notes: list[str]) -> np.ndarray:
@@ -196,19 +266,23 @@ def _read_flat(dataset: Any, dtype: type) -> np.ndarray:
     return out
 
 
-def _read_matrix(group: Any, shape: tuple[int, int], path: Path) -> sparse.csr_matrix:
-    """A stored dense, CSR or CSC matrix as float32 CSR, read in blocks."""
+def _read_matrix(group: Any, shape: tuple[int, int], where: str) -> sparse.csr_matrix:
+    """A dense, CSR or CSC matrix as float32 CSR; where it is stored, it is read in blocks."""
+    if sparse.issparse(group):
+        return _canonical(group)
     if not hasattr(group, "keys"):
         if tuple(group.shape) != shape:
             raise UserError(
-                f"{path}: the matrix is {group.shape[0]} x {group.shape[1]} but obs and var name "
+                f"{where}: the matrix is {group.shape[0]} x {group.shape[1]} but obs and var name "
                 f"{shape[0]} x {shape[1]}; export it again"
             )
         return _dense_to_csr(group)
     attrs = group.attrs
     kind = attrs.get("encoding-type") or f"{attrs.get('h5sparse_format')}_matrix"
     if kind not in ("csr_matrix", "csc_matrix"):
-        raise UserError(f"{path}: the matrix is stored as {kind}; store it dense, as CSR or as CSC")
+        raise UserError(
+            f"{where}: the matrix is stored as {kind}; store it dense, as CSR or as CSC"
+        )
     stored_shape = tuple(int(s) for s in attrs.get("shape", attrs.get("h5sparse_shape", shape)))
     num_stored = group["data"].shape[0]
     index_type = np.int32 if max(num_stored, *shape) < 2**31 else np.int64
@@ -224,7 +298,7 @@ def _read_matrix(group: Any, shape: tuple[int, int], path: Path) -> sparse.csr_m
         and (num_stored == 0 or (indices.min() >= 0 and indices.max() < minor))
     )
     if not consistent:
-        raise UserError(f"{path}: its sparse matrix is damaged; copy or export it again")
+        raise UserError(f"{where}: its sparse matrix is damaged; copy or export it again")
     data = _read_flat(group["data"], np.float32)
     if kind == "csr_matrix":
         matrix = sparse.csr_matrix((data, indices, indptr), shape=shape)
@@ -233,6 +307,16 @@ def _read_matrix(group: Any, shape: tuple[int, int], path: Path) -> sparse.csr_m
     matrix.sum_duplicates()
     matrix.eliminate_zeros()
     return matrix
+
+
+def _canonical(matrix: Any) -> sparse.csr_matrix:
+    """A float32 CSR matrix without zeros or duplicates; the given one is not changed."""
+    found = sparse.csr_matrix(matrix, dtype=np.float32)
+    if not found.has_canonical_format or not found.data.all():
+        found = found.copy()
+        found.sum_duplicates()
+        found.eliminate_zeros()
+    return found
 
 
 def _dense_to_csr(dataset: Any) -> sparse.csr_matrix:
@@ -288,21 +372,21 @@ def _check_values(
 
 
 def _read_obsm(store: Store, key: str) -> np.ndarray:
-    value = read_elem(store[f"obsm/{key}"])
+    value = read_element(store["obsm"][key])
     if sparse.issparse(value):
         value = value.toarray()
     return np.asarray(value)
 
 
 def _read_positions(
-    store: Store, key: str, cell_names: np.ndarray, required: bool, path: Path, notes: list[str]
+    store: Store, key: str, cell_names: np.ndarray, required: bool, where: str, notes: list[str]
 ) -> np.ndarray | None:
     """Positions (n, 2), float64; None if there are none or, where not required, unusable ones."""
     available = list(store["obsm"]) if "obsm" in store else []
     if key not in available:
         if required:
             raise UserError(
-                f'{path}: has no obsm["{key}"] with measured positions; {suggest(key, available)}'
+                f'{where}: has no obsm["{key}"] with measured positions; {suggest(key, available)}'
             )
         return None
     value = _read_obsm(store, key)
@@ -319,7 +403,7 @@ def _read_positions(
             remedy = "remove these cells or give them positions"
     if problem is not None:
         if required:
-            raise UserError(f'{path}: obsm["{key}"] {problem}; {remedy}')
+            raise UserError(f'{where}: obsm["{key}"] {problem}; {remedy}')
         notes.append(f'obsm["{key}"] {problem}: positions were left out')
         return None
     if value.shape[1] == 3:
@@ -327,40 +411,40 @@ def _read_positions(
     return np.ascontiguousarray(value[:, :2], dtype=np.float64)
 
 
-def _read_embedding(store: Store, spec: str, path: Path) -> np.ndarray:
+def _read_embedding(store: Store, spec: str, where: str) -> np.ndarray:
     slot, _, key = str(spec).partition(":")
     if slot != "obsm" or not key:
         raise UserError(f"embedding {spec!r} is not understood; write it as obsm:KEY")
     available = list(store["obsm"]) if "obsm" in store else []
     if key not in available:
-        raise UserError(f'{path}: has no obsm["{key}"]; {suggest(key, available)}')
+        raise UserError(f'{where}: has no obsm["{key}"]; {suggest(key, available)}')
     value = _read_obsm(store, key)
     if value.ndim != 2 or value.dtype.kind not in "fiu":
-        raise UserError(f'{path}: obsm["{key}"] is no table of numbers; give an embedding n x d')
+        raise UserError(f'{where}: obsm["{key}"] is no table of numbers; give an embedding n x d')
     value = np.ascontiguousarray(value, dtype=np.float32)
     bad = np.logical_not(np.isfinite(value).all(axis=1))
     if bad.any():
         raise UserError(
-            f'{path}: obsm["{key}"] is NaN or infinite for {bad.sum()} of {len(bad)} cells; '
+            f'{where}: obsm["{key}"] is NaN or infinite for {bad.sum()} of {len(bad)} cells; '
             "remove these cells or compute the embedding again"
         )
     return value
 
 
 def _group_rows(
-    obs: pd.DataFrame, slide_key: str | None, path: Path
+    obs: pd.DataFrame, slide_key: str | None, where: str
 ) -> dict[str | None, np.ndarray]:
     """Row numbers of each slide, by its label; None labels a file of one slide."""
     if slide_key is None:
         return {None: np.arange(len(obs))}
     if slide_key not in obs:
         raise UserError(
-            f"{path}: has no obs column {slide_key!r}; {suggest(slide_key, obs.columns)}"
+            f"{where}: has no obs column {slide_key!r}; {suggest(slide_key, obs.columns)}"
         )
     column = obs[slide_key]
     if column.isna().any():
         raise UserError(
-            f"{path}: {int(column.isna().sum())} cells have no value in obs[{slide_key!r}]; "
+            f"{where}: {int(column.isna().sum())} cells have no value in obs[{slide_key!r}]; "
             "fill it in or remove them"
         )
     codes, labels = pd.factorize(column.astype(str))

@@ -22,6 +22,21 @@ from .keys import Keys
 from .slide import Slide
 
 
+def to_anndata(slide: Slide) -> anndata.AnnData:
+    """One slide as AnnData: X, obs, var, obsm["spatial"], obsm["X_embedding"]."""
+    obsm = {}
+    if slide.pos is not None:
+        obsm[Keys.SPATIAL] = slide.pos
+    if slide.embedding is not None:
+        obsm["X_embedding"] = slide.embedding
+    return anndata.AnnData(
+        X=slide.expression,
+        obs=pd.DataFrame(slide.obs, index=slide.cell_names.astype(object)),
+        var=pd.DataFrame(index=np.asarray(slide.genes, dtype=object)),
+        obsm=obsm,
+    )
+
+
 def write_slide(
     slide: Slide,
     path: str | os.PathLike,
@@ -40,17 +55,7 @@ def write_slide(
     Raises:
         UserError: if the file exists or cannot be written; nothing half-written is left.
     """
-    obsm = {}
-    if slide.pos is not None:
-        obsm[Keys.SPATIAL] = slide.pos
-    if slide.embedding is not None:
-        obsm["X_embedding"] = slide.embedding
-    adata = anndata.AnnData(
-        X=slide.expression,
-        obs=pd.DataFrame(slide.obs, index=slide.cell_names.astype(object)),
-        var=pd.DataFrame(index=np.asarray(slide.genes, dtype=object)),
-        obsm=obsm,
-    )
+    adata = to_anndata(slide)
     path = Path(path)
     _check_suffix(path)
     with _replacing(path, overwrite) as temp:
@@ -150,6 +155,33 @@ def write_predictions(
             _put(store, "uns", Keys.UNS, _plain(dict(uns or {})))
         if out.suffix == ".zarr":
             _consolidate(temp)
+
+
+def add_predictions(
+    adata: anndata.AnnData,
+    *,
+    pos: np.ndarray | None = None,
+    embedding: np.ndarray | None = None,
+    obs: Mapping[str, np.ndarray] | None = None,
+    uns: Mapping[str, Any] | None = None,
+) -> None:
+    """Adds to an object what :func:`write_predictions` adds to a file; earlier ones are replaced.
+
+    Args:
+        adata: n cells; changed in place.
+        pos: positions (n, 2), for obsm["X_ipar"].
+        embedding: embedding (n, d), for obsm["X_ipar_embedding"].
+        obs: columns to add, each (n,).
+        uns: nested dict of plain values, for uns["ipar"].
+    """
+    for key, value in ((Keys.PREDICTION, pos), (Keys.EMBEDDING, embedding)):
+        if value is not None:
+            adata.obsm[key] = np.asarray(value)
+    if pos is not None and Keys.UNCERTAINTY in adata.obs:  # of an earlier prediction
+        del adata.obs[Keys.UNCERTAINTY]
+    for key, value in (obs or {}).items():
+        adata.obs[key] = _storable(np.asarray(value))
+    adata.uns[Keys.UNS] = _plain(dict(uns or {}))
 
 
 def in_file_order(

@@ -278,8 +278,9 @@ def check_same_study(before: Study, study: Study, out: Path) -> None:
     ]
     if differs:
         raise UserError(
-            f"{out} holds another study ({differs[0]} differ); choose another --out, or ask for "
-            "the same study to go on with it (seeds and variants may be added)"
+            f"{out} holds another study ({differs[0]} differ); choose another --out, pass "
+            "--overwrite to start anew, or ask for the same study to go on with it (seeds and "
+            "variants may be added)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -49,6 +50,7 @@ def run_study(
     *,
     jobs: int | None = None,
     device: str | None = None,
+    overwrite: bool = False,
     on_collect: Callable[[Path, StudyResults], object] | None = None,
 ) -> StudyResults:
     """Works off a study, or what is left of it, and writes ``results.csv`` and ``summary.json``.
@@ -62,6 +64,7 @@ def run_study(
         jobs: runs side by side; half of the cores if left out. They share the cores, and none
             has more threads than ``OMP_NUM_THREADS`` allows.
         device: where all runs are computed; as configured if left out.
+        overwrite: remove an earlier study in ``out``, whatever it is, and start anew.
         on_collect: called with folder and results once they are written, also after ctrl-C.
 
     Raises:
@@ -69,6 +72,8 @@ def run_study(
         KeyboardInterrupt: after ctrl-C; results of what is finished are written.
     """
     out = Path(out)
+    if overwrite:
+        _remove_study(out)
     check_study_folder(study, out)
     if device is not None:
         resolve_device(device)
@@ -101,6 +106,12 @@ def check_study_folder(study: Study, out: Path) -> None:
     if not (out / PLAN).is_file():
         raise UserError(f"{out} is not empty and holds no study; choose another --out")
     check_same_study(load_plan(out), study, out)
+
+
+def _remove_study(out: Path) -> None:
+    """Removes the folder of a study; of anything else it removes nothing."""
+    if (out / PLAN).is_file():
+        shutil.rmtree(out)
 
 
 def threads_per_job(cores: int) -> int:

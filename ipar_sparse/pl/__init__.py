@@ -8,6 +8,7 @@ from ..metrics.diagnostics import AttentionFocus
 from .curves import loss_curves, recycle_curves
 from .layouts import (
     attention_focus,
+    compare,
     layout,
     layout_pair,
     position_colors,
@@ -19,6 +20,7 @@ from .scores import distance_density, metric_bars, metric_dots, uncertainty_cali
 __all__ = [
     "AttentionFocus",
     "attention_focus",
+    "compare",
     "distance_density",
     "layout",
     "layout_pair",

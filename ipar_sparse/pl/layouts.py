@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
+from matplotlib.lines import Line2D
 
+from ..data.keys import Keys
 from ..geometry.alignment import align
 from ..geometry.neighborhoods import as_layout, unit_gauge
 from ..metrics.diagnostics import AttentionFocus
+from .colors import Coloring, Palette, color_by_key, color_of, positions_of
 from .style import (
     FAINT,
     INK,
@@ -22,6 +28,11 @@ from .style import (
     scatter,
     tissue_axes,
 )
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_CONTINUOUS = colormaps["viridis"].with_extremes(bad=FAINT)
 
 # one axis is blue to orange, which red-green blindness keeps apart, the other dark to light
 _CORNERS = {"low": ("#0B2A6B", "#7A2300"), "high": ("#8CD3F0", "#FFD166")}
@@ -50,33 +61,86 @@ def position_colors(pos) -> np.ndarray:
 
 
 def layout(
-    pos, color=None, *, ax: Axes | None = None, title: str | None = None, label: str | None = None
-) -> Axes:
-    """One map of cells.
+    cells,
+    color=None,
+    *,
+    basis: str = "ipar",
+    layer: str | None = None,
+    palette: Palette = None,
+    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+    title: str | None = None,
+    label: str | None = None,
+) -> Axes | np.ndarray:
+    """One map of cells, or one for each of several keys.
 
     Args:
-        pos: layout (n, 2).
-        color: RGB of each cell (n, 3), or a value of each cell (n,), for which a colour bar is
-            drawn; by position if left out.
-        ax: where to draw.
-        title: above the map.
+        cells: layout (n, 2), or AnnData.
+        color: RGB of each cell (n, 3), numbers (n,), or labels (n,); by position if left out. Of
+            AnnData also an obs column, a gene, or a list of these.
+        basis: of AnnData, where the layout lies: obsm["X_<basis>"] or obsm["<basis>"].
+        layer: of AnnData, the layer of a gene's expression; X if left out.
+        palette: colours of labels, by label or in their order; uns["<key>_colors"] if left out.
+        ax: where to draw; one for each key of a list.
+        title: above the map; the key if left out.
         label: of the colour bar.
+
+    Returns:
+        The axes; an array of them for a list of keys.
+
+    Raises:
+        UserError: AnnData has no such layout, column or gene.
+        ValueError: there are not as many colours as cells.
     """
-    pos = as_layout(pos)
-    ax = tissue_axes(new_axes(ax), title)
-    color = position_colors(pos) if color is None else np.asarray(color)
-    if len(color) != len(pos):
-        raise ValueError(f"layout: {len(pos)} cells, but colours for {len(color)}")
-    rows = draw_subset(len(pos))
-    if color.ndim == 2:
-        scatter(ax, pos[rows], c=color[rows])
-    else:
-        color = color.astype(float)
-        rows = rows[np.argsort(color[rows], kind="stable")]  # high values lie on top
-        drawn = scatter(ax, pos[rows], c=color[rows], cmap="viridis", norm=_robust(color))
-        _colorbar(ax, drawn, label)
-    note_subset(ax, len(rows), len(pos))
-    return ax
+    pos, colors = _maps_of(cells, color, basis, layer, palette)
+    if not isinstance(colors, list):
+        return _draw_map(new_axes(cast(Axes | None, ax)), pos, colors, title or colors.name, label)
+    axes = new_row(cast(Sequence[Axes] | None, ax), len(colors), 4.2)
+    for one, shown in zip(axes, colors, strict=True):
+        _draw_map(one, pos, shown, title or shown.name, label)
+    return axes
+
+
+def compare(
+    slide: AnnData,
+    color=None,
+    *,
+    basis: str = "ipar",
+    measured: str = Keys.SPATIAL,
+    layer: str | None = None,
+    palette: Palette = None,
+    axes: Sequence[Axes] | np.ndarray | None = None,
+) -> np.ndarray:
+    """Measured and predicted map of one slide side by side, the prediction turned to match.
+
+    Args:
+        slide: n cells with positions and a prediction.
+        color: as in :func:`layout`; by *measured* position if left out, so that the predicted map
+            shows where each part of the tissue went.
+        basis: of the prediction.
+        measured: obsm key of the measured positions.
+        layer: layer of a gene's expression; X if left out.
+        palette: colours of labels.
+        axes: two for each key.
+
+    Returns:
+        Axes (2,), or (keys, 2) for a list of keys.
+
+    Raises:
+        UserError: the slide has no positions, no prediction, or no such column or gene.
+    """
+    true, colors = _maps_of(slide, color, measured, layer, palette)
+    pred = positions_of(slide, basis)
+    rows = colors if isinstance(colors, list) else [colors]
+    if axes is None:
+        _, axes = plt.subplots(
+            len(rows), 2, figsize=(9.4, 4.6 * len(rows)), layout="constrained", squeeze=False
+        )
+    axes = np.ravel(np.asarray(axes, dtype=object)).reshape(-1, 2)
+    for pair, shown in zip(axes, rows, strict=True):
+        name = "" if shown.name is None else f", {shown.name}"
+        titles = (f"Measured{name}", f"Predicted{name}")
+        layout_pair(true, pred, shown, axes=pair, titles=titles)
+    return axes if isinstance(colors, list) else axes[0]
 
 
 def layout_pair(
@@ -101,10 +165,78 @@ def layout_pair(
     """
     axes = new_row(axes, 2, 4.2)
     aligned, _ = align(pred, true)
-    color = position_colors(true) if color is None else color
-    layout(true, color, ax=axes[0], title=titles[0], label=label)
-    layout(aligned, color, ax=axes[1], title=titles[1], label=label)
+    if not isinstance(color, Coloring):
+        color = color_of(position_colors(true) if color is None else color)
+    _draw_map(axes[0], as_layout(true), color, titles[0], label, legend=False)
+    _draw_map(axes[1], as_layout(aligned), color, titles[1], label)
     return axes
+
+
+def _maps_of(
+    cells, color, basis: str, layer: str | None, palette: Palette
+) -> tuple[np.ndarray, Coloring | list[Coloring]]:
+    """Positions (n, 2) and colours of a map; a list of colours for a list of keys."""
+    if not hasattr(cells, "obsm"):
+        pos = as_layout(cells)
+        return pos, color_of(position_colors(pos) if color is None else color, palette)
+    pos = positions_of(cells, basis)
+    if color is None:
+        return pos, color_of(position_colors(pos))
+    if isinstance(color, str):
+        return pos, color_by_key(cells, color, layer=layer, palette=palette)
+    if isinstance(color, list | tuple) and all(isinstance(key, str) for key in color):
+        return pos, [color_by_key(cells, key, layer=layer, palette=palette) for key in color]
+    return pos, color_of(color, palette)
+
+
+def _draw_map(
+    ax: Axes,
+    pos: np.ndarray,
+    color: Coloring,
+    title: str | None = None,
+    label: str | None = None,
+    *,
+    legend: bool = True,
+) -> Axes:
+    tissue_axes(ax, title)
+    values = color.values
+    if len(values) != len(pos):
+        raise ValueError(f"layout: {len(pos)} cells, but colours for {len(values)}")
+    rows = draw_subset(len(pos))
+    if values.ndim == 2:
+        scatter(ax, pos[rows], c=values[rows])
+        if color.labels and legend:
+            _legend(ax, color.labels)
+    else:
+        # high values lie on top, cells without a value below all
+        rows = rows[np.argsort(np.nan_to_num(values[rows], nan=-np.inf), kind="stable")]
+        drawn = scatter(
+            ax,
+            pos[rows],
+            c=values[rows],
+            cmap=_CONTINUOUS,
+            norm=_robust(values),
+            plotnonfinite=True,
+        )
+        _colorbar(ax, drawn, label)
+    note_subset(ax, len(rows), len(pos))
+    return ax
+
+
+def _legend(ax: Axes, labels: dict[str, np.ndarray]) -> None:
+    marks = [
+        Line2D([], [], linestyle="", marker="o", markersize=6, color=to_hex(tuple(rgb)), label=name)
+        for name, rgb in labels.items()
+    ]
+    ax.legend(
+        handles=marks,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        ncols=1 + (len(marks) - 1) // 18,
+        frameon=False,
+        fontsize=8,
+        handletextpad=0.2,
+    )
 
 
 def trajectory(
@@ -167,7 +299,8 @@ def uncertainty_map(pos, uncertainty, *, ax: Axes | None = None) -> Axes:
         uncertainty: predicted root mean square error of each cell (n,), in tissue radii.
         ax: where to draw.
     """
-    return layout(pos, uncertainty, ax=ax, title="Uncertainty", label="tissue radii")
+    color = color_of(uncertainty)
+    return _draw_map(new_axes(ax), as_layout(pos), color, "Uncertainty", "tissue radii")
 
 
 def _robust(values: np.ndarray) -> Normalize:

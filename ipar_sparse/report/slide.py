@@ -54,6 +54,21 @@ def evaluate_slide(
         UserError: if the slide has no positions, or fewer than three cells.
     """
     evaluation = score_slide(predictor, slide, noise_samples=noise_samples, baselines=baselines)
+    return write_evaluation(predictor, slide, evaluation, out, command=command)
+
+
+def write_evaluation(
+    predictor: Predictor,
+    slide: Slide,
+    evaluation: SlideEvaluation,
+    out: str | Path,
+    *,
+    command: str | None = None,
+) -> dict[str, float]:
+    """Write the metrics, figures and report of a slide that is scored already.
+
+    Arguments and result are those of :func:`evaluate_slide`; ``evaluation`` is of the same slide.
+    """
     metrics, out = flat_metrics(evaluation), Path(out)
     with Progress() as progress, progress.task("Report"):
         out.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,12 @@ from .tables import column
 
 
 def run_study_with_report(
-    study: Study, out: str | Path, *, jobs: int | None = None, device: str | None = None
+    study: Study,
+    out: str | Path,
+    *,
+    jobs: int | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
 ) -> StudyResults:
     """Works off a study, writes its tables and its page, and prints the main table.
 
@@ -38,7 +43,9 @@ def run_study_with_report(
     page is also written after ctrl-C.
     """
     out = Path(out)
-    results = run_study(study, out, jobs=jobs, device=device, on_collect=write_study_report)
+    results = run_study(
+        study, out, jobs=jobs, device=device, overwrite=overwrite, on_collect=write_study_report
+    )
     print_study(results.comparison)
     return results
 

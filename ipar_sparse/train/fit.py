@@ -197,6 +197,13 @@ def _divide(
     for slide in (*slides, *val):
         if slide.pos is None:
             raise UserError(f"{slide.name}: no positions to train on; see data/README.md")
+    trained = {slide_digest(slide) for slide in slides}
+    for slide in val:
+        if slide_digest(slide) in trained:
+            raise UserError(
+                f"{slide.name} is given both to train on and to validate on, so its score would "
+                "mean nothing; leave it out of one"
+            )
     return slides, list(val)
 
 

@@ -1,0 +1,382 @@
+"""A trained model as a person holds it: AnnData in, AnnData out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import pandas as pd
+from anndata import AnnData
+from anndata.io import read_h5ad, read_zarr
+
+from .config import RunConfig, load_config, resolve_device
+from .data.readers import read_files, tell_apart
+from .data.slide import Slide
+from .data.splits import find_donors
+from .data.writers import add_predictions
+from .errors import UserError
+from .evaluation.results import SlideEvaluation
+from .evaluation.scoring import score_slide
+from .inference.placing import embed_cells, place_cells, reading_settings, role_in_training
+from .inference.predictor import Predictor
+from .inference.summary import summarize_run
+from .progress import setup_logging
+from .report import write_evaluation
+from .train.fit import fit
+from .train.run_folder import check_run_folder, run_folder
+
+logger = logging.getLogger(__name__)
+
+Cells: TypeAlias = AnnData | str | os.PathLike
+"""Cells in memory, or an .h5ad file or .zarr folder."""
+
+
+class IPAR:
+    """A trained model that places cells by their expression.
+
+    Made by :meth:`train` or :meth:`load`. Its run folder is what ``ipar-sparse train`` writes, so
+    the command line and this class read each other's models.
+
+    Args:
+        predictor: the trained run.
+
+    Example::
+
+        model = IPAR.train([slide_a, slide_b], val=slide_c)
+        model.predict(cells)  # fills obsm["X_ipar"] and obs["ipar_uncertainty"]
+        model.save("run")
+    """
+
+    def __init__(self, predictor: Predictor):
+        self.predictor = predictor
+
+    @classmethod
+    def train(
+        cls,
+        slides: Cells | Sequence[Cells] | Mapping[str, Cells],
+        val: Cells | Sequence[Cells] | Mapping[str, Cells] | None = None,
+        donors: Mapping[str, str] | Sequence[str] | str | None = None,
+        config: RunConfig | Mapping[str, Any] | str | os.PathLike | None = None,
+        out: str | os.PathLike | None = None,
+        *,
+        preset: str | None = None,
+        select: Literal["quick", "full", "none"] | None = None,
+        embedding: str | None = None,
+        layer: str | None = None,
+        normalized: bool | None = None,
+        slide_key: str | None = None,
+        seed: int | None = None,
+        device: str | None = None,
+        overwrite: bool = False,
+    ) -> IPAR:
+        """Train on slides whose positions are known, as ``ipar-sparse train`` does.
+
+        Args:
+            slides: slides with positions (n, 2) in obsm["spatial"]. A mapping names them; objects
+                without a name are called ``slide1``, ``slide2``, ...
+            val: slides that decide when training stops. None keeps one of more than three slides
+                for this; an empty list keeps none.
+            donors: slide name to donor, one donor for each slide of ``slides``, or the obs column
+                that names the donor. Every slide is its own donor if left out.
+            config: settings by key, e.g. ``{"train.epochs": 10}``, a YAML file, or a RunConfig.
+            out: folder of the run; a temporary one if left out, whose path is told.
+            preset: named variant to start from, e.g. ``"v1-rbf"``.
+            select: how thoroughly settings are selected by cross-validation over donors.
+            embedding: an embedding to use instead of a trained encoder, e.g. ``"obsm:X_pca"``.
+            layer: layer that holds the expression; X if left out.
+            normalized: whether expression is log-normalised; recognised if left out.
+            slide_key: obs column that names the slide of each cell, where an object holds several.
+            seed: of everything random.
+            device: ``"cpu"``, ``"cuda"``, ...; a GPU where there is one if left out.
+            overwrite: replace an earlier run in ``out``.
+
+        Raises:
+            UserError: on slides that cannot be trained on, unknown settings, or a folder in use.
+            KeyboardInterrupt: after an interrupt, once the state is saved;
+                ``ipar-sparse train --out OUT --resume`` goes on.
+        """
+        _show_messages()
+        settings = _settings(
+            config,
+            preset=preset,
+            data=_given(
+                embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key
+            ),
+            train=_given(seed=seed),
+            selection=_given(mode=select),
+        )
+        resolve_device(device or settings.train.device)
+        if out is None:
+            out = Path(tempfile.mkdtemp(prefix="ipar_sparse-")) / "run"
+            logger.warning("the run goes to the temporary folder %s; save() keeps it", out)
+        out = Path(out)
+        check_run_folder(out, overwrite)
+        reading: dict[str, Any] = {"require_pos": True, "min_cells": settings.train.miniset_min}
+        names, sources = _named(slides)
+        members = read_files(sources, settings.data, names=names, **reading)
+        names, sources = _named(() if val is None else val, start=len(sources))
+        held = read_files(sources, settings.data, names=names, **reading)
+        tell_apart([*members, *held])
+        chosen = None if val is None else held
+        with run_folder(out, resume=False):
+            fit(members, chosen, settings, out, donors=_donors(members, donors), device=device)
+        return cls.load(out, device or "auto")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, device: str = "auto") -> IPAR:
+        """The model of a run folder, from :meth:`save` or ``ipar-sparse train``.
+
+        Args:
+            folder: of the run.
+            device: where to compute; ``"auto"`` is a GPU where there is one.
+
+        Raises:
+            UserError: the folder is no run or is damaged, or there is no such device.
+        """
+        _show_messages()
+        return cls(Predictor.load(Path(folder), resolve_device(device)))
+
+    def save(self, folder: str | os.PathLike, overwrite: bool = False) -> None:
+        """Copies the run to a folder that :meth:`load` reads; it appears complete or not at all.
+
+        From then on the model belongs to this folder.
+
+        Args:
+            folder: made if missing.
+            overwrite: replace an earlier run there.
+
+        Raises:
+            UserError: the folder is in use.
+            OSError: the disk is full.
+        """
+        folder = Path(folder)
+        if folder.exists() and folder.resolve() == self.run.resolve():
+            return
+        check_run_folder(folder, overwrite)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with run_folder(folder, resume=False):
+            shutil.copytree(self.run, folder, dirs_exist_ok=True)
+        self.predictor.run = folder
+
+    def predict(
+        self,
+        cells: Cells,
+        copy: bool = False,
+        noise_samples: int | None = None,
+        *,
+        layer: str | None = None,
+        normalized: bool | None = None,
+        slide_key: str | None = None,
+        embedding: str | None = None,
+    ) -> AnnData | None:
+        """Places n cells from their expression; measured positions are not looked at.
+
+        Fills obsm["X_ipar"] (n, 2), centred, in units of the tissue's root-mean-square radius,
+        turned and mirrored at will. obsm["X_ipar_embedding"] (n, d) is what they come from.
+        obs["ipar_uncertainty"] (n,) is the expected error in the same units, where the run tells
+        one. uns["ipar"] says how they were made. An earlier prediction is replaced.
+
+        Args:
+            cells: AnnData, filled in place; or a file, which is read and left as it is.
+            copy: fill and return a copy instead.
+            noise_samples: predictions under training noise, which add to the uncertainty; the
+                run's setting if left out.
+            layer: layer that holds the expression; that of the run if left out.
+            normalized: whether expression is log-normalised; recognised if left out.
+            slide_key: obs column that names the slide of each cell; slides are placed apart.
+            embedding: for a run that was trained on an embedding, where it is, as
+                ``"obsm:X_pca"``.
+
+        Returns:
+            The cells if they are a copy or come from a file, else None.
+
+        Raises:
+            UserError: the cells cannot be read, or share no gene with the run.
+        """
+        slides, adata = self._read(
+            cells, layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding
+        )
+        added = place_cells(self.predictor, slides, noise_samples)
+        return _filled(cells, adata, copy, added)
+
+    def embed(
+        self,
+        cells: Cells,
+        copy: bool = False,
+        *,
+        layer: str | None = None,
+        normalized: bool | None = None,
+        slide_key: str | None = None,
+    ) -> AnnData | None:
+        """Fills obsm["X_ipar_embedding"] (n, d) by the encoder alone.
+
+        Arguments and result are those of :meth:`predict`.
+
+        Raises:
+            UserError: the run has no encoder, or the cells share no gene with it.
+        """
+        slides, adata = self._read(cells, layer=layer, normalized=normalized, slide_key=slide_key)
+        return _filled(cells, adata, copy, embed_cells(self.predictor, slides))
+
+    def evaluate(
+        self,
+        slide: Cells,
+        out: str | os.PathLike | None = None,
+        *,
+        noise_samples: int | None = None,
+        baselines: bool | None = None,
+        layer: str | None = None,
+        normalized: bool | None = None,
+        slide_key: str | None = None,
+        embedding: str | None = None,
+    ) -> pd.DataFrame:
+        """Scores a prediction, and simple methods beside it, against measured positions.
+
+        Args:
+            slide: AnnData or file with positions in obsm["spatial"], not trained on.
+            out: folder for the report of ``ipar-sparse evaluate``; none is written if left out.
+            noise_samples: predictions under training noise; the run's setting if left out.
+            baselines: whether to score simple methods; the run's setting if left out.
+            layer, normalized, slide_key, embedding: as in :meth:`predict`.
+
+        Returns:
+            One row a method, the model first. Columns: distance Spearman and neighbour hit (higher
+            is better), Procrustes error and E_geo (lower is better). Several slides add an index
+            level.
+
+        Raises:
+            UserError: the slide has no positions, too few cells, or shares no gene with the run.
+        """
+        slides, _ = self._read(
+            slide,
+            require_pos=True,
+            layer=layer,
+            normalized=normalized,
+            slide_key=slide_key,
+            embedding=embedding,
+        )
+        tables = {}
+        for one in slides:
+            if role := role_in_training(self.predictor, one):
+                logger.warning(
+                    "%s %s: these scores say nothing about unseen slides", one.name, role
+                )
+            scored = score_slide(
+                self.predictor, one, noise_samples=noise_samples, baselines=baselines
+            )
+            if out is not None:
+                folder = Path(out) if len(slides) == 1 else Path(out) / one.name
+                write_evaluation(self.predictor, one, scored, folder, command="IPAR.evaluate()")
+            tables[one.name] = _table(scored, max(self.config.eval.ks))
+        if len(tables) == 1:
+            return next(iter(tables.values()))
+        return pd.concat(tables, names=["slide", "method"])
+
+    def info(self) -> pd.Series:
+        """What the model was trained on, how far it got, and which settings it selected.
+
+        Raises:
+            UserError: a file of the run is missing or damaged.
+        """
+        return pd.Series(summarize_run(self.run), name=str(self.run))
+
+    @property
+    def run(self) -> Path:
+        """The run folder that the model was read from or saved to."""
+        return self.predictor.run
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings that the run was computed with."""
+        return self.predictor.config
+
+    def __repr__(self) -> str:
+        meta = self.predictor.meta
+        kind = "an embedding" if meta["genes"] is None else f"{len(meta['genes']):,} genes"
+        slides = [one["name"] for one in meta["metadata"]["slides"] if one["role"] == "train"]
+        trained = f"{', '.join(slides[:3])}{', ...' if len(slides) > 3 else ''}"
+        return f"IPAR({kind}, trained on {trained}, {str(self.run)!r})"
+
+    def _read(
+        self, cells: Cells, *, require_pos: bool = False, **reading: Any
+    ) -> tuple[list[Slide], AnnData | None]:
+        """The slides of an object or file; of a file also the object, where it is to be filled."""
+        _show_messages()
+        data = reading_settings(self.predictor, **reading)
+        name = "cells" if isinstance(cells, AnnData) else None
+        slides = read_files([cells], data, require_pos=require_pos, names=[name])
+        for slide in slides:
+            for note in slide.notes:
+                logger.info("%s: %s", slide.name, note)
+        return slides, cells if isinstance(cells, AnnData) else None
+
+
+def _filled(cells: Cells, adata: AnnData | None, copy: bool, added) -> AnnData | None:
+    """Adds what was computed to the object, its copy, or what its file holds."""
+    if adata is None:
+        path = Path(cells)
+        adata, copy = (read_zarr if path.is_dir() else read_h5ad)(path), True
+    elif copy:
+        adata = adata.copy()
+    add_predictions(adata, **vars(added))
+    return adata if copy else None
+
+
+def _settings(config, *, preset: str | None, **sections: Mapping[str, Any]) -> RunConfig:
+    if not isinstance(config, RunConfig):
+        return load_config(config, preset=preset, **sections)
+    if preset is not None:
+        raise UserError("a RunConfig has its preset already; leave out preset, or give a dict")
+    return config.replace(**sections)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _named(
+    slides: Cells | Sequence[Cells] | Mapping[str, Cells], start: int = 0
+) -> tuple[list[str | None], list[Cells]]:
+    """Names and sources of slides; objects without a name are numbered, files have their own."""
+    if isinstance(slides, Mapping):
+        return [str(name) for name in slides], list(slides.values())
+    sources = [slides] if isinstance(slides, AnnData | str | os.PathLike) else list(slides)
+    numbers = range(start + 1, start + len(sources) + 1)
+    return [
+        f"slide{number}" if isinstance(source, AnnData) else None
+        for number, source in zip(numbers, sources, strict=True)
+    ], sources
+
+
+def _donors(slides: Sequence[Slide], donors) -> dict[str, str]:
+    """Slide name to donor.
+
+    Raises:
+        UserError: a slide whose donor cannot be told.
+    """
+    if donors is None or isinstance(donors, str):
+        return find_donors(slides, key=donors)
+    if not isinstance(donors, Mapping):
+        if len(donors) != len(slides):
+            raise UserError(f"{len(slides)} slides, but {len(donors)} donors; give one for each")
+        return {slide.name: str(donor) for slide, donor in zip(slides, donors, strict=True)}
+    if missing := [slide.name for slide in slides if slide.name not in donors]:
+        raise UserError(f"donors does not name the donor of {missing[0]}; it is a mapping by slide")
+    return {slide.name: str(donors[slide.name]) for slide in slides}
+
+
+def _table(evaluation: SlideEvaluation, k: int) -> pd.DataFrame:
+    columns = ["distance_spearman", f"neighbor_hit@{k}", "procrustes", "E_geo"]
+    table = pd.DataFrame.from_dict(evaluation.methods, orient="index").rename_axis("method")
+    return table[[name for name in columns if name in table]]
+
+
+def _show_messages() -> None:
+    """Shows the package's messages, unless the program has set up logging of its own."""
+    if not logging.getLogger("ipar_sparse").handlers and not logging.getLogger().handlers:
+        setup_logging()

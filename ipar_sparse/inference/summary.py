@@ -1,0 +1,69 @@
+"""What a run was trained on, how far it got and what it selected, in lines for a person."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..config import RunConfig, describe
+from ..config.schema import SELECTION
+from ..data.records import recorded_inputs
+from ..errors import UserError
+from .run_folder import LAST, count_parameters, find_checkpoint, read_meta
+
+
+def summarize_run(run: Path) -> dict[str, str]:
+    """Label to text, of one or more lines: slides, genes, progress, settings.
+
+    Args:
+        run: folder of a run.
+
+    Raises:
+        UserError: the folder is no run, or a file in it is missing or damaged.
+    """
+    config = RunConfig.load(run)
+    request = RunConfig.load_request(run)
+    weights = find_checkpoint(run)
+    meta = read_meta(run / LAST if (run / LAST).is_file() else weights)
+    recorded, rows = recorded_inputs(run), {}
+    for role, label in (("train", "trained on"), ("val", "validated on")):
+        slides = [f"{one['path'] or one['name']}, {one['cells']:,} cells" for one in recorded[role]]
+        rows[label] = "\n".join(slides) or "nothing"
+    rows["genes"] = f"{meta['metadata']['genes']:,}"
+    rows["progress"] = f"{meta['stage']} stage, step {meta['step']:,}"
+    if meta["best"] is not None:
+        rows["best epoch"] = f"{meta['best_epoch'] + 1}, validation E_geo {meta['best']:.4g}"
+    rows["weights"] = weights.name
+    counts = count_parameters(weights).items()
+    rows["parameters"] = ", ".join(f"{name} {count:,}" for name, count in counts)
+    rows["version"] = meta["ipar_sparse"]
+    rows["settings"] = "\n".join(_changed(request)) or "all defaults"
+    decided = [f"{key} = {_text(config.get(key))}" for key in request.unresolved()]
+    rows["selected"] = "\n".join(decided) or "nothing was left open"
+    return rows
+
+
+def read_selection(run: Path) -> dict[str, Any]:
+    """The cross-validation table of a run."""
+    path = run / SELECTION
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{path} is missing or damaged; train the run again") from None
+
+
+def _changed(config: RunConfig) -> Iterator[str]:
+    """Settings that differ from their defaults, as ``section.key = value``."""
+    defaults = RunConfig()
+    for setting in describe():
+        value = config.get(setting.key)
+        if value != defaults.get(setting.key):
+            yield f"{setting.key} = {_text(value)}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,143 @@
+"""What cells are coloured by: places, numbers or labels, from arrays or from AnnData."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import is_color_like, to_rgb
+
+from ..data.keys import Keys
+from ..errors import UserError
+from ..geometry.neighborhoods import as_layout
+from .style import CYCLE, FAINT
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+Palette = Mapping[str, Any] | Sequence[Any] | None
+"""Colours of labels: by label, or in the order of the labels."""
+
+_SHADES = (0.0, 0.5, -0.4, 0.75, -0.65)  # share of white, or of black where negative
+
+
+@dataclass
+class Coloring:
+    """How n cells are coloured.
+
+    Args:
+        values: RGB (n, 3), or numbers (n,) for a colour bar.
+        labels: names and RGB of the groups that RGB stands for, for a legend.
+        name: of what is shown, for a title or the colour bar.
+    """
+
+    values: np.ndarray
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+    name: str | None = None
+
+
+def color_of(values: Any, palette: Palette = None, name: str | None = None) -> Coloring:
+    """The colouring by an array.
+
+    Args:
+        values: RGB (n, 3) in [0, 1], numbers (n,), or labels (n,). Booleans are labels.
+        palette: colours of labels; a palette that colour-blind readers can tell apart if left out.
+        name: of what is shown.
+
+    Raises:
+        ValueError: if the array has another shape.
+    """
+    if isinstance(values, pd.Series | pd.Index) and values.dtype.kind in "fiu":
+        values = values.to_numpy(dtype=float, na_value=np.nan)
+    if not isinstance(values, pd.Series | pd.Categorical):
+        values = np.asarray(values)
+        if values.ndim == 2 and values.shape[1] in (3, 4):
+            return Coloring(values[:, :3].astype(float), name=name)
+        if values.ndim != 1:
+            raise ValueError(f"colours have shape {values.shape}, expected (n,) or (n, 3)")
+        if values.dtype.kind in "fiu":
+            return Coloring(values.astype(float), name=name)
+    if not isinstance(values.dtype, pd.CategoricalDtype):
+        known = pd.Series(values)
+        values = pd.Categorical(known.where(known.isna(), known.astype(str)))
+    values = pd.Categorical(values)
+    names = [str(label) for label in values.categories]
+    rgb = _label_colors(names, palette)
+    shown = np.vstack([rgb, to_rgb(FAINT)])[values.codes]  # code -1 is no label
+    present = np.unique(values.codes[values.codes >= 0])
+    return Coloring(shown, {names[code]: rgb[code] for code in present}, name)
+
+
+def color_by_key(
+    adata: AnnData, key: str, *, layer: str | None = None, palette: Palette = None
+) -> Coloring:
+    """The colouring by an obs column or a gene.
+
+    Labels take their colours from uns["<key>_colors"], where scanpy keeps them.
+
+    Args:
+        adata: n cells.
+        key: obs column, else gene.
+        layer: of the gene's expression; X if left out.
+        palette: in place of the colours in uns.
+
+    Raises:
+        UserError: there is no such column or gene.
+    """
+    if key in adata.obs:
+        stored = adata.uns.get(f"{key}_colors")
+        column = adata.obs[key]
+        if palette is None and stored is not None and _fits(stored, column):
+            palette = list(stored)
+        return color_of(column, palette, key)
+    if key not in adata.var_names:
+        columns = ", ".join(map(str, adata.obs.columns[:8])) or "none"
+        raise UserError(f"no obs column and no gene is called {key!r}; columns: {columns}")
+    return color_of(adata.obs_vector(key, layer=layer), palette, key)
+
+
+def positions_of(adata: AnnData, basis: str) -> np.ndarray:
+    """Positions (n, 2) in obsm, under ``basis`` or ``X_basis``.
+
+    Raises:
+        UserError: there are none.
+    """
+    for key in (f"X_{basis}", basis):
+        if key in adata.obsm:
+            return as_layout(np.asarray(adata.obsm[key])[:, :2])
+    there = ", ".join(adata.obsm) or "nothing"
+    hint = "call predict() first" if f"X_{basis}" == Keys.PREDICTION else f"there is {there}"
+    raise UserError(f'no obsm["X_{basis}"] to draw; {hint}')
+
+
+def label_palette(count: int) -> np.ndarray:
+    """RGB (count, 3) that colour-blind readers can tell apart: Okabe and Ito's, then their shades.
+
+    Labels beyond the thirtieth share colours with earlier ones.
+    """
+    if count <= len(CYCLE):
+        return np.array([to_rgb(color) for color in CYCLE[:count]]).reshape(count, 3)
+    hues = np.array([to_rgb(color) for color in CYCLE[:-1]])  # black has no shades
+    shades = [hues + max(s, 0.0) * (1 - hues) + min(s, 0.0) * hues for s in _SHADES]
+    return np.resize(np.concatenate(shades), (count, 3))
+
+
+def _label_colors(names: Sequence[str], palette: Palette) -> np.ndarray:
+    if palette is None:
+        return label_palette(len(names))
+    if isinstance(palette, Mapping):
+        if missing := [name for name in names if name not in palette]:
+            raise UserError(f"the palette has no colour for {missing[0]!r}")
+        palette = [palette[name] for name in names]
+    if len(palette) < len(names):
+        raise UserError(f"{len(names)} labels, but {len(palette)} colours in the palette")
+    return np.array([to_rgb(color) for color in palette[: len(names)]]).reshape(-1, 3)
+
+
+def _fits(colors: Any, column: pd.Series) -> bool:
+    """Whether stored colours are those of a column's labels; of numbers they are not used."""
+    count = len(pd.Categorical(column).categories)
+    return len(colors) >= count and all(is_color_like(color) for color in colors)
