@@ -17,6 +17,7 @@ from ipar_sparse.data.readers import read_slides
 from ipar_sparse.data.writers import to_anndata, write_slide
 from ipar_sparse.errors import UserError
 from ipar_sparse.pl.colors import label_palette
+from ipar_sparse.pl.oklab import color_distances, to_oklab
 from ipar_sparse.pl.style import CYCLE, FAINT
 
 IPAR = ipar.IPAR
@@ -365,9 +366,16 @@ def test_cells_without_a_value_are_grey():
         assert not (shown[~missing] == shown[missing]).all(1).any()
 
 
-def test_thirty_labels_have_thirty_colours():
-    for count in (1, 7, 8, 30):
-        assert len(np.unique(label_palette(count).round(6), axis=0)) == count
+def test_labels_stay_apart_for_colour_blind_readers():
+    for count, least in ((1, 0), (7, 0.07), (12, 0.07), (24, 0.06), (40, 0.04)):
+        palette = label_palette(count)
+        distances = color_distances(palette, palette)
+        np.fill_diagonal(distances, 1.0)
+        assert len(palette) == count and distances.min() > least
+    black, white = np.zeros((1, 3)), np.ones((1, 3))
+    assert color_distances(black, white) == pytest.approx(1.0, abs=1e-3)
+    red, green = np.array([[0.8, 0.0, 0.0]]), np.array([[0.37, 0.37, 0.0]])
+    assert color_distances(red, green) < 0.5 * np.linalg.norm(to_oklab(red) - to_oklab(green))
 
 
 def centred(pos):
