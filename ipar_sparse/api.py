@@ -16,19 +16,21 @@ from anndata.io import read_h5ad, read_zarr
 
 from .config import RunConfig, load_config, resolve_device
 from .data.readers import read_files, tell_apart
+from .data.records import recorded_slides
 from .data.slide import Slide
 from .data.splits import find_donors
 from .data.writers import add_predictions
 from .errors import UserError
-from .evaluation.results import SlideEvaluation
+from .evaluation.results import SlideEvaluation, role_of
 from .evaluation.scoring import score_slide
+from .files import check_output_folder
 from .inference.placing import embed_cells, place_cells, reading_settings, role_in_training
 from .inference.predictor import Predictor
-from .inference.summary import summarize_run
+from .inference.summary import RunSummary, summarize_run
 from .progress import setup_logging
 from .report import write_evaluation
 from .train.fit import fit
-from .train.run_folder import check_run_folder, run_folder
+from .train.run_folder import check_resumable, check_run_folder, extend_run, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class IPAR:
         slide_key: str | None = None,
         seed: int | None = None,
         device: str | None = None,
+        resume: bool = False,
         overwrite: bool = False,
     ) -> IPAR:
         """Train on slides whose positions are known, as ``ipar-sparse train`` does.
@@ -93,38 +96,34 @@ class IPAR:
             slide_key: obs column that names the slide of each cell, where an object holds several.
             seed: of everything random.
             device: ``"cpu"``, ``"cuda"``, ...; a GPU where there is one if left out.
+            resume: go on with the run in ``out`` and its settings. Of ``config``, only
+                ``train.epochs`` and ``train.patience`` may be given, which extend it.
             overwrite: replace an earlier run in ``out``.
 
         Raises:
             UserError: on slides that cannot be trained on, unknown settings, or a folder in use.
-            KeyboardInterrupt: after an interrupt, once the state is saved;
-                ``ipar-sparse train --out OUT --resume`` goes on.
+            KeyboardInterrupt: after an interrupt, once the state is saved; ``resume`` goes on.
         """
         _show_messages()
-        settings = _settings(
-            config,
-            preset=preset,
-            data=_given(
-                embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key
-            ),
-            train=_given(seed=seed),
-            selection=_given(mode=select),
-        )
+        data = _given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
+        asked = {"data": data, "train": _given(seed=seed), "selection": _given(mode=select)}
+        if resume:
+            if out is None or preset or overwrite or any(asked.values()):
+                raise UserError(
+                    "resume takes out, and the settings of the run there; leave the others out"
+                )
+            _go_on(Path(out), [*_named(slides)[1], *_named(val)[1]], config, device)
+            return cls.load(out, device or "auto")
+        settings = _settings(config, preset=preset, **asked)
         resolve_device(device or settings.train.device)
         if out is None:
             out = Path(tempfile.mkdtemp(prefix="ipar_sparse-")) / "run"
             logger.warning("the run goes to the temporary folder %s; save() keeps it", out)
         out = Path(out)
         check_run_folder(out, overwrite)
-        reading: dict[str, Any] = {"require_pos": True, "min_cells": settings.train.miniset_min}
-        names, sources = _named(slides)
-        members = read_files(sources, settings.data, names=names, **reading)
-        names, sources = _named(() if val is None else val, start=len(sources))
-        held = read_files(sources, settings.data, names=names, **reading)
-        tell_apart([*members, *held])
-        chosen = None if val is None else held
+        members, held = _read_members(slides, val, settings)
         with run_folder(out, resume=False):
-            fit(members, chosen, settings, out, donors=_donors(members, donors), device=device)
+            fit(members, held, settings, out, donors=_donors(members, donors), device=device)
         return cls.load(out, device or "auto")
 
     @classmethod
@@ -234,6 +233,7 @@ class IPAR:
         normalized: bool | None = None,
         slide_key: str | None = None,
         embedding: str | None = None,
+        overwrite: bool = False,
     ) -> pd.DataFrame:
         """Scores a prediction, and simple methods beside it, against measured positions.
 
@@ -243,15 +243,19 @@ class IPAR:
             noise_samples: predictions under training noise; the run's setting if left out.
             baselines: whether to score simple methods; the run's setting if left out.
             layer, normalized, slide_key, embedding: as in :meth:`predict`.
+            overwrite: replace an earlier report in ``out``.
 
         Returns:
-            One row a method, the model first. Columns: distance Spearman and neighbour hit (higher
-            is better), Procrustes error and E_geo (lower is better). Several slides add an index
-            level.
+            One row a method: the model, simple methods, and the measured positions. Columns:
+            distance Spearman and neighbour hit (higher is better), Procrustes error and E_geo
+            (lower is better). Several slides add an index level.
 
         Raises:
-            UserError: the slide has no positions, too few cells, or shares no gene with the run.
+            UserError: the slide has no positions, too few cells, or shares no gene with the run;
+                or ``out`` is in use.
         """
+        if out is not None:
+            check_output_folder(Path(out), overwrite)
         slides, _ = self._read(
             slide,
             require_pos=True,
@@ -277,13 +281,13 @@ class IPAR:
             return next(iter(tables.values()))
         return pd.concat(tables, names=["slide", "method"])
 
-    def info(self) -> pd.Series:
+    def info(self) -> RunSummary:
         """What the model was trained on, how far it got, and which settings it selected.
 
         Raises:
             UserError: a file of the run is missing or damaged.
         """
-        return pd.Series(summarize_run(self.run), name=str(self.run))
+        return summarize_run(self.run)
 
     @property
     def run(self) -> Path:
@@ -327,6 +331,27 @@ def _filled(cells: Cells, adata: AnnData | None, copy: bool, added) -> AnnData |
     return adata if copy else None
 
 
+def _read_members(slides, val, settings: RunConfig) -> tuple[list[Slide], list[Slide] | None]:
+    """Slides to train on and to validate on; None where training is to choose."""
+    reading: dict[str, Any] = {"require_pos": True, "min_cells": settings.train.miniset_min}
+    names, sources = _named(slides)
+    members = read_files(sources, settings.data, names=names, **reading)
+    names, sources = _named(val, start=len(sources))
+    held = read_files(sources, settings.data, names=names, **reading)
+    tell_apart([*members, *held])
+    return members, None if val is None else held
+
+
+def _go_on(out: Path, sources: Sequence[Cells], config: Any, device: str | None) -> None:
+    """Resumes a run, extended by settings if there are any."""
+    check_resumable(out)
+    if not isinstance(config, Mapping | None):
+        raise UserError("resume takes config as a dict of train.epochs and train.patience only")
+    train, held = recorded_slides(out, sources, RunConfig.load_request(out))
+    extend_run(out, config or {})
+    fit(train, held, out=out, resume=True, device=device)
+
+
 def _settings(config, *, preset: str | None, **sections: Mapping[str, Any]) -> RunConfig:
     if not isinstance(config, RunConfig):
         return load_config(config, preset=preset, **sections)
@@ -340,9 +365,11 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _named(
-    slides: Cells | Sequence[Cells] | Mapping[str, Cells], start: int = 0
+    slides: Cells | Sequence[Cells] | Mapping[str, Cells] | None, start: int = 0
 ) -> tuple[list[str | None], list[Cells]]:
     """Names and sources of slides; objects without a name are numbered, files have their own."""
+    if slides is None:
+        return [], []
     if isinstance(slides, Mapping):
         return [str(name) for name in slides], list(slides.values())
     sources = [slides] if isinstance(slides, AnnData | str | os.PathLike) else list(slides)
@@ -372,7 +399,12 @@ def _donors(slides: Sequence[Slide], donors) -> dict[str, str]:
 
 def _table(evaluation: SlideEvaluation, k: int) -> pd.DataFrame:
     columns = ["distance_spearman", f"neighbor_hit@{k}", "procrustes", "E_geo"]
-    table = pd.DataFrame.from_dict(evaluation.methods, orient="index").rename_axis("method")
+    shown = {
+        method: values
+        for method, values in evaluation.methods.items()
+        if role_of(method) in ("model", "baseline", "floor")
+    }
+    table = pd.DataFrame.from_dict(shown, orient="index").rename_axis("method")
     return table[[name for name in columns if name in table]]
 
 

@@ -17,6 +17,7 @@ from ipar_sparse.data.readers import read_slides
 from ipar_sparse.data.writers import to_anndata, write_slide
 from ipar_sparse.errors import UserError
 from ipar_sparse.pl.colors import label_palette
+from ipar_sparse.pl.oklab import color_distances, to_oklab
 from ipar_sparse.pl.style import CYCLE, FAINT
 
 IPAR = ipar.IPAR
@@ -63,6 +64,7 @@ def test_training_takes_objects_in_memory(trained, small_slides):
     request = RunConfig.load_request(trained.run)
     assert (request.train.epochs, request.train.seed, request.graph.k) == (1, 4, 12)
     table = trained.info()
+    assert "trained on    slide1, 140 cells\n              slide2, 140 cells" in repr(table)
     assert table["trained on"].split("\n") == ["slide1, 140 cells", "slide2, 140 cells"]
     assert table["validated on"] == "slide3, 140 cells"
     assert "slide1, slide2" in repr(trained)
@@ -83,6 +85,24 @@ def test_objects_train_to_what_their_files_train_to(trained, small_slides, tmp_p
     ours = IPAR.load(trained.run, "cpu").predict(cells, copy=True)
     np.testing.assert_array_equal(ours.obsm["X_ipar"], theirs.obsm["X_ipar"])
     assert ours.uns["ipar"]["config"] == theirs.uns["ipar"]["config"]
+
+
+def test_a_run_in_memory_is_extended(trained, small_slides, tmp_path):
+    out = tmp_path / "run"
+    IPAR.load(trained.run, "cpu").save(out)
+    slides = [to_anndata(slide) for slide in small_slides[:3]]
+    longer = IPAR.train(slides, out=out, resume=True, config={"train.epochs": 2}, device="cpu")
+    assert longer.config.train.epochs == 2 and trained.config.train.epochs == 1
+    step = longer.config.train.steps_per_epoch
+    assert longer.info()["progress"] == f"model stage, step {2 * step}"
+    with pytest.raises(UserError, match="none of the files holds"):
+        IPAR.train(slides[:2], out=out, resume=True)
+    with pytest.raises(UserError, match="train.lr cannot be changed"):
+        IPAR.train(slides, out=out, resume=True, config={"train.lr": 0.1})
+    with pytest.raises(UserError, match="no run to resume"):
+        IPAR.train(slides, out=tmp_path / "other", resume=True)
+    with pytest.raises(UserError, match="leave the others out"):
+        IPAR.train(slides, out=out, resume=True, seed=3)
 
 
 def nested(values):
@@ -241,7 +261,10 @@ def test_evaluation_is_a_small_table(model, cells, tmp_path):
     assert {"PCA", "ridge", "true coordinates"} <= set(table.index)
     assert table.loc["true coordinates", "distance_spearman"] == pytest.approx(1)
     assert table.loc["model", "distance_spearman"] < 1
+    assert not {"without gate", "true neighbours"} & set(table.index)  # the report has them
     assert (tmp_path / "report" / "report.html").is_file()
+    with pytest.raises(UserError, match="not empty"):
+        model.evaluate(cells, tmp_path / "report")
     assert "PCA" not in model.evaluate(cells, baselines=False).index
     del cells.obsm["spatial"]
     with pytest.raises(UserError, match="spatial"):
@@ -343,9 +366,16 @@ def test_cells_without_a_value_are_grey():
         assert not (shown[~missing] == shown[missing]).all(1).any()
 
 
-def test_thirty_labels_have_thirty_colours():
-    for count in (1, 7, 8, 30):
-        assert len(np.unique(label_palette(count).round(6), axis=0)) == count
+def test_labels_stay_apart_for_colour_blind_readers():
+    for count, least in ((1, 0), (7, 0.07), (12, 0.07), (24, 0.06), (40, 0.04)):
+        palette = label_palette(count)
+        distances = color_distances(palette, palette)
+        np.fill_diagonal(distances, 1.0)
+        assert len(palette) == count and distances.min() > least
+    black, white = np.zeros((1, 3)), np.ones((1, 3))
+    assert color_distances(black, white) == pytest.approx(1.0, abs=1e-3)
+    red, green = np.array([[0.8, 0.0, 0.0]]), np.array([[0.37, 0.37, 0.0]])
+    assert color_distances(red, green) < 0.5 * np.linalg.norm(to_oklab(red) - to_oklab(green))
 
 
 def centred(pos):

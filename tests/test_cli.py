@@ -362,6 +362,14 @@ def test_a_finished_run_is_extended(slides, run, tmp_path, refused):
     assert epochs and len(read_history(longer / HISTORY)) > len(read_history(run / HISTORY))
 
 
+def test_a_run_that_patience_ended_asks_for_more_of_it(run, tmp_path, refused, monkeypatch):
+    meta = {**read_meta(run / LAST), "stale": 9}
+    monkeypatch.setattr("ipar_sparse.train.run_folder.read_meta", lambda _: meta)
+    monkeypatch.setattr("ipar_sparse.data.records.recorded_slides", lambda *_: ([], []))
+    argv = ["train", "--out", run, "--resume", "--set", "train.epochs=9"]
+    assert "train.patience" in refused(*argv, folder=run)
+
+
 def test_a_run_records_how_it_was_made(slides, run, capsys):
     config = RunConfig.load(run)
     assert config.model.heads == 2 and config.train.epochs == 2

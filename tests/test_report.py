@@ -20,7 +20,7 @@ from ipar_sparse.geometry.alignment import align
 from ipar_sparse.geometry.neighborhoods import unit_gauge
 from ipar_sparse.metrics.diagnostics import AttentionFocus
 from ipar_sparse.metrics.layout import evaluate_layout
-from ipar_sparse.pl.layouts import to_oklab
+from ipar_sparse.pl.oklab import to_oklab
 from ipar_sparse.pl.style import MAX_POINTS
 from ipar_sparse.report.headline import summarize
 from ipar_sparse.report.slide import write_report

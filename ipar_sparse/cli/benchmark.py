@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..files import check_output_folder
 from . import options
-from .folders import check_output_folder
 from .messages import say
 from .options import RUNNING, flag
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..files import check_output_folder
 from . import options
-from .folders import check_output_folder, removed_on_failure
+from .folders import removed_on_failure
 from .inputs import load_predictor, tell_notes
 from .messages import note, say
 from .options import RUNNING, flag

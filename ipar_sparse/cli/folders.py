@@ -8,14 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import check_folder
-
-
-def check_output_folder(out: Path, overwrite: bool) -> None:
-    """Refuses a folder of results that is in use, unless it may be overwritten."""
-    check_folder(out)
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} exists and is not empty; pass --overwrite or another --out")
 
 
 def check_resume(out: Path, overwrite: bool, given: Iterable[str]) -> None:
@@ -26,7 +18,7 @@ def check_resume(out: Path, overwrite: bool, given: Iterable[str]) -> None:
         overwrite: whether --overwrite was given, too.
         given: other options that were given.
     """
-    from ..inference.run_folder import LAST
+    from ..train.run_folder import check_resumable
 
     if overwrite:
         raise UserError("--resume and --overwrite exclude each other; leave one out")
@@ -35,10 +27,7 @@ def check_resume(out: Path, overwrite: bool, given: Iterable[str]) -> None:
             f"--resume goes on with the saved settings; leave out {options} (train.epochs and "
             "train.patience may be set), or start anew with --overwrite"
         )
-    if not (out / LAST).is_file():
-        raise UserError(
-            f"{out} holds no run to resume ({LAST} is missing); leave out --resume to start one"
-        )
+    check_resumable(out)
 
 
 @contextmanager

@@ -99,14 +99,16 @@ def train(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Train on slides whose positions are known."""
-    from ..train.run_folder import check_run_folder, extend_run, extends, run_folder
+    from ..config.loading import parse_overrides
+    from ..train.run_folder import EXTENDABLE, check_run_folder, extend_run, run_folder
 
     slides, val = slides or [], val or []
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
     donor_options = given(key=donor_key, pattern=donor_pattern, table=donor_map)
     if resume:
-        other = [text for text in overrides or [] if not extends(text)]
-        asked = given(config=config, set=other or None, preset=preset, select=select, seed=seed)
+        more = parse_overrides(overrides or [])
+        other = set(more) - set(EXTENDABLE) or None
+        asked = given(config=config, set=other, preset=preset, select=select, seed=seed)
         asked |= data | {f"donor_{name}": value for name, value in donor_options.items()}
         check_resume(out, overwrite, [f"--{name.replace('_', '-')}" for name in asked])
     else:
@@ -135,7 +137,7 @@ def train(
     if resume:
         recorded = recorded_slides(out, [*slides, *val], settings)
         members = Members(*recorded, donors=None)  # the run has them on record
-        extend_run(out, overrides or [])
+        extend_run(out, more)
     else:
         members = _new_members(slides, val, settings, donor_options)
     with run_folder(out, resume):

@@ -42,7 +42,8 @@ def load_config(
         path = Path(source)
         given = _read_yaml(path)
     given = merge(given, sections)
-    given = merge(given, parse_overrides(overrides))
+    for key, value in parse_overrides(overrides).items():
+        given = merge(given, _nested(key, value))
     name = preset or given.get("preset") or "v1"
     if name not in PRESETS:
         raise UserError(
@@ -93,29 +94,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Nested values of ``"train.epochs=30"`` strings; later wins.
+    """Values by key of ``"train.epochs=30"`` strings; later wins.
 
     Raises:
         UserError: a string of another form.
     """
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for text in overrides:
-        given = merge(given, _parse_override(text))
-    return given
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, equals, raw = text.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise UserError(f"--set takes section.key=value, e.g. train.epochs=30; got {text!r}")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        raise UserError(f"--set {key}: the value {raw!r} is not valid YAML") from None
-    if isinstance(value, str) and value.lower() == "none":
-        value = None
-    return _nested(key.strip(), value)
+        key, equals, raw = text.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            raise UserError(f"--set takes section.key=value, e.g. train.epochs=30; got {text!r}")
+        try:
+            value = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            raise UserError(f"--set {key}: the value {raw!r} is not valid YAML") from None
+        values.pop(key, None)  # the later one also comes later
+        values[key] = None if isinstance(value, str) and value.lower() == "none" else value
+    return values
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

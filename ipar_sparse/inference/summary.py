@@ -14,8 +14,22 @@ from ..errors import UserError
 from .run_folder import LAST, count_parameters, find_checkpoint, read_meta
 
 
-def summarize_run(run: Path) -> dict[str, str]:
-    """Label to text, of one or more lines: slides, genes, progress, settings.
+class RunSummary(dict[str, str]):
+    """Label to text of one or more lines; a notebook shows it as a table."""
+
+    def __repr__(self) -> str:
+        width = 2 + max(map(len, self), default=0)
+        return "\n".join(
+            f"{label if first else '':<{width}}{line}"
+            for label, text in self.items()
+            for first, line in zip(
+                [True, *[False] * text.count("\n")], text.split("\n"), strict=True
+            )
+        )
+
+
+def summarize_run(run: Path) -> RunSummary:
+    """What there is to tell of a run: slides, genes, progress, settings.
 
     Args:
         run: folder of a run.
@@ -27,7 +41,7 @@ def summarize_run(run: Path) -> dict[str, str]:
     request = RunConfig.load_request(run)
     weights = find_checkpoint(run)
     meta = read_meta(run / LAST if (run / LAST).is_file() else weights)
-    recorded, rows = recorded_inputs(run), {}
+    recorded, rows = recorded_inputs(run), RunSummary()
     for role, label in (("train", "trained on"), ("val", "validated on")):
         slides = [f"{one['path'] or one['name']}, {one['cells']:,} cells" for one in recorded[role]]
         rows[label] = "\n".join(slides) or "nothing"

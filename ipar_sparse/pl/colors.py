@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.colors import is_color_like, to_rgb
 from ..data.keys import Keys
 from ..errors import UserError
 from ..geometry.neighborhoods import as_layout
+from .oklab import color_distances, to_oklab
 from .style import CYCLE, FAINT
 
 if TYPE_CHECKING:
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 
 Palette = Mapping[str, Any] | Sequence[Any] | None
 """Colours of labels: by label, or in the order of the labels."""
-
-_SHADES = (0.0, 0.5, -0.4, 0.75, -0.65)  # share of white, or of black where negative
 
 
 @dataclass
@@ -113,16 +113,25 @@ def positions_of(adata: AnnData, basis: str) -> np.ndarray:
     raise UserError(f'no obsm["X_{basis}"] to draw; {hint}')
 
 
+@lru_cache(maxsize=64)
 def label_palette(count: int) -> np.ndarray:
-    """RGB (count, 3) that colour-blind readers can tell apart: Okabe and Ito's, then their shades.
+    """RGB (count, 3) that stay apart for colour-blind readers, as far as so many can.
 
-    Labels beyond the thirtieth share colours with earlier ones.
+    Okabe and Ito's colours come first. Each further one is that colour of a grid which is farthest
+    from all before it, see :func:`~ipar_sparse.pl.oklab.color_distances`.
     """
-    if count <= len(CYCLE):
-        return np.array([to_rgb(color) for color in CYCLE[:count]]).reshape(count, 3)
-    hues = np.array([to_rgb(color) for color in CYCLE[:-1]])  # black has no shades
-    shades = [hues + max(s, 0.0) * (1 - hues) + min(s, 0.0) * hues for s in _SHADES]
-    return np.resize(np.concatenate(shades), (count, 3))
+    chosen = np.array([to_rgb(color) for color in CYCLE])
+    if count > len(chosen):
+        steps = np.linspace(0, 1, 9)
+        grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
+        lightness = to_oklab(grid)[:, 0]
+        grid = grid[(lightness > 0.3) & (lightness < 0.9)]  # neither lost on white nor black
+        nearest = color_distances(grid, chosen).min(1)
+        while len(chosen) < count:
+            new = grid[[nearest.argmax()]]
+            chosen = np.vstack([chosen, new])
+            nearest = np.minimum(nearest, color_distances(grid, new)[:, 0])
+    return chosen[:count]
 
 
 def _label_colors(names: Sequence[str], palette: Palette) -> np.ndarray:

@@ -17,6 +17,7 @@ from ..geometry.alignment import align
 from ..geometry.neighborhoods import as_layout, unit_gauge
 from ..metrics.diagnostics import AttentionFocus
 from .colors import Coloring, Palette, color_by_key, color_of, positions_of
+from .oklab import from_oklab, to_oklab
 from .style import (
     FAINT,
     INK,
@@ -323,33 +324,3 @@ def _colorbar(ax: Axes, drawn, label: str | None) -> None:
 
 def _rgb(color: str) -> np.ndarray:
     return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-
-
-# Ottosson (2020), OKLab: linear sRGB to cone responses, and those to lightness and two hues
-_CONES = np.array(
-    [
-        [0.4122214708, 0.5363325363, 0.0514459929],
-        [0.2119034982, 0.6806995451, 0.1073969566],
-        [0.0883024619, 0.2817188376, 0.6299787005],
-    ]
-)
-_OPPONENT = np.array(
-    [
-        [0.2104542553, 0.7936177850, -0.0040720468],
-        [1.9779984951, -2.4285922050, 0.4505937099],
-        [0.0259040371, 0.7827717662, -0.8086757660],
-    ]
-)
-
-
-def to_oklab(rgb: np.ndarray) -> np.ndarray:
-    """Colours (n, 3) in OKLab space, where distances are those that an eye sees."""
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return np.cbrt(linear @ _CONES.T) @ _OPPONENT.T
-
-
-def from_oklab(lab: np.ndarray) -> np.ndarray:
-    """RGB (n, 3) in [0, 1] of colours in OKLab space."""
-    linear = (lab @ np.linalg.inv(_OPPONENT).T) ** 3 @ np.linalg.inv(_CONES).T
-    linear = np.clip(linear, 0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

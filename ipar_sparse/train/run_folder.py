@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ..config.loading import parse_overrides
 from ..config.schema import CONFIG, REQUESTED, RunConfig
 from ..errors import UserError
 from ..files import check_folder
@@ -36,24 +36,39 @@ def check_run_folder(out: Path, overwrite: bool) -> None:
         )
 
 
-def extend_run(out: Path, overrides: Sequence[str]) -> None:
+def check_resumable(out: Path) -> None:
+    """Refuses to go on with what holds no checkpoint.
+
+    Raises:
+        UserError: it holds none.
+    """
+    if not (out / LAST).is_file():
+        raise UserError(
+            f"{out} holds no run to resume ({LAST} is missing); leave out --resume to start one"
+        )
+
+
+def extend_run(out: Path, values: Mapping[str, Any]) -> None:
     """Gives a run more epochs or more patience, so that resuming it goes on.
 
     From there on the learning rate follows the schedule of the longer run.
 
     Args:
         out: folder of a run.
-        overrides: ``"train.epochs=30"`` strings; see :data:`EXTENDABLE`.
+        values: by key; see :data:`EXTENDABLE`.
 
     Raises:
-        UserError: a bad value, fewer epochs than are done, or a run that patience ended.
+        UserError: another key, a bad value, fewer epochs than are done, or patience at its end.
     """
-    values = parse_overrides(overrides)
     if not values:
         return
-    request = RunConfig.load_request(out).replace(**values)
+    if unknown := [key for key in values if key not in EXTENDABLE]:
+        raise UserError(
+            f"{unknown[0]} cannot be changed in a run that goes on; {' and '.join(EXTENDABLE)} can"
+        )
+    request = RunConfig.load_request(out).with_values(values)
     if (out / CONFIG).is_file():
-        config, meta = RunConfig.load(out).replace(**values), read_meta(out / LAST)
+        config, meta = RunConfig.load(out).with_values(values), read_meta(out / LAST)
         done = meta["step"] / config.train.steps_per_epoch if meta["stage"] == STAGES[-1] else 0
         if config.train.epochs < done:
             raise UserError(
@@ -67,11 +82,6 @@ def extend_run(out: Path, overrides: Sequence[str]) -> None:
             )
         config.save(out)
     request.save_request(out)
-
-
-def extends(override: str) -> bool:
-    """Whether an override such as ``"train.epochs=30"`` may be given to a run that goes on."""
-    return override.partition("=")[0].strip() in EXTENDABLE
 
 
 @contextmanager
