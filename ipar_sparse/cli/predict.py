@@ -24,12 +24,15 @@ def predict(
     from ..data.keys import Keys
     from ..data.readers import read_files
     from ..data.writers import check_output, write_predictions
-    from ..inference.placing import place_cells, reading_settings, uncertainty_columns
 
     check_folder(out.parent)
-    predictor = load_predictor(run, device)
-    data = reading_settings(predictor, layer, normalized, slide_key, embedding)
     obsm = (Keys.PREDICTION, Keys.EMBEDDING)
+    check_output(cells, out, overwrite=overwrite, obsm=obsm)
+    predictor = load_predictor(run, device)
+
+    from ..inference.placing import place_cells, reading_settings, uncertainty_columns
+
+    data = reading_settings(predictor, layer, normalized, slide_key, embedding)
     columns = uncertainty_columns(predictor, noise_samples)
     check_output(cells, out, overwrite=overwrite, obsm=obsm, obs=(*columns, Keys.EMPTY))
     slides = read_files([cells], data, require_pos=False)

@@ -122,7 +122,6 @@ def train(
 
     from ..config import RunConfig, load_config, resolve_device
     from ..data.records import recorded_slides
-    from ..train.fit import fit
 
     if resume:
         settings = RunConfig.load_request(out)
@@ -133,13 +132,17 @@ def train(
             "selection": given(mode=select and select.value),
         }
         settings = load_config(config, overrides or [], preset=preset, **sections)
-    resolve_device(device or settings.train.device)
+    if (named := device or settings.train.device) != "auto":
+        resolve_device(named)
     if resume:
         recorded = recorded_slides(out, [*slides, *val], settings)
         members = Members(*recorded, donors=None)  # the run has them on record
         extend_run(out, more)
     else:
         members = _new_members(slides, val, settings, donor_options)
+
+    from ..train.fit import fit  # what is refused above does not wait for torch
+
     with run_folder(out, resume):
         try:
             fit(

@@ -16,6 +16,8 @@ BEST = "model.safetensors"
 """Weights of the best validated epoch: what prediction uses."""
 LAST = "last.safetensors"
 """Weights and trainer state of the last finished epoch: what ``--resume`` uses."""
+STAGES = ("encoder", "gate", "model")
+"""Stages of a training, in order."""
 FORMAT = "ipar_sparse.checkpoint"
 VERSION = 1
 """Of the format of checkpoints."""

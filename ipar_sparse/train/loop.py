@@ -26,14 +26,13 @@ from torch.optim import Optimizer
 from .. import __version__
 from ..errors import UserError
 from ..inference.checkpoint import load_checkpoint, save_checkpoint
-from ..inference.run_folder import BEST, LAST, read_meta
+from ..inference.run_folder import BEST, LAST, STAGES, read_meta
 from ..progress import Progress, Task
 from .batches import step_generator
 from .history import HISTORY, History, TensorBoard
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("encoder", "gate", "model")
 _LOG_EVERY = 10  # steps
 _SAVE_EVERY = 60.0  # seconds
 

@@ -13,8 +13,7 @@ from typing import Any
 from ..config.schema import CONFIG, REQUESTED, RunConfig
 from ..errors import UserError
 from ..files import check_folder
-from ..inference.run_folder import BEST, LAST, read_meta
-from .loop import STAGES
+from ..inference.run_folder import BEST, LAST, STAGES, read_meta
 
 EXTENDABLE = ("train.epochs", "train.patience")
 """Settings of a run that may be raised when it goes on."""
