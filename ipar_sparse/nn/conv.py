@@ -14,7 +14,7 @@ from torch_geometric.utils import is_sparse, to_edge_index
 from .. import ops
 from ..graph import NeighborTable
 from ..ops.reference import attention_logits
-from .lazy import defer, is_deferred, materialize
+from .lazy import defer, materialize
 from .terms import LOGIT_TERMS, LearnedScalars
 
 POS_WEIGHTS = ("matrix", "scalar", "complex")
@@ -142,10 +142,14 @@ class IPALiteConv(MessagePassing):
         """Widths of the states of sources and of destinations; -1 where not known yet."""
         return self.channels if isinstance(self.channels, tuple) else (self.channels,) * 2
 
+    @property
+    def _deferred(self) -> bool:
+        """Whether parameters wait for the widths of states."""
+        return min(self.widths) < 0
+
     def _set_parts(self) -> None:
-        deferred = min(self.widths) < 0
         for name, part in self._parts(*(max(width, 1) for width in self.widths)).items():
-            if deferred and part is not None:
+            if self._deferred and part is not None:
                 defer(part)
             setattr(self, name, part)
 
@@ -181,7 +185,7 @@ class IPALiteConv(MessagePassing):
     def reset_parameters(self) -> None:
         """Draw all weights anew; the layer starts as the identity on states and positions."""
         super().reset_parameters()
-        if not is_deferred(self.lin_value):
+        if not self._deferred:
             linear = (self.lin_query, self.lin_key, self.lin_value)
             for module in (*linear, self.norm, self.mlp, *self.terms.values()):
                 inits.reset(module)
@@ -192,13 +196,11 @@ class IPALiteConv(MessagePassing):
 
     def state_dict(self, *args, keep_vars: bool = False, **kwargs) -> dict[str, Any]:
         """As torch's; parameters whose shapes are not known yet are kept as they are."""
-        return super().state_dict(
-            *args, keep_vars=keep_vars or is_deferred(self.lin_value), **kwargs
-        )
+        return super().state_dict(*args, keep_vars=keep_vars or self._deferred, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         value, norm = (state_dict.get(f"{prefix}{name}.weight") for name in ("lin_value", "norm"))
-        if is_deferred(self.lin_value) and not (value is None or norm is None):
+        if self._deferred and not (value is None or norm is None):
             if not nn.parameter.is_lazy(value):
                 self._initialize(value.size(1), norm.size(0))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -280,7 +282,7 @@ class IPALiteConv(MessagePassing):
                 raise ValueError(
                     f"{self} needs positions (n, {self.pos_channels}); given {tuple(place.shape)}"
                 )
-        if is_deferred(self.lin_value):
+        if self._deferred:
             if s_dst is None and self.widths[1] < 0:
                 raise ValueError(f"{self} cannot read the width of destinations without states")
             self._initialize(s_src.size(-1), -1 if s_dst is None else s_dst.size(-1))

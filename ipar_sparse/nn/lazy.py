@@ -3,7 +3,7 @@
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 _WIDTHS = ("in_features", "out_features", "normalized_shape")
 
@@ -14,11 +14,6 @@ def defer(module: nn.Module) -> None:
         for name, parameter in child.named_parameters(recurse=False):
             options: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
             child.register_parameter(name, UninitializedParameter(**options))
-
-
-def is_deferred(module: nn.Module) -> bool:
-    """Whether a module has parameters without a shape."""
-    return any(is_lazy(parameter) for parameter in module.parameters())
 
 
 def materialize(module: nn.Module, like: nn.Module) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..graph import NeighborTable
-from . import chunked, reference
+from . import chunked, compiled, reference
 from .edges import apply_edges
 from .segment import scatter_sum, segment_softmax
 from .selective_checkpoint import keep_attention
@@ -82,6 +82,18 @@ def resolve_backend(backend: str, sample: Tensor) -> str:
     return backend
 
 
+def resolve_attention(backend: str, q: Tensor, x_src: Tensor) -> str:
+    """The attention backend that runs for these queries and positions.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    chosen = resolve_backend(backend, q)
+    if backend == "auto" and chosen == "triton":
+        return _fused_if_supported("attention", q, x_src)
+    return chosen
+
+
 def edge_attention(
     q: Tensor,
     k: Tensor,
@@ -119,9 +131,10 @@ def edge_attention(
     """
     x_src, x_dst = x if isinstance(x, tuple) else (x, x)
     _check_attention(q, k, v, x_src, x_dst, bias, graph)
-    chosen = resolve_backend(backend, q)
-    if backend == "auto" and chosen == "triton":
-        chosen = _fused_if_supported("attention", q, x_src)
+    if torch.compiler.is_compiling():
+        parts = (graph.index, graph.known_reverse, graph.num_src_nodes, graph.padded, backend)
+        return tuple(compiled.edge_attention(q, k, v, x_src, x_dst, bias, *parts)[:3])
+    chosen = resolve_attention(backend, q, x_src)
     return ATTENTION_BACKENDS[chosen](q, k, v, x_src, x_dst, bias, graph)
 
 
@@ -185,7 +198,9 @@ def _check_attention(
             f"edge_attention needs positions ({n_src}, D) and ({n}, D); "
             f"given {tuple(x_src.shape)} and {tuple(x_dst.shape)}"
         )
-    if bias is not None and bias.shape not in ((graph.num_edges,), (graph.num_edges, q.size(1))):
+    # A compiler does not see how many slots of a padded table hold edges.
+    unseen = graph.padded and torch.compiler.is_compiling()
+    if bias is not None and not unseen and not _fits(bias, graph.num_edges, q.size(1)):
         raise ValueError(
             f"edge_attention needs a bias of shape ({graph.num_edges},) or "
             f"({graph.num_edges}, {q.size(1)}); given {tuple(bias.shape)}"
@@ -199,6 +214,10 @@ def _check_attention(
     devices |= {bias.device} if bias is not None else set()
     if len(devices) > 1:
         raise ValueError(f"edge_attention: tensors and graph on several devices: {devices}")
+
+
+def _fits(bias: Tensor, num_edges: int, heads: int) -> bool:
+    return bias.shape in ((num_edges,), (num_edges, heads))
 
 
 def _check_gate(h: Tensor, edges: NeighborTable | Tensor, weights: Sequence[Tensor]) -> None:
