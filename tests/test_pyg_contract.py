@@ -443,3 +443,143 @@ def test_packed_features_are_state_and_position(s, pos, graph):
     close([out, alpha], [torch.cat(theirs[:2], -1), theirs[2][1]])
     with pytest.raises(ValueError, match="features of both ends"):
         conv((torch.cat([s, pos], -1), None), graph)
+
+
+# Compilers
+
+
+@pytest.fixture(params=["edges", "table", "padded"])
+def edges(request, graph):
+    if request.param == "edges":
+        return graph.edge_index
+    if request.param == "padded":
+        graph, _ = NeighborTable.from_edge_index(graph.edge_index[:, :-3], N)
+        assert graph.padded
+    return graph
+
+
+def compiled(module, **options):
+    torch._dynamo.reset()
+    return torch.compile(module, fullgraph=True, backend="aot_eager", **options)
+
+
+def outputs_and_gradients(call, parameters, *given):
+    given = [x.detach().clone().requires_grad_() for x in given]
+    outputs = call(*given)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum((x**3).sum() for x in outputs)
+    return [*outputs, *torch.autograd.grad(loss, [*given, *parameters])]
+
+
+@pytest.mark.parametrize(
+    ("terms", "heads_of_bias"), [((), None), (("mono", "rbf", "point_ipa"), None), ((), 2)]
+)
+def test_a_compiled_layer_is_the_layer(s, pos, edges, terms, heads_of_bias):
+    conv = scramble(IPALiteConv(C, terms=terms, **SIZES))
+    parameters, given = list(conv.parameters()), [s, pos]
+    if heads_of_bias:
+        count = edges.size(1) if isinstance(edges, torch.Tensor) else edges.num_edges
+        given.append(draw(count, heads_of_bias))
+    if isinstance(edges, NeighborTable) and not terms:
+        edges.reverse()  # known reverse lists go along, and spare the backward pass a sort
+    results = [
+        outputs_and_gradients(
+            lambda s, pos, *bias, run=run: run(s, pos, edges, *bias), parameters, *given
+        )
+        for run in (compiled(conv), conv)
+    ]
+    close(*results)
+
+
+def test_a_compiled_model_and_gate_are_the_model_and_gate(s, edges):
+    model = scramble(IPALiteModel(C, num_recycles=2, pair_hidden=(8,))).eval()
+    gate = scramble(EdgeGateSoft(C, heads=4))
+    parameters = [*model.parameters(), *gate.parameters()]
+
+    def predict(s):
+        return model(s, edges, edge_bias=gate(s, edges))
+
+    results = [outputs_and_gradients(run, parameters, s) for run in (compiled(predict), predict)]
+    close(*results)
+
+
+def test_a_compiled_layer_takes_graphs_of_other_sizes(s, pos):
+    conv = scramble(IPALiteConv(C, **SIZES))
+    run = compiled(conv, dynamic=True)
+    for n in (N, 30, 21):
+        graph = knn_candidates(s[:n], K)
+        close(run(s[:n], pos[:n], graph), conv(s[:n], pos[:n], graph))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_the_operators_keep_what_torch_asks_of_them(s, graph, padded, known):
+    if padded:
+        graph, _ = NeighborTable.from_edge_index(graph.edge_index[:, :-3], N)
+    reverse = list(graph.reverse()) if known else []
+    given = [draw(N, 2, 4, seed=i) for i in range(3)] + [
+        draw(N, 2),
+        draw(N, 2),
+        draw(graph.num_edges),
+    ]
+    given = [x.requires_grad_() for x in given]
+    attention = torch.ops.ipar_sparse.edge_attention.default
+    torch.library.opcheck(attention, (*given, graph.index, reverse, N, padded, "chunked"))
+    weights = [p.detach().requires_grad_() for p in scramble(EdgeGateSoft(C)).parameters()]
+    gate = torch.ops.ipar_sparse.edge_gate.default
+    s = s.requires_grad_()
+    torch.library.opcheck(gate, (s, graph.index, weights, True, padded, "chunked"))
+    torch.library.opcheck(gate, (s, graph.edge_index, weights, False, False, "auto"))
+
+
+class OnRows(torch.nn.Module):
+    """A layer on the rows of a table, since a program takes tensors alone."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, s, pos, index):
+        return self.conv(s, pos, NeighborTable(index))
+
+
+@pytest.mark.parametrize("form", ["edges", "table"])
+def test_an_exported_layer_runs_on_graphs_of_other_sizes(s, pos, graph, form):
+    conv = scramble(IPALiteConv(C, terms=("mono",), **SIZES)).eval()
+    n, count = torch.export.Dim("n", min=4), torch.export.Dim("count", min=4)
+    if form == "table":
+        program = torch.export.export(
+            OnRows(conv), (s, pos, graph.index), dynamic_shapes=({0: n}, {0: n}, {0: n})
+        )
+    else:
+        shapes = {"s": {0: n}, "pos": {0: n}, "edge_index": {1: count}}
+        program = torch.export.export(conv, (s, pos, graph.edge_index), dynamic_shapes=shapes)
+    smaller = knn_candidates(s[:25], K)
+    given = smaller.index if form == "table" else smaller.edge_index
+    close(program.module()(s[:25], pos[:25], given), conv(s[:25], pos[:25], smaller))
+
+
+@pytest.mark.slow
+def test_inductor_compiles_the_layer(s, pos, edges):
+    conv = scramble(IPALiteConv(C, **SIZES))
+    torch._dynamo.reset()
+    run = torch.compile(conv, fullgraph=True)
+    close(run(s, pos, edges), conv(s, pos, edges))
+
+
+# Several processes
+
+
+def test_distributed_data_parallel_takes_the_layer(s, pos, graph, tmp_path):
+    conv = scramble(IPALiteConv(C, **SIZES))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(conv)
+        outputs = wrapped(s, pos, graph)
+        (outputs[0].sum() + outputs[1].sum()).backward()
+        assert all(p.grad is not None for p in conv.parameters())
+        close(outputs, conv(s, pos, graph))
+    finally:
+        torch.distributed.destroy_process_group()

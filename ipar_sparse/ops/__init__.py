@@ -138,6 +138,22 @@ def edge_attention(
     return ATTENTION_BACKENDS[chosen](q, k, v, x_src, x_dst, bias, graph)
 
 
+def resolve_gate(
+    backend: str, h: Tensor, edges: NeighborTable | Tensor, weights: Sequence[Tensor]
+) -> str:
+    """The backend of the gate that runs for these embeddings and edges.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    chosen = resolve_backend(backend, h)
+    if chosen == "triton" and not isinstance(edges, NeighborTable):
+        return "chunked"  # the fused kernel reads rows of a table
+    if backend == "auto" and chosen == "triton":
+        return _fused_if_supported("gate", h, weights)
+    return chosen
+
+
 def edge_gate(
     h: Tensor,
     edges: NeighborTable | Tensor,
@@ -167,12 +183,14 @@ def edge_gate(
         ValueError: on shapes or devices that do not fit together.
     """
     _check_gate(h, edges, weights)
-    chosen = resolve_backend(backend, h)
-    if chosen == "triton" and not isinstance(edges, NeighborTable):
-        chosen = "chunked"  # the fused kernel reads rows of a table
-    elif backend == "auto" and chosen == "triton":
-        chosen = _fused_if_supported("gate", h, weights)
-    logits = GATE_BACKENDS[chosen](h, edges, weights)
+    if torch.compiler.is_compiling():
+        if isinstance(edges, NeighborTable):
+            parts = (edges.index, list(weights), True, edges.padded)
+        else:
+            parts = (edges, list(weights), False, False)
+        logits = compiled.edge_gate(h, *parts, backend)
+    else:
+        logits = GATE_BACKENDS[resolve_gate(backend, h, edges, weights)](h, edges, weights)
     return logits.squeeze(-1) if weights[4].size(0) == 1 else logits
 
 

@@ -1,8 +1,8 @@
-"""Edge attention as one operator, so that ``torch.compile`` and ``torch.export`` keep it whole.
+"""Edge attention and the gate as operators that ``torch.compile`` and ``torch.export`` keep.
 
-The operator runs any backend as it is. Its gradient is a second operator that runs the backend
-again. The outputs that activation checkpointing saves take the place of the attention then, so
-that the second run costs its preparation only.
+An operator runs any backend as it is. Its gradient is a second operator that runs the backend
+again. For attention, the outputs that activation checkpointing saves are at hand then, so that
+the second run costs its preparation only.
 """
 
 import torch
@@ -130,6 +130,72 @@ def _gradient(ctx, grads):
 
 
 edge_attention.register_autograd(_gradient, setup_context=_setup_context)
+
+
+@torch.library.custom_op("ipar_sparse::edge_gate", mutates_args=())
+def edge_gate(
+    h: Tensor, edges: Tensor, weights: list[Tensor], table: bool, padded: bool, backend: str
+) -> Tensor:
+    """See :func:`ipar_sparse.ops.edge_gate`; always (E, G).
+
+    Args:
+        edges: the index of a table, or an ``edge_index`` (2, E).
+        table: which of the two.
+        padded: whether the table is padded.
+    """
+    from . import GATE_BACKENDS, resolve_gate
+
+    graph = NeighborTable(edges, padded=padded) if table else edges
+    return _own(GATE_BACKENDS[resolve_gate(backend, h, graph, weights)](h, graph, weights))
+
+
+@edge_gate.register_fake
+def _(h, edges, weights, table, padded, backend):
+    if table and padded:
+        num_edges = torch.library.get_ctx().new_dynamic_size()
+    else:
+        num_edges = edges.numel() if table else edges.size(1)
+    return weights[0].new_empty(num_edges, weights[4].size(0))
+
+
+@torch.library.custom_op("ipar_sparse::edge_gate_backward", mutates_args=())
+def _gate_backward(
+    grad: Tensor,
+    h: Tensor,
+    edges: Tensor,
+    weights: list[Tensor],
+    table: bool,
+    padded: bool,
+    backend: str,
+) -> list[Tensor]:
+    from . import GATE_BACKENDS, resolve_gate
+
+    graph = NeighborTable(edges, padded=padded) if table else edges
+    with torch.inference_mode(False), torch.enable_grad():
+        given = [t.detach().requires_grad_() for t in (h, *weights)]
+        chosen = resolve_gate(backend, h, graph, weights)
+        logits = GATE_BACKENDS[chosen](given[0], graph, given[1:])
+        found = torch.autograd.grad(logits, given, grad.to(logits.dtype))
+    return [_own(t) for t in found]
+
+
+@_gate_backward.register_fake
+def _(grad, h, edges, weights, table, padded, backend):
+    return [t.new_empty(t.shape) for t in (h, *weights)]
+
+
+def _setup_gate_context(ctx, inputs, output):
+    h, edges, weights, *ctx.options = inputs
+    ctx.save_for_backward(h, edges, *weights)
+
+
+def _gate_gradient(ctx, grad):
+    h, edges, *weights = ctx.saved_tensors
+    d_h, *d_weights = _gate_backward(grad, h, edges, weights, *ctx.options)
+    return d_h, None, d_weights, None, None, None
+
+
+edge_gate.register_autograd(_gate_gradient, setup_context=_setup_gate_context)
 
 
 def _own(x: Tensor) -> Tensor:
