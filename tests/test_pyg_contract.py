@@ -2,10 +2,13 @@
 
 import copy
 import math
+import os
 
 import pytest
 import torch
+from torch_geometric.data import Data
 from torch_geometric.explain import AttentionExplainer, Explainer, GNNExplainer
+from torch_geometric.loader import NeighborLoader
 from torch_geometric.nn import HeteroConv, Linear, to_hetero
 from torch_geometric.utils import k_hop_subgraph
 
@@ -15,6 +18,7 @@ from ipar_sparse.nn import LOGIT_TERMS, PackedIPALiteConv
 
 N, K, C = 40, 6, 12
 SIZES = {"heads": 2, "head_channels": 8}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def scramble(module, std=0.3):
@@ -241,6 +245,27 @@ def test_gradients_on_the_seeds_of_a_subgraph_are_those_of_the_whole(s, pos, gra
     sampled = gradients(s[nodes], pos[nodes], part, rows)
     close(sampled[2:], whole[2:])
     close(sampled[:2], [grad[nodes] for grad in whole[:2]])
+
+
+@pytest.mark.ext
+def test_a_neighbor_loader_has_the_whole_graphs_gradients(s, pos, graph):
+    whole = Data(x=s, pos=pos, edge_index=graph.edge_index)
+    try:
+        batches = list(NeighborLoader(whole, [-1], batch_size=8))
+    except ImportError as error:
+        pytest.skip(f"the sampler is not built: {error}")
+    conv = scramble(IPALiteConv(C, terms=("mono",), **SIZES))
+    parameters = list(conv.parameters())
+    state, place = conv(s, pos, graph)
+    expected = torch.autograd.grad((state**2).sum() + (place**3).sum(), parameters)
+    total = [torch.zeros_like(p) for p in parameters]
+    for batch in batches:
+        state, place = conv(batch.x, batch.pos, batch.edge_index)
+        seeds = slice(batch.batch_size)
+        loss = (state[seeds] ** 2).sum() + (place[seeds] ** 3).sum()
+        for sum_, grad in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+            sum_ += grad
+    close(total, expected)
 
 
 # Equivariance
@@ -565,6 +590,32 @@ def test_inductor_compiles_the_layer(s, pos, edges):
     torch._dynamo.reset()
     run = torch.compile(conv, fullgraph=True)
     close(run(s, pos, edges), conv(s, pos, edges))
+
+
+@pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="no CUDA device, and not interpreted"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiled_kernels_are_the_kernels(s, pos, graph, dtype, padded):
+    pytest.importorskip("triton")
+    device = "cpu" if INTERPRETED else "cuda"
+    if padded:
+        graph, _ = NeighborTable.from_edge_index(graph.edge_index[:, :-3], N)
+    graph, s, pos = graph.to(device), s.to(device, dtype), pos.float().to(device)
+    conv = scramble(IPALiteConv(C, **SIZES, backend="triton")).to(device, dtype)
+    gate = scramble(EdgeGateSoft(C, heads=2, backend="triton")).to(device, torch.float32)
+
+    def run(s, pos):
+        return conv(s, pos, graph, gate(s.float(), graph))
+
+    parameters = [*conv.parameters(), *gate.parameters()]
+    ours, theirs = (outputs_and_gradients(f, parameters, s, pos) for f in (compiled(run), run))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        scale = max(1.0, float(b.detach().abs().max()))
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)
 
 
 # Several processes
