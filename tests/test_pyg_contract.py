@@ -528,6 +528,17 @@ def test_a_compiled_model_and_gate_are_the_model_and_gate(s, edges):
     close(*results)
 
 
+def test_a_compiled_model_may_checkpoint_its_recycles(s, graph):
+    plain = scramble(IPALiteModel(C, num_recycles=2)).eval()
+    saving = IPALiteModel(C, num_recycles=2, checkpoint_recycles=True).double().eval()
+    saving.load_state_dict(plain.state_dict())
+    run = compiled(saving)
+    close(
+        outputs_and_gradients(lambda s: run(s, graph), saving.parameters(), s),
+        outputs_and_gradients(lambda s: plain(s, graph), plain.parameters(), s),
+    )
+
+
 def test_a_compiled_layer_takes_graphs_of_other_sizes(s, pos):
     conv = scramble(IPALiteConv(C, **SIZES))
     run = compiled(conv, dynamic=True)

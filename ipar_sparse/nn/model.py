@@ -243,12 +243,13 @@ class IPALiteModel(nn.Module):
     def _maybe_checkpoint(self, function, *given):
         if not (self.checkpoint_recycles and torch.is_grad_enabled()):
             return function(*given)
+        compiling = torch.compiler.is_compiling()
         return checkpoint(
             function,
             *given,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=ops.keep_attention,
+            context_fn=ops.keep_operator if compiling else ops.keep_attention,
         )
 
     def _reorders(self, graph: NeighborTable | Adj) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..graph import NeighborTable
 from . import chunked, compiled, reference
+from .compiled import keep_operator
 from .edges import apply_edges
 from .segment import scatter_sum, segment_softmax
 from .selective_checkpoint import keep_attention
@@ -28,6 +29,7 @@ __all__ = [
     "edge_attention",
     "edge_gate",
     "keep_attention",
+    "keep_operator",
     "resolve_backend",
     "scatter_sum",
     "segment_softmax",

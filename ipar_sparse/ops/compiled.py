@@ -5,8 +5,11 @@ again. For attention, the outputs that activation checkpointing saves are at han
 the second run costs its preparation only.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from ..graph import NeighborTable
 from .reference import accumulate_dtype
@@ -196,6 +199,11 @@ def _gate_gradient(ctx, grad):
 
 
 edge_gate.register_autograd(_gate_gradient, setup_context=_setup_gate_context)
+
+
+def keep_operator() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """:func:`ipar_sparse.ops.keep_attention` in the form that ``torch.compile`` takes."""
+    return create_selective_checkpoint_contexts([torch.ops.ipar_sparse.edge_attention.default])
 
 
 def _own(x: Tensor) -> Tensor:
