@@ -85,7 +85,12 @@ def knn(
 
 
 def knn_candidates(
-    h: Tensor, k: int = 100, *, metric: str = "euclidean", backend: str = "auto"
+    h: Tensor,
+    k: int = 100,
+    *,
+    metric: str = "euclidean",
+    backend: str = "auto",
+    batch: Tensor | None = None,
 ) -> NeighborTable:
     """The candidate graph: kNN in embedding space, which is available at inference.
 
@@ -94,11 +99,40 @@ def knn_candidates(
         k: candidates a cell, default 100 (min(k, n - 1) on small sets).
         metric: ``"euclidean"`` or ``"cosine"``.
         backend: see :func:`knn`.
+        batch: graph of each cell (n,), integer, in any order. Candidates are then of the same
+            graph, as if each graph were searched alone. One graph if left out (default: None).
 
     Returns:
-        :class:`NeighborTable` of n rows.
+        :class:`NeighborTable` of n rows, padded where a graph has fewer candidates than another.
+
+    Raises:
+        ValueError: as :func:`knn`, or if ``batch`` is not (n,).
     """
-    return knn(h, k, metric=metric, backend=backend)
+    if batch is None:
+        return knn(h, k, metric=metric, backend=backend)
+    if batch.shape != h.shape[:1]:
+        raise ValueError(
+            f"batch needs one graph a cell, shape {tuple(h.shape[:1])}; given {tuple(batch.shape)}"
+        )
+    # A stable sort keeps cells of a graph in their order, and so the ties of the search.
+    order = batch.to(h.device).argsort(stable=True)
+    counts = batch.unique(return_counts=True)[1].tolist()
+    parts = order.split(counts)
+    tables = [knn(h[rows], k, metric=metric, backend=backend) for rows in parts]
+    if not tables:
+        return knn(h, k, metric=metric, backend=backend)
+    width = max(table.k for table in tables)
+    index = torch.full((h.size(0), width), -1, dtype=torch.int32, device=h.device)
+    for rows, table in zip(parts, tables, strict=True):
+        index[rows, : table.k] = rows[table.index.long()].int()
+    recalls = [table.recall for table in tables if table.recall is not None]
+    return NeighborTable(
+        index,
+        padded=any(table.k < width for table in tables),
+        recall=min(recalls, default=None),
+        metric=metric,
+        method=tables[0].method,
+    )
 
 
 def pooled_candidates(

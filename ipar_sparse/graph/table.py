@@ -99,6 +99,15 @@ class NeighborTable:
         """
         return self._cached("reverse", self._reverse)
 
+    @property
+    def known_reverse(self) -> list[Tensor]:
+        """The result of :meth:`reverse` where it has been called before, else nothing."""
+        return list(self._cache.get("reverse", ()))
+
+    def set_reverse(self, rowptr: Tensor, edge: Tensor, dst: Tensor) -> None:
+        """Hand over the result of :meth:`reverse` on an equal table, which saves a sort."""
+        self._cache["reverse"] = (rowptr, edge, dst)
+
     def to_table(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Per-edge values (E, ...) as (n, k, ...), ``fill`` in padding slots."""
         shape = (self.num_nodes, self.k, *values.shape[1:])

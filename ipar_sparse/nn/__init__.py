@@ -4,6 +4,7 @@ from .conv import IPALiteConv
 from .encoder import SharedEncoder
 from .gate import EdgeGateSoft
 from .model import IPALiteModel
+from .packed import PackedIPALiteConv
 from .terms import LOGIT_TERMS, PairBias
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "EdgeGateSoft",
     "IPALiteConv",
     "IPALiteModel",
+    "PackedIPALiteConv",
     "PairBias",
     "SharedEncoder",
 ]

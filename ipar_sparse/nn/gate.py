@@ -1,5 +1,6 @@
 """EdgeGateSoft: a logit for every candidate edge."""
 
+import torch
 from torch import Tensor, nn
 from torch_geometric.nn import inits
 
@@ -63,8 +64,10 @@ class EdgeGateSoft(nn.Module):
         layers = (layer for layer in self.mlp if isinstance(layer, nn.Linear))
         weights = [p for layer in layers for p in (layer.weight, layer.bias)]
         logits = ops.edge_gate(h, edges, weights, backend=self.backend)
-        if isinstance(edges, NeighborTable) and not edges.has_loops:
-            return logits
+        # A compiler cannot look for loops first, and masks them in any case.
+        if isinstance(edges, NeighborTable):
+            if not (torch.compiler.is_compiling() or edges.has_loops):
+                return logits
         src, dst = edges.edge_index if isinstance(edges, NeighborTable) else edges
         return logits.masked_fill((src == dst).view(-1, *[1] * (logits.dim() - 1)), 0.0)
 

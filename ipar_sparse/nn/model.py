@@ -54,7 +54,7 @@ class IPALiteModel(nn.Module):
         backend: of attention and pair term (default: ``"auto"``).
         geo_schedule: recycles, counted from 1, in which the extra terms are added; None is all
             of them (default: None). Unshared blocks of other recycles have no terms.
-        qk, qk_norm, qk_scale, qk_range: of the attention, see :class:`IPALiteConv`.
+        qk, qk_norm, qk_scale, qk_range, pos_weight: of the layers, see :class:`IPALiteConv`.
         pair_hidden: hidden widths of a pair term, see :class:`PairBias`; None is no pair term
             (default: None).
         learned_betas: initial values of the learned factor :math:`\beta_r` of the edge bias, one
@@ -92,6 +92,7 @@ class IPALiteModel(nn.Module):
         learned_betas: Sequence[float] | None = None,
         init_step_size: float | None = None,
         reorder: bool | None = None,
+        pos_weight: str = "matrix",
     ):
         super().__init__()
         self.in_channels = in_channels
@@ -130,6 +131,7 @@ class IPALiteModel(nn.Module):
                 qk_scale=qk_scale,
                 qk_range=qk_range,
                 backend=backend,
+                pos_weight=pos_weight,
             )
             for r in (recycles[:1] if shared else recycles)
         )
@@ -241,12 +243,13 @@ class IPALiteModel(nn.Module):
     def _maybe_checkpoint(self, function, *given):
         if not (self.checkpoint_recycles and torch.is_grad_enabled()):
             return function(*given)
+        compiling = torch.compiler.is_compiling()
         return checkpoint(
             function,
             *given,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=ops.keep_attention,
+            context_fn=ops.keep_operator if compiling else ops.keep_attention,
         )
 
     def _reorders(self, graph: NeighborTable | Adj) -> bool:

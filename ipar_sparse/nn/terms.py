@@ -39,7 +39,11 @@ class SquaredDistance(nn.Module):
     """
 
     def __init__(
-        self, channels: int, heads: int, pos_channels: int = 2, clamp: float | None = None
+        self,
+        channels: int | tuple[int, int],
+        heads: int,
+        pos_channels: int = 2,
+        clamp: float | None = None,
     ):
         super().__init__()
         self.clamp = clamp
@@ -97,7 +101,7 @@ class RadialBasis(nn.Module):
 
     def __init__(
         self,
-        channels: int,
+        channels: int | tuple[int, int],
         heads: int,
         pos_channels: int = 2,
         centers: int = 16,
@@ -152,7 +156,7 @@ class PointAttention(nn.Module):
     to rotation, since states do not rotate. Offsets start at zero and :math:`\sigma_h` at 1.
 
     Args:
-        channels: width of the node state.
+        channels: width of the node state, or widths of sources and destinations.
         heads: number of heads.
         pos_channels: dimension of the coordinates.
         clamp: lower bound of the term (default: -10.0).
@@ -161,11 +165,18 @@ class PointAttention(nn.Module):
         as :class:`SquaredDistance`
     """
 
-    def __init__(self, channels: int, heads: int, pos_channels: int = 2, clamp: float = -10.0):
+    def __init__(
+        self,
+        channels: int | tuple[int, int],
+        heads: int,
+        pos_channels: int = 2,
+        clamp: float = -10.0,
+    ):
         super().__init__()
+        c_src, c_dst = channels if isinstance(channels, tuple) else (channels, channels)
         self.heads, self.pos_channels, self.clamp = heads, pos_channels, clamp
-        self.lin_query = nn.Linear(channels, heads * pos_channels, bias=False)
-        self.lin_key = nn.Linear(channels, heads * pos_channels, bias=False)
+        self.lin_query = nn.Linear(c_dst, heads * pos_channels, bias=False)
+        self.lin_key = nn.Linear(c_src, heads * pos_channels, bias=False)
         self.log_sigma = nn.Parameter(torch.empty(heads))
         self.reset_parameters()
 
@@ -338,7 +349,8 @@ def _distance(x_j: Tensor, x_i: Tensor) -> Tensor:
 
 def _median(values: Tensor, dst: Tensor, num_nodes: int, batch: Tensor | None) -> Tensor:
     """At each node the (lower) median of the edge values (E,) of its graph; 1 without edges."""
-    if not values.numel():
+    # A compiler does not see whether a padded table has edges; without any, no value is read.
+    if not torch.compiler.is_compiling() and not values.numel():
         return values.new_ones(num_nodes)
     if batch is None:
         return values.median().expand(num_nodes)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..graph import NeighborTable
-from . import chunked, reference
+from . import chunked, compiled, reference
+from .compiled import keep_operator
 from .edges import apply_edges
 from .segment import scatter_sum, segment_softmax
 from .selective_checkpoint import keep_attention
@@ -28,6 +29,7 @@ __all__ = [
     "edge_attention",
     "edge_gate",
     "keep_attention",
+    "keep_operator",
     "resolve_backend",
     "scatter_sum",
     "segment_softmax",
@@ -82,6 +84,18 @@ def resolve_backend(backend: str, sample: Tensor) -> str:
     return backend
 
 
+def resolve_attention(backend: str, q: Tensor, x_src: Tensor) -> str:
+    """The attention backend that runs for these queries and positions.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    chosen = resolve_backend(backend, q)
+    if backend == "auto" and chosen == "triton":
+        return _fused_if_supported("attention", q, x_src)
+    return chosen
+
+
 def edge_attention(
     q: Tensor,
     k: Tensor,
@@ -119,10 +133,27 @@ def edge_attention(
     """
     x_src, x_dst = x if isinstance(x, tuple) else (x, x)
     _check_attention(q, k, v, x_src, x_dst, bias, graph)
-    chosen = resolve_backend(backend, q)
-    if backend == "auto" and chosen == "triton":
-        chosen = _fused_if_supported("attention", q, x_src)
+    if torch.compiler.is_compiling():
+        parts = (graph.index, graph.known_reverse, graph.num_src_nodes, graph.padded, backend)
+        return tuple(compiled.edge_attention(q, k, v, x_src, x_dst, bias, *parts)[:3])
+    chosen = resolve_attention(backend, q, x_src)
     return ATTENTION_BACKENDS[chosen](q, k, v, x_src, x_dst, bias, graph)
+
+
+def resolve_gate(
+    backend: str, h: Tensor, edges: NeighborTable | Tensor, weights: Sequence[Tensor]
+) -> str:
+    """The backend of the gate that runs for these embeddings and edges.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    chosen = resolve_backend(backend, h)
+    if chosen == "triton" and not isinstance(edges, NeighborTable):
+        return "chunked"  # the fused kernel reads rows of a table
+    if backend == "auto" and chosen == "triton":
+        return _fused_if_supported("gate", h, weights)
+    return chosen
 
 
 def edge_gate(
@@ -154,12 +185,14 @@ def edge_gate(
         ValueError: on shapes or devices that do not fit together.
     """
     _check_gate(h, edges, weights)
-    chosen = resolve_backend(backend, h)
-    if chosen == "triton" and not isinstance(edges, NeighborTable):
-        chosen = "chunked"  # the fused kernel reads rows of a table
-    elif backend == "auto" and chosen == "triton":
-        chosen = _fused_if_supported("gate", h, weights)
-    logits = GATE_BACKENDS[chosen](h, edges, weights)
+    if torch.compiler.is_compiling():
+        if isinstance(edges, NeighborTable):
+            parts = (edges.index, list(weights), True, edges.padded)
+        else:
+            parts = (edges, list(weights), False, False)
+        logits = compiled.edge_gate(h, *parts, backend)
+    else:
+        logits = GATE_BACKENDS[resolve_gate(backend, h, edges, weights)](h, edges, weights)
     return logits.squeeze(-1) if weights[4].size(0) == 1 else logits
 
 
@@ -185,7 +218,9 @@ def _check_attention(
             f"edge_attention needs positions ({n_src}, D) and ({n}, D); "
             f"given {tuple(x_src.shape)} and {tuple(x_dst.shape)}"
         )
-    if bias is not None and bias.shape not in ((graph.num_edges,), (graph.num_edges, q.size(1))):
+    # A compiler does not see how many slots of a padded table hold edges.
+    unseen = graph.padded and torch.compiler.is_compiling()
+    if bias is not None and not unseen and not _fits(bias, graph.num_edges, q.size(1)):
         raise ValueError(
             f"edge_attention needs a bias of shape ({graph.num_edges},) or "
             f"({graph.num_edges}, {q.size(1)}); given {tuple(bias.shape)}"
@@ -199,6 +234,10 @@ def _check_attention(
     devices |= {bias.device} if bias is not None else set()
     if len(devices) > 1:
         raise ValueError(f"edge_attention: tensors and graph on several devices: {devices}")
+
+
+def _fits(bias: Tensor, num_edges: int, heads: int) -> bool:
+    return bias.shape in ((num_edges,), (num_edges, heads))
 
 
 def _check_gate(h: Tensor, edges: NeighborTable | Tensor, weights: Sequence[Tensor]) -> None:

@@ -33,6 +33,10 @@ def apply_edges(
     Returns:
         Values (E, H), differentiable once.
     """
+    if torch.compiler.is_compiling():  # a compiler fuses the function with its gathers by itself
+        rows = [tensor.index_select(0, edge_index[0]) for tensor in sources]
+        rows += [tensor.index_select(0, edge_index[1]) for tensor in destinations]
+        return function(*rows, *parameters)
     tensors = (*sources, *destinations, *parameters)
     with torch.autocast(tensors[0].device.type, enabled=False):
         return _ApplyEdges.apply(function, edge_index, len(sources), len(destinations), *tensors)
