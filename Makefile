@@ -1,5 +1,6 @@
 # make demo          simulate slides, train, predict a held-out slide, write a report
 # make test          the tests; EXT=1 also builds torch-scatter and torch-cluster and tests against them
+# make trust         what a user may rely on: bad inputs, kills, attacks (5 minutes)
 # make lint          ruff, layers of imports, types, words that were given up
 # make clean         remove what the targets above made, except the environment
 #
@@ -27,7 +28,7 @@ EXT_READY := $(VENV)/.ipar-ext-ready
 # Whatever torch was installed first is what every later install has to live with.
 PINNED := $(VENV)/torch-constraint.txt
 
-.PHONY: env ext demo test lint clean
+.PHONY: env ext demo test trust lint clean
 
 env: $(READY)
 
@@ -52,7 +53,10 @@ $(EXT_READY): $(READY)
 
 test: $(READY) $(if $(EXT),$(EXT_READY))
 	$(if $(EXT),IPAR_SPARSE_REQUIRE_EXT=1) OMP_NUM_THREADS=$(TEST_THREADS) \
-	  $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -m "not slow and not trust" $(PYTEST_ARGS)
+
+trust: $(READY)
+	$(BIN)/python -m pytest -m trust $(PYTEST_ARGS)
 
 # The fourth slide is seen by no stage of the training.
 demo: $(READY)

@@ -1,4 +1,4 @@
-"""Settings of a run that trains in a second, and a way to stop it between two steps."""
+"""Settings of a run that trains in a second, of one in ten, and a way to stop between two steps."""
 
 import threading
 
@@ -28,6 +28,29 @@ SMALL = [
     "data.max_genes=60",
     "selection.mode=none",
 ]
+
+TRUST = [
+    "encoder.steps=100",
+    "encoder.hidden=[64]",
+    "encoder.out=32",
+    "model.dim=32",
+    "model.channels=32",
+    "model.heads=2",
+    "model.head_channels=8",
+    "model.recycles=2",
+    "train.minisets=20",
+    "train.miniset_min=150",
+    "train.miniset_max=250",
+    "train.epochs=3",
+    "train.warmup_epochs=1",
+    "train.ramp_epochs=1",
+    "train.gate_steps=20",
+    "train.val_minisets=4",
+    "train.device=cpu",
+    "graph.k=30",
+    "selection.mode=none",
+]
+"""Settings of the run that the tests marked ``trust`` share."""
 
 
 def small_config(*overrides: str, preset: str | None = None) -> RunConfig:
