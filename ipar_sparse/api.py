@@ -24,8 +24,9 @@ from .errors import UserError
 from .evaluation.results import SlideEvaluation, role_of
 from .evaluation.scoring import score_slide
 from .files import check_output_folder
-from .inference.placing import embed_cells, place_cells, reading_settings, role_in_training
+from .inference.placing import embed_cells, place_cells, role_in_training
 from .inference.predictor import Predictor
+from .inference.run_folder import reading_settings
 from .inference.summary import RunSummary, summarize_run
 from .progress import setup_logging
 from .report import write_evaluation
@@ -311,7 +312,7 @@ class IPAR:
     ) -> tuple[list[Slide], AnnData | None]:
         """The slides of an object or file; of a file also the object, where it is to be filled."""
         _show_messages()
-        data = reading_settings(self.predictor, **reading)
+        data = reading_settings(self.run, self.config, **reading)
         name = "cells" if isinstance(cells, AnnData) else None
         slides = read_files([cells], data, require_pos=require_pos, names=[name])
         for slide in slides:

@@ -614,12 +614,33 @@ def test_settings_are_listed_found_and_explained(capsys):
     assert "train.mutual_prob" in shown("Mutual nearest")  # in its help text
 
 
-def test_help_does_not_load_torch():
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["info", "{run}"],
+        ["predict", "{run}", "none.h5ad", "--out", "{out}.h5ad"],
+        ["embed", "none", "{slide}", "--out", "{out}.h5ad"],
+        ["evaluate", "{run}", "{slide}", "--slide-key", "nowhere", "--out", "{out}"],
+        ["experiment", "v1", "--slides", "{slide}", "--layer", "nowhere", "--out", "{out}"],
+        ["train", "{slide}", "--embedding", "obsm:nowhere", "--out", "{out}"],
+        ["train", "{slide}", "--device", "cpus", "--out", "{out}"],
+        ["benchmark", "--sizes", "many", "--out", "{out}"],
+    ],
+)
+def test_what_options_and_headers_can_answer_waits_for_no_library(argv, run, slides, tmp_path):
+    fill = {"run": run, "slide": slides / "cortex1.h5ad", "out": tmp_path / "out"}
+    argv = [word.format(**fill) for word in argv]
     code = (
-        "import sys\nfrom ipar_sparse.cli import run_command\nrun_command(['--help'])\n"
-        "sys.exit(int('torch' in sys.modules or 'anndata' in sys.modules))"
+        "import sys\nfrom ipar_sparse.cli import run_command\n"
+        f"code = run_command({argv})\n"
+        "slow = {'torch', 'anndata', 'pandas', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {slow}' if slow else code)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == (0 if argv[0] in ("--help", "info") else 2), done.stderr
+    assert len(done.stderr.splitlines()) == done.returncode // 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_extra_it_says_how_to_get_it():

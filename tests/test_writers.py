@@ -11,10 +11,11 @@ import pytest
 from anndata_files import N, make, save
 from scipy import sparse
 
+from ipar_sparse.data.headers import check_output
 from ipar_sparse.data.keys import Keys
 from ipar_sparse.data.readers import read_slides
 from ipar_sparse.data.simulation import simulate
-from ipar_sparse.data.writers import check_output, write_predictions, write_slide
+from ipar_sparse.data.writers import write_predictions, write_slide
 from ipar_sparse.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

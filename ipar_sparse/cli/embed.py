@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..files import check_folder
 from . import options
-from .inputs import load_predictor, tell_notes
+from .inputs import check_inputs, load_predictor, tell_notes
+from .options import given
 from .results import tell_written
 
 
@@ -19,17 +20,22 @@ def embed(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Embed cells with the trained encoder alone, to obsm['X_ipar_embedding'] of a copy."""
+    from ..data.headers import check_output
     from ..data.keys import Keys
-    from ..data.readers import read_files
-    from ..data.writers import check_output, write_predictions
-    from ..inference.placing import check_encoder, embed_cells, reading_settings
+    from ..inference.run_folder import check_encoder
 
     check_folder(out.parent)
-    predictor = load_predictor(run, device)
-    check_encoder(predictor)
-    data = reading_settings(predictor, layer, normalized, slide_key)
+    reading = given(layer=layer, normalized=normalized, slide_key=slide_key)
+    check_encoder(run)
     obsm = (Keys.EMBEDDING,)
     check_output(cells, out, overwrite=overwrite, obsm=obsm, obs=(Keys.EMPTY,))
+    data = check_inputs(run, [cells], require_pos=False, **reading)
+    predictor = load_predictor(run, device)  # what is refused above does not wait for torch
+
+    from ..data.readers import read_files
+    from ..data.writers import write_predictions
+    from ..inference.placing import embed_cells
+
     slides = read_files([cells], data, require_pos=False)
     tell_notes(slides)
     write_predictions(cells, out, **vars(embed_cells(predictor, slides)), overwrite=overwrite)

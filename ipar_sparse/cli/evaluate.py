@@ -10,9 +10,9 @@ import typer
 from ..files import check_output_folder
 from . import options
 from .folders import removed_on_failure
-from .inputs import load_predictor, tell_notes
+from .inputs import check_inputs, load_predictor, tell_notes
 from .messages import note, say
-from .options import RUNNING, flag
+from .options import RUNNING, flag, given
 
 
 def evaluate(
@@ -41,12 +41,14 @@ def evaluate(
 
     `ipar-sparse experiment` trains and scores on each slide or donor in turn.
     """
-    from ..data.readers import read_files
-    from ..inference.placing import reading_settings, role_in_training
-
     check_output_folder(out, overwrite)
-    predictor = load_predictor(run, device)
-    data = reading_settings(predictor, layer, normalized, slide_key, embedding)
+    reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
+    data = check_inputs(run, [slide], require_pos=True, **reading)
+    predictor = load_predictor(run, device)  # what is refused above does not wait for torch
+
+    from ..data.readers import read_files
+    from ..inference.placing import role_in_training
+
     slides = read_files([slide], data, require_pos=True)
     tell_notes(slides)
 

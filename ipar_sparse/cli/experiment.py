@@ -75,8 +75,8 @@ def experiment(
 
     The same command goes on with a study that was stopped; --overwrite starts anew.
     """
+    from ..data.headers import check_headers
     from ..evaluation.study_plan import load_variants, plan_study
-    from ..report import run_study_with_report
 
     names, studies, files = _sort(what or [])
     files = [*(slides or []), *files]
@@ -90,6 +90,8 @@ def experiment(
     variants, stated = load_variants(
         names if names or studies else ["v1"], studies, overrides or [], data=data
     )
+    for one in variants.values():
+        check_headers(files, one.data, require_pos=True)
     study = plan_study(
         files,
         variants,
@@ -100,6 +102,9 @@ def experiment(
         donor_pattern=donor_pattern,
         donor_map=donor_map,
     )
+
+    from ..report import run_study_with_report  # what is refused above does not wait for torch
+
     try:
         results = run_study_with_report(study, out, jobs=jobs, device=device, overwrite=overwrite)
     except KeyboardInterrupt:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .messages import note
 
 if TYPE_CHECKING:
+    from ..config import DataConfig
     from ..data.slide import Slide
     from ..inference.predictor import Predictor
 
@@ -34,13 +35,35 @@ def check_no_leak(slides: Sequence[Path], val: Sequence[Path]) -> None:
             )
 
 
+def check_inputs(
+    run: Path, sources: Sequence[Path], *, require_pos: bool, **reading: Any
+) -> DataConfig:
+    """Refuses what headers can refuse, before anything slow is loaded.
+
+    Args:
+        run: folder of a run.
+        sources: files to read with it.
+        require_pos: refuse files without positions.
+        **reading: what the user says of the files.
+
+    Returns:
+        How the files are to be read.
+    """
+    from ..config import RunConfig
+    from ..data.headers import check_headers
+    from ..inference.run_folder import find_checkpoint, read_meta, reading_settings
+
+    config = RunConfig.load(run)
+    read_meta(find_checkpoint(run))
+    data = reading_settings(run, config, **reading)
+    check_headers(sources, data, require_pos=require_pos)
+    return data
+
+
 def load_predictor(run: Path, device: str | None) -> Predictor:
     """The trained model of a run."""
-    from ..config import RunConfig, resolve_device
-    from ..inference.run_folder import find_checkpoint
+    from ..config import resolve_device
 
-    RunConfig.load(run)  # a folder that is no run is refused before anything slow
-    find_checkpoint(run)
     target = resolve_device(device or "auto")
 
     from ..inference.predictor import Predictor

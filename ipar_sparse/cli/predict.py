@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..files import check_folder
 from . import options
-from .inputs import load_predictor, tell_notes
+from .inputs import check_inputs, load_predictor, tell_notes
+from .options import given
 from .results import tell_written
 
 
@@ -21,18 +22,20 @@ def predict(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Place cells: positions go to obsm['X_ipar'] of a copy of the file."""
+    from ..data.headers import check_output
     from ..data.keys import Keys
-    from ..data.readers import read_files
-    from ..data.writers import check_output, write_predictions
 
     check_folder(out.parent)
     obsm = (Keys.PREDICTION, Keys.EMBEDDING)
     check_output(cells, out, overwrite=overwrite, obsm=obsm)
-    predictor = load_predictor(run, device)
+    reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
+    data = check_inputs(run, [cells], require_pos=False, **reading)
+    predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
-    from ..inference.placing import place_cells, reading_settings, uncertainty_columns
+    from ..data.readers import read_files
+    from ..data.writers import write_predictions
+    from ..inference.placing import place_cells, uncertainty_columns
 
-    data = reading_settings(predictor, layer, normalized, slide_key, embedding)
     columns = uncertainty_columns(predictor, noise_samples)
     check_output(cells, out, overwrite=overwrite, obsm=obsm, obs=(*columns, Keys.EMPTY))
     slides = read_files([cells], data, require_pos=False)

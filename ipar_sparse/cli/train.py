@@ -100,7 +100,7 @@ def train(
 ) -> None:
     """Train on slides whose positions are known."""
     from ..config.loading import parse_overrides
-    from ..train.run_folder import EXTENDABLE, check_run_folder, extend_run, run_folder
+    from ..train.run_folder import EXTENDABLE, extend_run, run_folder
 
     slides, val = slides or [], val or []
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
@@ -112,15 +112,11 @@ def train(
         asked |= data | {f"donor_{name}": value for name, value in donor_options.items()}
         check_resume(out, overwrite, [f"--{name.replace('_', '-')}" for name in asked])
     else:
-        if not slides:
-            raise UserError(
-                "give at least one slide to train on, e.g. ipar-sparse train A.h5ad "
-                "--val B.h5ad --out RUN"
-            )
-        check_run_folder(out, overwrite)
+        _check_new_run(out, slides, overwrite)
     check_no_leak(slides, val)
 
     from ..config import RunConfig, load_config, resolve_device
+    from ..data.headers import check_headers
     from ..data.records import recorded_slides
 
     if resume:
@@ -132,6 +128,9 @@ def train(
             "selection": given(mode=select and select.value),
         }
         settings = load_config(config, overrides or [], preset=preset, **sections)
+        check_headers(
+            [*slides, *val], settings.data, require_pos=True, min_cells=settings.train.miniset_min
+        )
     if (named := device or settings.train.device) != "auto":
         resolve_device(named)
     if resume:
@@ -157,6 +156,17 @@ def train(
         except KeyboardInterrupt:
             raise Stopped(what_is_left(out)) from None
     say(f"trained: {out}\nnext: ipar-sparse evaluate {out} SLIDE.h5ad --out DIR")
+
+
+def _check_new_run(out: Path, slides: list[Path], overwrite: bool) -> None:
+    from ..train.run_folder import check_run_folder
+
+    if not slides:
+        raise UserError(
+            "give at least one slide to train on, e.g. ipar-sparse train A.h5ad --val B.h5ad "
+            "--out RUN"
+        )
+    check_run_folder(out, overwrite)
 
 
 def _new_members(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,7 @@ def resolve_device(name: str):
     Raises:
         UserError: no such device on this machine.
     """
+    _check_device_name(name)
     import torch
 
     if name == "auto":
@@ -72,6 +75,23 @@ def resolve_device(name: str):
             + " or auto"
         ) from None
     return device
+
+
+def _check_device_name(name: str) -> None:
+    """Refuses what torch would, without the seconds that loading it takes.
+
+    Raises:
+        UserError: the name has no such form, or is a GPU where there is no driver of one.
+    """
+    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", name):
+        raise UserError(f"device {name!r} is not available here; use cpu, cuda, cuda:1 or auto")
+    if name.startswith("cuda") and sys.platform == "linux":
+        import ctypes
+
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            raise UserError(f"device {name!r} is not available here; use cpu or auto") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""AnnData as open stores, from h5ad, zarr or memory: what readers and writers share."""
+"""AnnData as open stores, from h5ad, zarr or memory: what readers and writers share.
+
+Opening a store loads neither anndata nor pandas, which take a second.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import anndata
 import h5py
-import pandas as pd
-from anndata.io import read_elem
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    import anndata
+    import pandas as pd
 
 Store = Any
 """Nested mappings of elements: an open h5py.File, a zarr.Group, or :func:`memory_store`."""
@@ -73,7 +77,11 @@ def is_stored(element: Any) -> bool:
 
 def read_element(element: Any) -> Any:
     """An element of a store, read where it lies in a file."""
-    return read_elem(element) if is_stored(element) else element
+    if not is_stored(element):
+        return element
+    from anndata.io import read_elem
+
+    return read_elem(element)
 
 
 def read_frame(store: Store, name: str, where: str | Path) -> pd.DataFrame:
@@ -87,6 +95,8 @@ def read_frame(store: Store, name: str, where: str | Path) -> pd.DataFrame:
     Raises:
         UserError: if an old version of AnnData wrote it.
     """
+    import pandas as pd
+
     frame = read_element(store[name])
     if not isinstance(frame, pd.DataFrame):
         raise UserError(

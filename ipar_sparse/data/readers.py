@@ -20,13 +20,18 @@ from ..errors import UserError
 from ..progress import Progress
 from .anndata_store import (
     Store,
-    is_stored,
     memory_store,
     open_store,
     read_element,
     read_frame,
     some_names,
-    suggest,
+)
+from .headers import (
+    check_cell_count,
+    check_column,
+    check_embedding,
+    check_positions,
+    find_matrix,
 )
 from .keys import Keys
 from .slide import Slide
@@ -195,8 +200,7 @@ def _part(whole: Slide, label: str | None, rows: np.ndarray, notes: list[str]) -
 
 
 def _check_cell_names(names: np.ndarray, where: str) -> None:
-    if len(names) == 0:
-        raise UserError(f"{where}: has no cells; export it again")
+    check_cell_count(len(names), 1, where)
     index = pd.Index(names)
     if not index.is_unique:
         twice = index[index.duplicated()].unique()
@@ -210,30 +214,18 @@ def _check_sizes(
     groups: dict[str | None, np.ndarray], min_cells: int, slide_key: str | None, where: str
 ) -> None:
     for label, rows in groups.items():
-        if len(rows) < min_cells:
-            of = where if label is None else f"{where}, {slide_key} {label}"
-            raise UserError(
-                f"{of}: has {len(rows)} cells, at least {min_cells} are needed; "
-                "leave it out or ask for smaller minisets and fewer neighbours"
-            )
+        of = where if label is None else f"{where}, {slide_key} {label}"
+        check_cell_count(len(rows), min_cells, of)
 
 
 def _select_matrix(
     store: Store, layer: str | None, where: str, optional: bool
 ) -> tuple[Any, np.ndarray]:
     """The group or dataset that holds the expression, and the gene names of its columns (G,)."""
-    layers = list(store["layers"]) if "layers" in store else []
-    if layer is None or layer in layers:
-        group = store["layers"][layer] if layer else store.get("X")
-        if group is None or (is_stored(group) and group.attrs.get("encoding-type") == "null"):
-            if optional:
-                return None, np.empty(0, dtype=str)
-            raise UserError(f"{where}: X is empty; choose a layer, {suggest('', layers)}")
-        return group, read_frame(store, "var", where).index.to_numpy(dtype=str)
-    if layer == "raw" and "raw" in store and "X" in store["raw"]:
-        return store["raw"]["X"], read_element(store["raw"]["var"]).index.to_numpy(dtype=str)
-    options = layers + (["raw"] if "raw" in store else [])
-    raise UserError(f"{where}: has no layer {layer!r}; {suggest(layer, options)}")
+    group, var = find_matrix(store, layer, where, optional)
+    if group is None:
+        return None, np.empty(0, dtype=str)
+    return group, read_frame({"var": var}, "var", where).index.to_numpy(dtype=str)
 
 
 def _unique_genes(genes: np.ndarray, notes: list[str]) -> np.ndarray:
@@ -383,11 +375,9 @@ def _read_positions(
 ) -> np.ndarray | None:
     """Positions (n, 2), float64; None if there are none or, where not required, unusable ones."""
     available = list(store["obsm"]) if "obsm" in store else []
+    if required:
+        check_positions(store, key, where)
     if key not in available:
-        if required:
-            raise UserError(
-                f'{where}: has no obsm["{key}"] with measured positions; {suggest(key, available)}'
-            )
         return None
     value = _read_obsm(store, key)
     problem = None
@@ -412,12 +402,7 @@ def _read_positions(
 
 
 def _read_embedding(store: Store, spec: str, where: str) -> np.ndarray:
-    slot, _, key = str(spec).partition(":")
-    if slot != "obsm" or not key:
-        raise UserError(f"embedding {spec!r} is not understood; write it as obsm:KEY")
-    available = list(store["obsm"]) if "obsm" in store else []
-    if key not in available:
-        raise UserError(f'{where}: has no obsm["{key}"]; {suggest(key, available)}')
+    key = check_embedding(store, spec, where)
     value = _read_obsm(store, key)
     if value.ndim != 2 or value.dtype.kind not in "fiu":
         raise UserError(f'{where}: obsm["{key}"] is no table of numbers; give an embedding n x d')
@@ -437,10 +422,7 @@ def _group_rows(
     """Row numbers of each slide, by its label; None labels a file of one slide."""
     if slide_key is None:
         return {None: np.arange(len(obs))}
-    if slide_key not in obs:
-        raise UserError(
-            f"{where}: has no obs column {slide_key!r}; {suggest(slide_key, obs.columns)}"
-        )
+    check_column(slide_key, obs.columns, where)
     column = obs[slide_key]
     if column.isna().any():
         raise UserError(

@@ -6,14 +6,15 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from anndata import AnnData
+from typing import TYPE_CHECKING, Any
 
 from ..config.schema import INPUTS, RunConfig
 from ..errors import UserError
-from .readers import read_files
-from .slide import Slide, slide_digest
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from .slide import Slide
 
 
 def recorded_inputs(run: Path) -> dict[str, Any]:
@@ -43,6 +44,9 @@ def recorded_slides(
     Raises:
         UserError: a slide of the run is not in the files.
     """
+    from .readers import read_files
+    from .slide import slide_digest
+
     recorded = recorded_inputs(run)
     wanted = recorded["train"] + recorded["val"]
     paths = [one["path"] for one in wanted if one["path"] is not None]

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from anndata.io import write_elem
 
 from ..errors import UserError
 from .anndata_store import Store, first_line, open_store, read_frame
+from .headers import check_output, check_suffix
 from .keys import Keys
 from .slide import Slide
 
@@ -57,52 +58,12 @@ def write_slide(
     """
     adata = to_anndata(slide)
     path = Path(path)
-    _check_suffix(path)
+    check_suffix(path)
     with _replacing(path, overwrite) as temp:
         if path.suffix == ".zarr":
             _write_zarr(adata, temp)
         else:
             adata.write_h5ad(temp, compression=compression)
-
-
-def check_output(
-    source: str | os.PathLike,
-    out: str | os.PathLike,
-    *,
-    overwrite: bool = False,
-    obsm: Iterable[str] = (),
-    obs: Iterable[str] = (),
-) -> None:
-    """Checks, before a long computation, that its result can be written.
-
-    Args:
-        source: the AnnData file that predictions will be added to.
-        out: where the copy with predictions will go, .h5ad or .zarr.
-        overwrite: allow an existing `out`, and existing keys of this package in `source`.
-        obsm: obsm keys that will be written, e.g. `Keys.PREDICTION`.
-        obs: obs columns that will be written.
-
-    Raises:
-        UserError: if `out` is the source, exists, has another suffix, or a key is taken.
-    """
-    source, out = Path(source), Path(out)
-    _check_suffix(out)
-    if out.exists() and out.resolve() == source.resolve():
-        raise UserError(f"{out}: is the input itself; give --out another name")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists; choose another --out or pass --overwrite")
-    with open_store(source) as store:
-        present = [
-            f"{slot}[{key!r}]"
-            for slot, keys in (("obsm", obsm), ("obs", obs), ("uns", (Keys.UNS,)))
-            for key in keys
-            if slot in store and key in store[slot]
-        ]
-    if present and not overwrite:
-        raise UserError(
-            f"{source}: has {', '.join(present)} already; pass --overwrite to replace "
-            "them in the output (the input file itself is never changed)"
-        )
 
 
 def write_predictions(
@@ -205,11 +166,6 @@ def in_file_order(
     for slide, value in zip(slides, values, strict=True):
         out[slide.rows] = value
     return out
-
-
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in (".h5ad", ".zarr"):
-        raise UserError(f"{path}: the name of an output must end in .h5ad or .zarr")
 
 
 @contextmanager

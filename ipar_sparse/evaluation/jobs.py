@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -176,6 +174,8 @@ def _attempt(work: Work, key: Any, stop: threading.Event | None = None) -> str |
 
 
 def _attempt_in_worker(work: Work, key: Any, threads: int) -> str | None:
+    import torch
+
     torch.set_num_threads(threads)
     try:
         return _attempt(work, key, _STOP)

@@ -23,7 +23,6 @@ import yaml
 from .. import __version__
 from ..config import PRESETS, RunConfig, load_config
 from ..config.schema import DECIDED_FROM_DATA
-from ..data.readers import read_file
 from ..data.slide import Slide, slide_digest
 from ..data.splits import SLIDE, Fold, find_donors, plan_folds
 from ..errors import UserError
@@ -307,6 +306,8 @@ def read_all(files: Sequence[str], config: RunConfig) -> list[Slide]:
 
 @lru_cache(maxsize=2)
 def _read_cached(files: tuple[str, ...], reading: str) -> list[Slide]:
+    from ..data.readers import read_file
+
     data = RunConfig.model_validate({"data": json.loads(reading)}).data
     slides = [slide for path in files for slide in read_file(Path(path), data, require_pos=True)]
     for name, count in Counter(slide.name for slide in slides).items():

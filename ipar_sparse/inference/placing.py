@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..config import DataConfig, RunConfig
 from ..data.keys import Keys
 from ..data.slide import Slide, slide_digest
 from ..data.writers import in_file_order
-from ..errors import UserError
 from ..progress import Progress
 from .predictor import Prediction, Predictor
+from .run_folder import check_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def embed_cells(predictor: Predictor, slides: Sequence[Slide]) -> Additions:
     Raises:
         UserError: the run has no encoder, or a slide shares no gene with it.
     """
-    check_encoder(predictor)
+    check_encoder(predictor.run)
     with Progress() as progress:
         embeddings = [predictor.embed(slide) for slide in progress.track(slides, "Embedding")]
     return Additions(
@@ -93,19 +92,6 @@ def embed_cells(predictor: Predictor, slides: Sequence[Slide]) -> Additions:
         obs=_empty_cells(slides),
         uns=_provenance(predictor),
     )
-
-
-def check_encoder(predictor: Predictor) -> None:
-    """Refuses a run that was trained on an embedding of the user.
-
-    Raises:
-        UserError: it was.
-    """
-    if predictor.encoder is None:
-        raise UserError(
-            f"{predictor.run} was trained on the embedding {predictor.config.data.embedding}, so "
-            "it has no encoder; use that embedding as it is"
-        )
 
 
 def uncertainty_columns(predictor: Predictor, noise_samples: int | None = None) -> tuple[str, ...]:
@@ -121,35 +107,6 @@ def role_in_training(predictor: Predictor, slide: Slide) -> str | None:
     roles = {one["digest"]: one["role"] for one in predictor.meta["metadata"]["slides"]}
     did = {"train": "was trained on", "val": "decided when training stopped"}
     return did.get(roles.get(slide_digest(slide)))
-
-
-def reading_settings(
-    predictor: Predictor,
-    layer: str | None = None,
-    normalized: bool | None = None,
-    slide_key: str | None = None,
-    embedding: str | None = None,
-) -> DataConfig:
-    """How new files are read: as those of the run, but for what the user says.
-
-    A run resolves ``normalized`` for its own files, which says nothing of others: it is recognised
-    in each file, unless the run was asked for it.
-    """
-    config = predictor.config
-    if embedding is not None and config.data.embedding is None:
-        raise UserError(
-            f"{predictor.run} was trained with its own encoder, so --embedding cannot be used; "
-            "leave it out"
-        )
-    given = {
-        "layer": layer,
-        "normalized": normalized,
-        "slide_key": slide_key,
-        "embedding": embedding,
-    }
-    asked: dict[str, Any] = {"normalized": RunConfig.load_request(predictor.run).data.normalized}
-    asked |= {name: value for name, value in given.items() if value is not None}
-    return config.replace(data=asked).data
 
 
 def _empty_cells(slides: Sequence[Slide]) -> dict[str, Any]:

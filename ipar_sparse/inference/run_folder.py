@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..config import DataConfig, RunConfig
 from ..errors import UserError
 
 BEST = "model.safetensors"
@@ -94,3 +95,52 @@ def open_header(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
             f"{VERSION}; upgrade ipar_sparse"
         )
     return json.loads(header["document"]), header, names
+
+
+def reading_settings(
+    run: Path,
+    config: RunConfig,
+    layer: str | None = None,
+    normalized: bool | None = None,
+    slide_key: str | None = None,
+    embedding: str | None = None,
+) -> DataConfig:
+    """How new files are read: as those of a run, but for what the user says.
+
+    A run resolves ``normalized`` for its own files, which says nothing of others: it is recognised
+    in each file, unless the run was asked for it.
+
+    Args:
+        run: its folder.
+        config: what it was computed with.
+        layer, normalized, slide_key, embedding: what the user says.
+
+    Raises:
+        UserError: an embedding is given for a run with its own encoder.
+    """
+    if embedding is not None and config.data.embedding is None:
+        raise UserError(
+            f"{run} was trained with its own encoder, so --embedding cannot be used; leave it out"
+        )
+    given = {
+        "layer": layer,
+        "normalized": normalized,
+        "slide_key": slide_key,
+        "embedding": embedding,
+    }
+    asked: dict[str, Any] = {"normalized": RunConfig.load_request(run).data.normalized}
+    asked |= {name: value for name, value in given.items() if value is not None}
+    return config.replace(data=asked).data
+
+
+def check_encoder(run: Path) -> None:
+    """Refuses a run that was trained on an embedding of the user.
+
+    Raises:
+        UserError: it was.
+    """
+    if (embedding := RunConfig.load(run).data.embedding) is not None:
+        raise UserError(
+            f"{run} was trained on the embedding {embedding}, so it has no encoder; use that "
+            "embedding as it is"
+        )

@@ -1,0 +1,170 @@
+"""What the headers of AnnData files can refuse: no array is read, and nothing slow is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..config.schema import DataConfig
+from ..errors import UserError
+from .anndata_store import Store, open_store, suggest
+from .keys import Keys
+
+
+def check_headers(
+    sources: Iterable[str | os.PathLike],
+    data: DataConfig,
+    *,
+    require_pos: bool,
+    min_cells: int = 1,
+) -> None:
+    """Refuses files that reading would refuse for what their headers say.
+
+    Args:
+        sources: AnnData files.
+        data: layer, keys and embedding.
+        require_pos: refuse files without positions.
+        min_cells: refuse files of fewer cells.
+
+    Raises:
+        UserError: in one line, as reading would.
+    """
+    layer = None if data.layer == "X" else data.layer
+    for source in sources:
+        path = Path(source)
+        with open_store(path) as store:
+            cells, columns = _frame_header(store["obs"])
+            if cells is not None:
+                check_cell_count(cells, min_cells, str(path))
+            find_matrix(store, layer, str(path), optional=data.embedding is not None)
+            if require_pos:
+                check_positions(store, data.spatial_key, path)
+            if data.embedding is not None:
+                check_embedding(store, data.embedding, path)
+            if data.slide_key is not None and columns is not None:
+                check_column(data.slide_key, columns, path)
+
+
+def find_matrix(store: Store, layer: str | None, where: str, optional: bool) -> tuple[Any, Any]:
+    """The group or dataset that holds the expression, and the frame of its genes.
+
+    Args:
+        store: the open store.
+        layer: its name; None is X, and "raw" is `adata.raw` unless a layer has that name.
+        where: what messages call the store.
+        optional: whether X may be missing: both are None then.
+
+    Raises:
+        UserError: there is no such layer, or X is empty.
+    """
+    layers = list(store["layers"]) if "layers" in store else []
+    if layer is None or layer in layers:
+        group = store["layers"][layer] if layer else store.get("X")
+        attrs = getattr(group, "attrs", {})
+        if group is None or attrs.get("encoding-type") == "null":
+            if optional:
+                return None, None
+            raise UserError(f"{where}: X is empty; choose a layer, {suggest('', layers)}")
+        return group, store["var"]
+    if layer == "raw" and "raw" in store and "X" in store["raw"]:
+        return store["raw"]["X"], store["raw"]["var"]
+    options = layers + (["raw"] if "raw" in store else [])
+    raise UserError(f"{where}: has no layer {layer!r}; {suggest(layer, options)}")
+
+
+def check_cell_count(cells: int, least: int, where: str) -> None:
+    """Refuses a slide without cells, or with too few."""
+    if cells == 0:
+        raise UserError(f"{where}: has no cells; export it again")
+    if cells < least:
+        raise UserError(
+            f"{where}: has {cells} cells, at least {least} are needed; "
+            "leave it out or ask for smaller minisets and fewer neighbours"
+        )
+
+
+def check_positions(store: Store, key: str, where: str | Path) -> None:
+    """Refuses a store without measured positions."""
+    available = list(store["obsm"]) if "obsm" in store else []
+    if key not in available:
+        raise UserError(
+            f'{where}: has no obsm["{key}"] with measured positions; {suggest(key, available)}'
+        )
+
+
+def check_embedding(store: Store, spec: str, where: str | Path) -> str:
+    """The obsm key of an embedding given as ``obsm:KEY``.
+
+    Raises:
+        UserError: it is written otherwise, or the store has none of the name.
+    """
+    slot, _, key = str(spec).partition(":")
+    if slot != "obsm" or not key:
+        raise UserError(f"embedding {spec!r} is not understood; write it as obsm:KEY")
+    available = list(store["obsm"]) if "obsm" in store else []
+    if key not in available:
+        raise UserError(f'{where}: has no obsm["{key}"]; {suggest(key, available)}')
+    return key
+
+
+def check_column(key: str, columns: Iterable[object], where: str | Path) -> None:
+    """Refuses an obs column that is not there."""
+    if key not in (known := [str(column) for column in columns]):
+        raise UserError(f"{where}: has no obs column {key!r}; {suggest(key, known)}")
+
+
+def _frame_header(frame: Any) -> tuple[int | None, list[str] | None]:
+    """Rows and columns of a stored data frame; None for both in a layout of old versions."""
+    attrs = getattr(frame, "attrs", {})
+    index = attrs.get("_index")
+    if attrs.get("encoding-type") != "dataframe" or index not in frame:
+        return None, None
+    return int(frame[index].shape[0]), [str(name) for name in attrs["column-order"]]
+
+
+def check_output(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    obsm: Iterable[str] = (),
+    obs: Iterable[str] = (),
+) -> None:
+    """Checks, before a long computation, that its result can be written.
+
+    Args:
+        source: the AnnData file that predictions will be added to.
+        out: where the copy with predictions will go, .h5ad or .zarr.
+        overwrite: allow an existing `out`, and existing keys of this package in `source`.
+        obsm: obsm keys that will be written, e.g. `Keys.PREDICTION`.
+        obs: obs columns that will be written.
+
+    Raises:
+        UserError: if `out` is the source, exists, has another suffix, or a key is taken.
+    """
+    source, out = Path(source), Path(out)
+    check_suffix(out)
+    if out.exists() and out.resolve() == source.resolve():
+        raise UserError(f"{out}: is the input itself; give --out another name")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: exists; choose another --out or pass --overwrite")
+    with open_store(source) as store:
+        present = [
+            f"{slot}[{key!r}]"
+            for slot, keys in (("obsm", obsm), ("obs", obs), ("uns", (Keys.UNS,)))
+            for key in keys
+            if slot in store and key in store[slot]
+        ]
+    if present and not overwrite:
+        raise UserError(
+            f"{source}: has {', '.join(present)} already; pass --overwrite to replace "
+            "them in the output (the input file itself is never changed)"
+        )
+
+
+def check_suffix(path: Path) -> None:
+    """Refuses the name of an output that says no format."""
+    if path.suffix not in (".h5ad", ".zarr"):
+        raise UserError(f"{path}: the name of an output must end in .h5ad or .zarr")
