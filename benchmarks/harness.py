@@ -10,19 +10,16 @@ for each job: by torch's allocator on a GPU, by the kernel on Linux.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
-import os
 import platform
-import resource
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
@@ -30,7 +27,9 @@ from pathlib import Path
 
 import torch
 
+from ipar_sparse import usage
 from ipar_sparse.files import atomic_path, atomic_write
+from ipar_sparse.progress import size_text
 
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 _HEADROOM = 0.8  # share of the free memory that an estimate may take
@@ -207,23 +206,14 @@ def _reset_peak(device: torch.device) -> int:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    with suppress(OSError, AttributeError):  # not Linux, or another C library
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not taken from again
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    return _peak(device)
+    usage.reset_host_peak(trim=True)
+    return usage.host_peak()
 
 
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    own = _proc_bytes("/proc/self/status", "VmHWM")
-    return own or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _proc_bytes(path: str, name: str) -> int:
-    """A number of bytes that Linux tells, 0 elsewhere."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    return next((1024 * int(x.split()[1]) for x in lines if x.startswith(f"{name}:")), 0)
+    return usage.host_peak()
 
 
 def device_times(call: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -248,8 +238,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = _proc_bytes("/proc/meminfo", "MemAvailable")
-    return free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return usage.free_host_memory()
 
 
 def describe_machine(device: torch.device) -> dict:
@@ -322,13 +311,6 @@ def bandwidth_text(tb_per_s: float) -> str:
     if tb_per_s >= 0.1:
         return f"{tb_per_s:.2f} TB/s"
     return f"{1e3 * tb_per_s:.2g} GB/s"
-
-
-def size_text(count: float) -> str:
-    """Bytes as a person reads them."""
-    units = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-    unit = next((name for name in units if count < 1024 * units[name]), "TiB")
-    return f"{count / units[unit]:.{0 if unit == 'MiB' else 1}f} {unit}"
 
 
 def plot(path: Path, title: str, rows: Sequence[dict], keys: dict[str, str], scale: str) -> None:

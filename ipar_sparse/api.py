@@ -28,7 +28,7 @@ from .inference.placing import embed_cells, place_cells, role_in_training
 from .inference.predictor import Predictor
 from .inference.run_folder import reading_settings
 from .inference.summary import RunSummary, summarize_run
-from .progress import setup_logging
+from .progress import quiet_stages, setup_logging
 from .report import write_evaluation
 from .train.fit import fit
 from .train.run_folder import check_resumable, check_run_folder, extend_run, run_folder
@@ -77,6 +77,8 @@ class IPAR:
         device: str | None = None,
         resume: bool = False,
         overwrite: bool = False,
+        max_minutes: float | None = None,
+        quiet: bool = False,
     ) -> IPAR:
         """Train on slides whose positions are known, as ``ipar-sparse train`` does.
 
@@ -100,6 +102,8 @@ class IPAR:
             resume: go on with the run in ``out`` and its settings. Of ``config``, only
                 ``train.epochs`` and ``train.patience`` may be given, which extend it.
             overwrite: replace an earlier run in ``out``.
+            max_minutes: after about so many the best model so far is kept; ``resume`` goes on.
+            quiet: show warnings alone.
 
         Raises:
             UserError: on slides that cannot be trained on, unknown settings, or a folder in use.
@@ -113,7 +117,8 @@ class IPAR:
                 raise UserError(
                     "resume takes out, and the settings of the run there; leave the others out"
                 )
-            _go_on(Path(out), [*_named(slides)[1], *_named(val)[1]], config, device)
+            sources = [*_named(slides)[1], *_named(val)[1]]
+            _go_on(Path(out), sources, config, device=device, max_minutes=max_minutes, quiet=quiet)
             return cls.load(out, device or "auto")
         settings = _settings(config, preset=preset, **asked)
         resolve_device(device or settings.train.device)
@@ -122,9 +127,12 @@ class IPAR:
             logger.warning("the run goes to the temporary folder %s; save() keeps it", out)
         out = Path(out)
         check_run_folder(out, overwrite)
-        members, held = _read_members(slides, val, settings)
+        with quiet_stages(quiet):
+            members, held = _read_members(slides, val, settings)
+        donors = _donors(members, donors)
         with run_folder(out, resume=False):
-            fit(members, held, settings, out, donors=_donors(members, donors), device=device)
+            more: dict[str, Any] = {"max_minutes": max_minutes, "quiet": quiet}
+            fit(members, held, settings, out, donors=donors, device=device, **more)
         return cls.load(out, device or "auto")
 
     @classmethod
@@ -343,14 +351,14 @@ def _read_members(slides, val, settings: RunConfig) -> tuple[list[Slide], list[S
     return members, None if val is None else held
 
 
-def _go_on(out: Path, sources: Sequence[Cells], config: Any, device: str | None) -> None:
+def _go_on(out: Path, sources: Sequence[Cells], config: Any, **running: Any) -> None:
     """Resumes a run, extended by settings if there are any."""
     check_resumable(out)
     if not isinstance(config, Mapping | None):
         raise UserError("resume takes config as a dict of train.epochs and train.patience only")
     train, held = recorded_slides(out, sources, RunConfig.load_request(out))
     extend_run(out, config or {})
-    fit(train, held, out=out, resume=True, device=device)
+    fit(train, held, out=out, resume=True, **running)
 
 
 def _settings(config, *, preset: str | None, **sections: Mapping[str, Any]) -> RunConfig:

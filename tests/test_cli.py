@@ -251,6 +251,7 @@ def fitted(monkeypatch):
 
     def fit(train, val, config, out, **named):
         calls.append({"train": train, "val": val, "config": config, "out": out, **named})
+        return FIT.FitResult(out, None, None, config, {})
 
     monkeypatch.setattr(FIT, "fit", fit)
     return calls
@@ -653,6 +654,28 @@ def test_without_the_extra_it_says_how_to_get_it():
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert f"pip install 'ipar_sparse[{extra}]'" in done.stderr
+
+
+def test_a_run_whose_time_is_up_predicts_and_goes_on(slides, tmp_path, capfd):
+    out, placed = tmp_path / "run", tmp_path / "placed.h5ad"
+    assert cli.run_command(train_argv(slides, out, "--max-minutes", "0")) == 0
+    shown = capfd.readouterr()
+    assert "--resume" in shown.out and "cut short" in shown.err
+    assert read_meta(out / LAST)["metadata"]["cut_short"] == ["encoder", "gate", "model"]
+    assert cli.run_command(["predict", str(out), f"{slides}/cortex3.h5ad", "-o", str(placed)]) == 0
+    assert np.isfinite(anndata.read_h5ad(placed).obsm["X_ipar"]).all()
+    assert cli.run_command(["train", "--out", str(out), "--resume"]) == 0
+    meta = read_meta(out / LAST)
+    assert (meta["stage"], meta["step"]) == ("model", 8)
+    assert meta["metadata"]["cut_short"] == ["encoder", "gate"]
+
+
+def test_a_selection_whose_time_is_up_takes_defaults(slides, tmp_path):
+    more = f"{slides}/cortex3.h5ad --max-minutes 0 --select quick".split()
+    assert cli.run_command(train_argv(slides, tmp_path / "run", *more)) == 0
+    config = RunConfig.load(tmp_path / "run")
+    assert (config.model.init, config.model.recycling) == ("atlas", True)
+    assert "selection" in read_meta(tmp_path / "run" / LAST)["metadata"]["cut_short"]
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on_bit_for_bit(slides, tmp_path):

@@ -10,6 +10,7 @@ import typer
 from .. import __version__
 from . import benchmark, config, embed, evaluate, experiment, info, predict, simulate, train
 from .messages import explain, say
+from .watched import watched
 
 app = typer.Typer(
     add_completion=False,
@@ -27,12 +28,12 @@ app = typer.Typer(
         "  ipar-sparse evaluate run slides/cortex4.h5ad --out report"
     ),
 )
-app.command()(simulate.simulate)
-app.command()(train.train)
-app.command()(predict.predict)
-app.command()(embed.embed)
-app.command()(evaluate.evaluate)
-app.command()(experiment.experiment)
+app.command()(watched(simulate.simulate))
+app.command()(watched(train.train))
+app.command()(watched(predict.predict))
+app.command()(watched(embed.embed))
+app.command()(watched(evaluate.evaluate))
+app.command()(watched(experiment.experiment))
 app.command()(benchmark.benchmark)
 app.command()(info.info)
 app.command()(config.config)

@@ -35,8 +35,11 @@ def embed(
     from ..data.readers import read_files
     from ..data.writers import write_predictions
     from ..inference.placing import embed_cells
+    from ..progress import stage
 
     slides = read_files([cells], data, require_pos=False)
     tell_notes(slides)
-    write_predictions(cells, out, **vars(embed_cells(predictor, slides)), overwrite=overwrite)
+    added = embed_cells(predictor, slides)
+    with stage(f"Writing {out.name}"):
+        write_predictions(cells, out, **vars(added), overwrite=overwrite)
     tell_written(slides, out, obsm)

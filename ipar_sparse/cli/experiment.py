@@ -14,6 +14,7 @@ from ..files import check_folder
 from . import options
 from .messages import Stopped, say
 from .options import OUTPUT, READING, RUNNING, flag, given
+from .watched import loading
 
 Variants = Annotated[
     list[str] | None,
@@ -103,7 +104,8 @@ def experiment(
         donor_map=donor_map,
     )
 
-    from ..report import run_study_with_report  # what is refused above does not wait for torch
+    with loading():  # what is refused above does not wait for torch
+        from ..report import run_study_with_report
 
     try:
         results = run_study_with_report(study, out, jobs=jobs, device=device, overwrite=overwrite)

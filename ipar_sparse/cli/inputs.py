@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .messages import note
+from .watched import loading
 
 if TYPE_CHECKING:
     from ..config import DataConfig
@@ -64,8 +65,8 @@ def load_predictor(run: Path, device: str | None) -> Predictor:
     """The trained model of a run."""
     from ..config import resolve_device
 
-    target = resolve_device(device or "auto")
-
-    from ..inference.predictor import Predictor
+    with loading():
+        target = resolve_device(device or "auto")
+        from ..inference.predictor import Predictor
 
     return Predictor.load(run, target)

@@ -35,7 +35,9 @@ def say(text: str, stream=None) -> None:
 
 def note(text: str) -> None:
     """Prints what is no result and no error."""
-    say(f"note: {text}", stream=sys.stderr)
+    from ..progress import tell
+
+    tell(f"note: {text}")
 
 
 def explain(error: Exception) -> tuple[int, str]:

@@ -35,11 +35,13 @@ def predict(
     from ..data.readers import read_files
     from ..data.writers import write_predictions
     from ..inference.placing import place_cells, uncertainty_columns
+    from ..progress import stage
 
     columns = uncertainty_columns(predictor, noise_samples)
     check_output(cells, out, overwrite=overwrite, obsm=obsm, obs=(*columns, Keys.EMPTY))
     slides = read_files([cells], data, require_pos=False)
     tell_notes(slides)
     added = place_cells(predictor, slides, noise_samples)
-    write_predictions(cells, out, **vars(added), overwrite=overwrite)
+    with stage(f"Writing {out.name}"):
+        write_predictions(cells, out, **vars(added), overwrite=overwrite)
     tell_written(slides, out, obsm, columns)

@@ -42,16 +42,16 @@ def simulate(
     """Make slides of a simulated tissue, to try things out."""
     from ..data.simulation import simulate as simulate_slides
     from ..data.writers import write_slide
-    from ..progress import Progress
+    from ..progress import stage, track
 
     check_folder(out, f"--out {out}")
     paths = [out / f"{tissue.value}{i + 1}.h5ad" for i in range(slides)]
     standing = [path.name for path in paths if path.exists()]
     if standing and not overwrite:
         raise UserError(f"{out} holds {standing[0]} already; pass --overwrite or another folder")
-    with removed_on_failure(out, paths), Progress() as progress:
-        with progress.task("Simulating"):
+    with removed_on_failure(out, paths):
+        with stage("Simulating"):
             made = simulate_slides(tissue.value, slides=slides, spots=spots, genes=genes, seed=seed)
-        for slide, path in zip(progress.track(made, "Writing slides"), paths, strict=True):
+        for slide, path in zip(track(made, "Writing slides"), paths, strict=True):
             write_slide(slide, path, overwrite=overwrite)
     say(f"{slides} {tissue.value} slides of {spots} spots and {genes} genes in {out}")

@@ -14,6 +14,7 @@ from .folders import check_resume, what_is_left
 from .inputs import check_no_leak
 from .messages import Stopped, say
 from .options import OUTPUT, RUNNING, flag, given
+from .watched import loading
 
 if TYPE_CHECKING:
     from ..config import RunConfig
@@ -78,6 +79,18 @@ Resume = Annotated[
 ]
 
 
+MaxMinutes = Annotated[
+    float | None,
+    flag(
+        "--max-minutes",
+        "Stop after about so many minutes, with the best model so far; --resume goes on.",
+        RUNNING,
+        "M",
+        min=0.0,
+    ),
+]
+
+
 def train(
     out: RunFolder,
     slides: TrainFiles = None,
@@ -95,12 +108,13 @@ def train(
     donor_map: options.DonorMap = None,
     seed: Seed = None,
     device: options.Device = None,
+    max_minutes: MaxMinutes = None,
     resume: Resume = False,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Train on slides whose positions are known."""
     from ..config.loading import parse_overrides
-    from ..train.run_folder import EXTENDABLE, extend_run, run_folder
+    from ..train.run_folder import EXTENDABLE, extend_run
 
     slides, val = slides or [], val or []
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
@@ -140,22 +154,40 @@ def train(
     else:
         members = _new_members(slides, val, settings, donor_options)
 
-    from ..train.fit import fit  # what is refused above does not wait for torch
+    _fit(members, settings, out, resume=resume, device=device, minutes=max_minutes)
 
-    with run_folder(out, resume):
+
+def _fit(members: Members, settings: RunConfig, out: Path, *, minutes, **running: Any) -> None:
+    """Trains, and says what came of it."""
+    with loading():  # what is refused before does not wait for torch
+        from ..train.fit import fit
+        from ..train.run_folder import run_folder
+
+    with run_folder(out, running["resume"]):
         try:
-            fit(
+            result = fit(
                 members.train,
                 members.val,
                 settings,
                 out,
                 donors=members.donors,
-                resume=resume,
-                device=device,
+                max_minutes=minutes_left(minutes),
+                **running,
             )
         except KeyboardInterrupt:
             raise Stopped(what_is_left(out)) from None
+    if "model" in result.metadata.get("cut_short", []):
+        say(f"time is up: `ipar-sparse train --out {out} --resume` goes on")
     say(f"trained: {out}\nnext: ipar-sparse evaluate {out} SLIDE.h5ad --out DIR")
+
+
+def minutes_left(limit: float | None) -> float | None:
+    """What is left of a limit since the command began."""
+    if limit is None:
+        return None
+    from ..usage import seconds_since_start
+
+    return max(0.0, limit - seconds_since_start() / 60)
 
 
 def _check_new_run(out: Path, slides: list[Path], overwrite: bool) -> None:

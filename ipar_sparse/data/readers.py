@@ -17,7 +17,7 @@ from scipy import sparse
 
 from ..config.schema import DataConfig
 from ..errors import UserError
-from ..progress import Progress
+from ..progress import track
 from .anndata_store import (
     Store,
     memory_store,
@@ -94,11 +94,8 @@ def read_files(
     """
     slides: list[Slide] = []
     pairs = list(zip(sources, names or [None] * len(sources), strict=True))
-    with Progress() as progress:
-        for source, name in progress.track(pairs, "Reading slides"):
-            slides += read_file(
-                source, data, require_pos=require_pos, min_cells=min_cells, name=name
-            )
+    for source, name in track(pairs, "Reading slides"):
+        slides += read_file(source, data, require_pos=require_pos, min_cells=min_cells, name=name)
     tell_apart(slides)
     return slides
 

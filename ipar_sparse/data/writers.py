@@ -17,10 +17,13 @@ import pandas as pd
 from anndata.io import write_elem
 
 from ..errors import UserError
+from ..ticks import counted
 from .anndata_store import Store, first_line, open_store, read_frame
 from .headers import check_output, check_suffix
 from .keys import Keys
 from .slide import Slide
+
+_PIECE = 1 << 24  # bytes of a file copied at a time
 
 
 def to_anndata(slide: Slide) -> anndata.AnnData:
@@ -218,11 +221,17 @@ def _sync(path: Path, deep: bool = True) -> None:
 
 def _copy(source: Path, temp: Path, as_zarr: bool) -> None:
     if source.is_dir() == as_zarr:
-        (shutil.copytree if as_zarr else shutil.copyfile)(source, temp)
+        (shutil.copytree if as_zarr else _copy_file)(source, temp)
     elif as_zarr:
         _write_zarr(anndata.io.read_h5ad(source), temp)
     else:
         anndata.io.read_zarr(source).write_h5ad(temp)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    with open(source, "rb") as old, open(target, "wb") as new:
+        for _ in counted(range(0, source.stat().st_size, _PIECE)):
+            new.write(old.read(_PIECE))
 
 
 def _write_zarr(adata: anndata.AnnData, path: Path) -> None:

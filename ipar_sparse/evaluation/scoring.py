@@ -18,10 +18,11 @@ from ..inference.predictor import Prediction, Predictor
 from ..layout.uncertainty import calibration_metrics, square_errors
 from ..metrics.diagnostics import candidate_recall
 from ..metrics.layout import evaluate_layout
-from ..progress import Progress
+from ..progress import stage
 from ..supervision.losses import e_geo
 from ..supervision.targets import build_target
 from .attention import attention_diagnostics
+from .baselines import BASELINES
 from .layouts import ablation_layouts, baseline_layouts, nearest_candidates, unchanged_notes
 from .results import E_GEO_SUFFIX, FLOOR, MODEL, Provenance, SlideEvaluation
 
@@ -52,28 +53,26 @@ def score_slide(
         raise UserError(f"{slide.name}: no positions to score against; use `ipar-sparse predict`")
     if slide.num_cells < 3:
         raise UserError(f"{slide.name}: {slide.num_cells} cells are too few to score; give 3")
-    with Progress() as progress:
-        with progress.task("Predicting"):
-            samples = settings.noise_samples if noise_samples is None else noise_samples
-            prediction = predictor.predict(slide, noise_samples=samples)
-            h = torch.from_numpy(prediction.embedding).to(predictor.device)
-            layouts = {
-                MODEL: prediction.pos,
-                **ablation_layouts(predictor, prediction, h, slide.pos),
-            }
-        with progress.task("Attention"):
-            attention = attention_diagnostics(predictor, h, prediction, slide.pos)
-        if settings.baselines if baselines is None else baselines:
-            with progress.task("Baselines") as task:
-                layouts |= baseline_layouts(
-                    predictor,
-                    slide,
-                    prediction,
-                    attention.weights,
-                    lambda name: task.advance(now=name),
-                )
-        layouts[FLOOR] = slide.pos
-        methods = _score_layouts(layouts, slide.pos, predictor.config, progress)
+    with stage("Predicting"):
+        samples = settings.noise_samples if noise_samples is None else noise_samples
+        prediction = predictor.predict(slide, noise_samples=samples)
+    h = torch.from_numpy(prediction.embedding).to(predictor.device)
+    layouts = {MODEL: prediction.pos}
+    with stage("Ablations"):
+        layouts |= ablation_layouts(predictor, prediction, h, slide.pos)
+    with stage("Attention"):
+        attention = attention_diagnostics(predictor, h, prediction, slide.pos)
+    if settings.baselines if baselines is None else baselines:
+        with stage("Baselines", total=len(BASELINES)) as task:
+            layouts |= baseline_layouts(
+                predictor,
+                slide,
+                prediction,
+                attention.weights,
+                lambda name: task.advance(now=name),
+            )
+    layouts[FLOOR] = slide.pos
+    methods = _score_layouts(layouts, slide.pos, predictor.config)
     return SlideEvaluation(
         slide=slide.name,
         pred=prediction.pos,
@@ -113,11 +112,11 @@ def e_geo_of_layouts(
 
 
 def _score_layouts(
-    layouts: Mapping[str, np.ndarray], pos: np.ndarray, config: RunConfig, progress: Progress
+    layouts: Mapping[str, np.ndarray], pos: np.ndarray, config: RunConfig
 ) -> dict[str, dict[str, float]]:
     """Method to its metrics by flat name."""
     settings, methods = config.eval, {}
-    with progress.task("Scoring", total=len(layouts)) as task:
+    with stage("Scoring", total=len(layouts)) as task:
         for name, layout in layouts.items():
             methods[name] = evaluate_layout(
                 layout,

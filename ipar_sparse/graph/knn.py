@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ticks import counted
 from .table import NeighborTable, validate_table
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ def pooled_candidates(
         points = torch.nn.functional.normalize(points, dim=-1)
     k = min(k, pool - 1)
     index = torch.empty(n, k, dtype=torch.int32, device=h.device)
-    for rows in torch.randperm(n, generator=generator).split(_POOL_ROWS):
+    for rows in counted(torch.randperm(n, generator=generator).split(_POOL_ROWS)):
         sample = _sample(n, pool, generator).to(h.device)
         rows = rows.to(h.device)
         distance = torch.cdist(points[rows], points[sample])
@@ -221,7 +222,7 @@ def _exact(points: Tensor, k: int, rows: Tensor | None = None) -> tuple[Tensor, 
     rows = torch.arange(n, device=points.device) if rows is None else rows
     block_rows = max(1, min(BLOCK_ELEMENTS // columns, BLOCK_ELEMENTS // (keep * d)))
     out = torch.empty(rows.numel(), k, dtype=torch.int32, device=points.device)
-    for start in range(0, rows.numel(), block_rows):
+    for start in counted(range(0, rows.numel(), block_rows)):
         own = rows[start : start + block_rows]
         query = work[own]
         best: Tensor | None = None

@@ -14,7 +14,7 @@ from .. import __version__
 from ..data.keys import Keys
 from ..data.slide import Slide, slide_digest
 from ..data.writers import in_file_order
-from ..progress import Progress
+from ..progress import track
 from .predictor import Prediction, Predictor
 from .run_folder import check_encoder
 
@@ -61,11 +61,9 @@ def place_cells(
             logger.warning(
                 "%s %s: its map says nothing about how unseen slides are placed", slide.name, role
             )
-    with Progress() as progress:
-        predictions = [
-            predictor.predict(slide, noise_samples=samples)
-            for slide in progress.track(slides, "Placing cells")
-        ]
+    predictions = [
+        predictor.predict(slide, noise_samples=samples) for slide in track(slides, "Placing cells")
+    ]
     obs = _empty_cells(slides)
     for column in uncertainty_columns(predictor, noise_samples):
         known = [one.uncertainty for one in predictions if one.uncertainty is not None]
@@ -85,8 +83,7 @@ def embed_cells(predictor: Predictor, slides: Sequence[Slide]) -> Additions:
         UserError: the run has no encoder, or a slide shares no gene with it.
     """
     check_encoder(predictor.run)
-    with Progress() as progress:
-        embeddings = [predictor.embed(slide) for slide in progress.track(slides, "Embedding")]
+    embeddings = [predictor.embed(slide) for slide in track(slides, "Embedding")]
     return Additions(
         embedding=in_file_order(slides, embeddings),
         obs=_empty_cells(slides),

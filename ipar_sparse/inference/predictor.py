@@ -19,6 +19,7 @@ from ..geometry.alignment import align
 from ..graph import NeighborTable
 from ..layout.uncertainty import predict_rmse
 from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
+from ..progress import stage, track
 from . import steps
 from .checkpoint import load_checkpoint
 from .embedding import embed_slide
@@ -172,16 +173,22 @@ class Predictor:
                 of training and aligned; cells that move more are more uncertain.
         """
         config = self.config
-        h = torch.from_numpy(self.embed(slide)).to(self.device)
-        candidates = steps.candidate_graph(h, config)
-        graph = steps.attention_graph(h, candidates, config)
-        bias, logits = steps.gate_bias(self.gate, h, graph, config)
-        initial, variance = steps.initial_layout(h, config, self.atlas)
-        trajectory = steps.recycle(self.model, h, graph, bias, initial)
-        nearest = steps.refinement_graph(h, candidates, self.relevant_components, config)
-        pos = steps.refine(
-            steps.correct_distances(trajectory[-1], h, variance, config), nearest, config
-        )
+        with stage("Embedding"):
+            h = torch.from_numpy(self.embed(slide)).to(self.device)
+        with stage("Candidates"):
+            candidates = steps.candidate_graph(h, config)
+            graph = steps.attention_graph(h, candidates, config)
+        with stage("Initial layout"):
+            initial, variance = steps.initial_layout(h, config, self.atlas)
+        with stage("Gate and recycles"):
+            bias, logits = steps.gate_bias(self.gate, h, graph, config)
+            trajectory = steps.recycle(self.model, h, graph, bias, initial)
+        with stage("Neighbours for refinement"):
+            nearest = steps.refinement_graph(h, candidates, self.relevant_components, config)
+        with stage("Distance correction"):
+            pos = steps.correct_distances(trajectory[-1], h, variance, config)
+        with stage("Refinement"):
+            pos = steps.refine(pos, nearest, config)
         layouts = [layout.double().cpu().numpy() for layout in trajectory]
         displacement = None
         if noise_samples > 1:
@@ -215,7 +222,7 @@ class Predictor:
         square = np.zeros(len(pos))
         # as in training: no dimension takes more noise than it varies
         level = h.std(0, correction=0).clamp(max=self.config.train.noise_h)
-        for seed in range(samples):
+        for seed in track(range(samples), "Noise samples"):
             generator = torch.Generator(self.device).manual_seed(seed)
             noisy = h + level * torch.empty_like(h).normal_(generator=generator)
             graph = steps.attention_graph(noisy, None, self.config)

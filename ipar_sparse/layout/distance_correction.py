@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..geometry.gauge import gauge_fix
 from ..geometry.neighborhoods import rolled
+from ..ticks import counted
 
 _LR = 0.02  # first step size of Adam, in RMS radii of the tissue
 _PARTNERS = 60  # random partners of a cell, in each direction, with an expected rank
@@ -80,7 +81,7 @@ def correct_distances(
     partners = torch.randint(1, n, (_PARTNERS,), generator=generator).tolist()
     wanted = expected_rank(place, v, partners)
     optimizer = torch.optim.Adam([x])
-    for step in range(steps):
+    for step in counted(range(steps)):
         rows = torch.randperm(_PARTNERS, generator=generator)[:_STEP_PARTNERS]
         shifts = [partners[row] for row in rows.tolist()]
         x.grad = _gradient(x, shifts, wanted[rows.to(wanted.device)])

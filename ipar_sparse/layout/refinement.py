@@ -16,6 +16,7 @@ from torch import Tensor
 from ..geometry.gauge import gauge_fix
 from ..geometry.neighborhoods import rolled
 from ..graph import NeighborTable, knn
+from ..ticks import counted
 
 _MIN_CELLS = 4  # per neighbour; with fewer, most cells are neighbours of each other
 _UNIT = 0.5  # scale of the kernel, in sqrt(k / n)
@@ -92,7 +93,7 @@ def refine_layout(
     x = anchor.clone()
     optimizer = torch.optim.Adam([x])
     shifts = torch.randint(1, n, (steps, _SHIFTS), generator=generator).tolist()
-    for step, shift in enumerate(shifts):
+    for step, shift in enumerate(counted(shifts)):
         if step % _SEARCH_EVERY == 0:
             near = knn(x, _NEAR).index.long()
             reach = (x - x[near[:, -1]]).square().sum(1)

@@ -16,7 +16,7 @@ from ..files import write_json
 from ..geometry.neighborhoods import as_layout
 from ..graph import knn
 from ..inference.predictor import Predictor
-from ..progress import Progress
+from ..progress import stage
 from ..train.history import HISTORY, read_history
 from .headline import summarize
 from .html import write_page
@@ -70,7 +70,7 @@ def write_evaluation(
     Arguments and result are those of :func:`evaluate_slide`; ``evaluation`` is of the same slide.
     """
     metrics, out = flat_metrics(evaluation), Path(out)
-    with Progress() as progress, progress.task("Report"):
+    with stage("Report"):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / METRICS, metrics)
         history = predictor.run / HISTORY

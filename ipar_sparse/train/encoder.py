@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import progress
 from ..config import EncoderConfig, RunConfig
 from ..data.expression import Expression, gene_weights, morans_i
 from ..data.slide import Slide
@@ -141,11 +142,17 @@ def train_encoder(
     """
     settings, total = config.encoder, config.encoder.steps
     if loop.state.step == 0:
-        initialize_encoder(encoder, slides, genes, config)
-    read = [read_expression(slide, genes, encoder) for slide in slides]
+        with progress.stage("Gene weights and components"):
+            initialize_encoder(encoder, slides, genes, config)
+    read = [
+        read_expression(slide, genes, encoder)
+        for slide in progress.track(slides, "Smoothing expression")
+    ]
     batches = [
         ContrastiveSlide(expression, slide.pos, settings.neighbors, settings.far_quantile)
-        for expression, slide in zip(read, slides, strict=True)
+        for expression, slide in zip(
+            progress.track(read, "Neighbours in space"), slides, strict=True
+        )
     ]
     optimizer = torch.optim.AdamW(
         encoder.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
@@ -163,7 +170,8 @@ def train_encoder(
             optimizer.step()
             stage.record(losses)
         if total:
-            append_components(encoder, read, [slide.pos for slide in slides], settings)
+            with progress.stage("Appending components"):
+                append_components(encoder, read, [slide.pos for slide in slides], settings)
         encoder.eval().requires_grad_(False)
     return read
 

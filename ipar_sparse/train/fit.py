@@ -28,6 +28,7 @@ from ..inference.embedding import embed_slide
 from ..inference.modules import build_encoder, build_gate_and_model
 from ..inference.run_folder import BEST, LAST, read_meta
 from ..metrics.diagnostics import candidate_recall
+from ..progress import quiet_stages, stage, track
 from .atlas import fit_atlas
 from .batches import Batches, EmbeddedSlide
 from .encoder import train_encoder
@@ -72,6 +73,8 @@ def fit(
     encoder: Path | None = None,
     device: str | None = None,
     stop: threading.Event | None = None,
+    max_minutes: float | None = None,
+    quiet: bool = False,
 ) -> FitResult:
     """Train encoder, gate and model, and write a run directory that predicts.
 
@@ -91,6 +94,9 @@ def fit(
             and seed; its encoder is taken instead of training the same one again.
         device: where to compute, in place of ``train.device``.
         stop: looked at between steps; set, it ends the run after a checkpoint, as ctrl-C does.
+        max_minutes: after about so many the best model so far is kept, and ``resume`` goes on.
+            Stages that come before the model are cut short where they take too much of it.
+        quiet: show warnings alone.
 
     Raises:
         UserError: on slides that cannot be trained on, or nothing to resume.
@@ -101,7 +107,8 @@ def fit(
     train, val = _divide(slides, val, donors)
     if resume:
         _check_slides(train, val, out)
-    with _loop(out, request, resume, stop) as loop:
+    loop = _loop(out, request, resume, stop, max_minutes)
+    with quiet_stages(quiet), loop:
         genes = _prepare(train, val, request, donors, loop, resume)
         if encoder is not None and not resume:
             settings = _take_settings(encoder, genes, out)
@@ -116,13 +123,16 @@ def fit(
                 _take_encoder(encoder, loop)
         embedded = embed_slides([*train, *val], loop.modules, genes, len(train), loop)
         known, unseen = embedded[: len(train)], embedded[len(train) :]
-        loop.modules["relevant_components"] = RelevantComponents(loop.meta["dim"]).fit(
-            [(slide.h, slide.pos) for slide in known]
-        )
+        with stage("Relevant components"):
+            loop.modules["relevant_components"] = RelevantComponents(loop.meta["dim"]).fit(
+                [(slide.h, slide.pos) for slide in known]
+            )
         if settings.model.init == "atlas":
-            loop.modules["atlas"] = fit_atlas(known, unseen, settings, loop)
+            with stage("Atlas"):
+                loop.modules["atlas"] = fit_atlas(known, unseen, settings, loop)
             loop.state.metadata["atlas_cells"] = loop.modules["atlas"].cells
-        _measure_candidates(known, unseen, settings, loop)
+        with stage("Measuring candidates"):
+            _measure_candidates(known, unseen, settings, loop)
         _save_reference(known, out)
         _train(parts, known, unseen, settings, loop)
     state = loop.state
@@ -220,10 +230,10 @@ def _check_slides(train: Sequence[Slide], val: Sequence[Slide], out: Path) -> No
                 )
 
 
-def _loop(out: Path, request: RunConfig, resume: bool, stop) -> TrainingLoop:
+def _loop(out: Path, request: RunConfig, resume: bool, stop, max_minutes=None) -> TrainingLoop:
     device = resolve_device(request.train.device)
     out.mkdir(parents=True, exist_ok=True)
-    return TrainingLoop(out, request.train.seed, device, resume, stop)
+    return TrainingLoop(out, request.train.seed, device, resume, stop, max_minutes)
 
 
 def _prepare(
@@ -251,7 +261,8 @@ def _prepare(
                 raise UserError(f"{slide.name}: no expression to train on; give X or --layer")
         found, missing = match_genes(train)
         if request.data.max_genes is not None and len(found) > request.data.max_genes:
-            found = select_genes(train, found, request.data.max_genes)
+            with stage("Selecting genes"):
+                found = select_genes(train, found, request.data.max_genes)
         if missing:
             logger.info("%d genes are not on every training slide: left out", len(missing))
         genes = list(found)
@@ -365,7 +376,7 @@ def embed_slides(
     encoder, scaler, device = modules.get("encoder"), modules["scaler"], loop.device
     if encoder is not None:
         encoder.eval().requires_grad_(False)
-    raw = [embed_slide(slide, encoder, genes, device) for slide in slides]
+    raw = [embed_slide(slide, encoder, genes, device) for slide in track(slides, "Embedding")]
     scaler.fit([h.to(device) for h in raw[:fitted]])
     return [
         EmbeddedSlide(slide.name, scaler(h.to(device)).detach().cpu(), torch.from_numpy(slide.pos))
@@ -410,7 +421,8 @@ def _train(parts: Trained, train, val, config: RunConfig, loop: TrainingLoop) ->
         loop.advance("gate")
         loop.save_best()
         return
-    batches = Batches(train, val, config, loop.device)
+    with stage("Graphs and targets"):
+        batches = Batches(train, val, config, loop.device)
     if not loop.finished("gate"):
         train_gate(parts, batches, loop)
     train_model(parts, batches, loop)

@@ -27,7 +27,7 @@ from .. import __version__
 from ..errors import UserError
 from ..inference.checkpoint import load_checkpoint, save_checkpoint
 from ..inference.run_folder import BEST, LAST, STAGES, read_meta
-from ..progress import Progress, Task
+from ..progress import Task, stage
 from .batches import step_generator
 from .history import HISTORY, History, TensorBoard
 
@@ -35,6 +35,11 @@ logger = logging.getLogger(__name__)
 
 _LOG_EVERY = 10  # steps
 _SAVE_EVERY = 60.0  # seconds
+
+CUT_SHORT = "cut_short"
+"""Key of the metadata that lists the parts which a limit of time cut short."""
+# of the time a run may take, when a part has to be done: what is left is for those after it
+_TIME_SHARES = {"selection": 0.3, "encoder": 0.6, "gate": 0.7, "model": 0.95}
 
 TERM_COLUMNS = {
     "rw_kl": "l_rw",
@@ -60,6 +65,10 @@ COLUMNS = (
     "best",
 )
 """Columns of the history."""
+
+
+class TimeUp(Exception):
+    """Cross-validation has used up its time."""
 
 
 @dataclass
@@ -120,6 +129,10 @@ class Loop:
         if name != STAGES[-1]:
             self.state.stage, self.state.step = _following(name), 0
 
+    def late(self, part: str) -> bool:
+        """Whether a part of the run has used up its time, where that is limited."""
+        return False
+
     def finished(self, name: str) -> bool:
         """Whether a stage was finished before this run was resumed."""
         return STAGES.index(self.state.stage) > STAGES.index(name)
@@ -174,10 +187,11 @@ class Stage:
     def until(self, end: int) -> Iterator[int]:
         """Numbers of the steps that are left up to ``end``, each counted when its body is done.
 
-        The run can be stopped between two of them; after the last one only by
+        They end early where time is up. The run can be stopped between two of them; after the
+        last one only by
         :meth:`Loop.between_steps`, once the caller has done what belongs to the epoch.
         """
-        while self.loop.state.step < end:
+        while self.loop.state.step < end and not self.loop.late(self.name):
             yield self.loop.state.step
             self.loop.count(self, self._losses)
             if self.loop.state.step < end:
@@ -234,6 +248,7 @@ class TrainingLoop(Loop):
         device: where steps are computed.
         resume: whether the run in ``out`` goes on.
         stop: looked at between steps; set, it ends the run after a checkpoint, as ctrl-C does.
+        max_minutes: that the run may take; parts that are late are cut short.
 
     Attributes:
         modules: name to module, saved with every checkpoint.
@@ -247,12 +262,14 @@ class TrainingLoop(Loop):
         device: torch.device,
         resume: bool = False,
         stop: threading.Event | None = None,
+        max_minutes: float | None = None,
     ):
         super().__init__(seed, device)
+        self._began = time.monotonic()
+        self._seconds = math.inf if max_minutes is None else 60 * max_minutes
         self.out, self.stop = out, stop or threading.Event()
         self.modules: dict[str, nn.Module] = {}
         self.meta: dict[str, Any] = {}
-        self.progress = Progress()
         self._resumed = read_meta(out / LAST) if resume and (out / LAST).is_file() else None
         self._log = RunLog(out, self._resumed is not None)
         self._saved_at = time.monotonic()
@@ -260,7 +277,6 @@ class TrainingLoop(Loop):
 
     def __enter__(self) -> TrainingLoop:
         self._open.enter_context(_interrupts(self.stop))
-        self._open.enter_context(self.progress)
         self._open.callback(self._log.close)
         return self
 
@@ -283,6 +299,8 @@ class TrainingLoop(Loop):
             )
         load_checkpoint(self.out / LAST, self.modules)
         self.state = TrainState(**{name: meta[name] for name in asdict(self.state)})
+        if cut := self.state.metadata.get(CUT_SHORT):
+            self.state.metadata[CUT_SHORT] = [part for part in cut if part != STAGES[-1]]
         logger.info("resuming the %s at step %d", self.state.stage, self.state.step)
 
     @contextmanager
@@ -294,11 +312,11 @@ class TrainingLoop(Loop):
             if scaler is not None and self._resumed["scaler"]:
                 scaler.load_state_dict(self._resumed["scaler"])
         self._resumed = None
-        with self.progress.task(name.capitalize(), total=total) as display:
-            stage = Stage(self, name, total, optimizer, scaler, display)
+        with stage(f"Training the {name}", total) as display:
+            steps = Stage(self, name, total, optimizer, scaler, display)
             if self.state.step:
                 display.advance(self.state.step)
-            yield stage
+            yield steps
         if name != STAGES[-1]:
             self.advance(name)
 
@@ -343,9 +361,21 @@ class TrainingLoop(Loop):
 
         Raises:
             KeyboardInterrupt: if asked to stop.
+            TimeUp: if the selection has used up its time.
         """
         if self.stop.is_set():
             raise KeyboardInterrupt
+        if self.late("selection"):
+            raise TimeUp
+
+    def late(self, part: str) -> bool:
+        if time.monotonic() - self._began < _TIME_SHARES[part] * self._seconds:
+            return False
+        cut = self.state.metadata.setdefault(CUT_SHORT, [])
+        if part not in cut:
+            cut.append(part)
+            logger.warning("%s: cut short, since time is limited", part)
+        return True
 
     def log(self, stage: str, values: Mapping[str, Any]) -> None:
         self._log.write(stage, values, self.state.log_step)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import progress
 from ..config import RunConfig, TrainConfig
 from ..inference import steps
 from ..metrics.diagnostics import collapse_diagnostics, health_warnings
@@ -93,9 +94,15 @@ def train_model(parts: Trained, batches: Batches, loop: Loop) -> None:
                 stage.record(
                     training_step(parts, batch, generator, step / per_epoch, optimizer, scaler)
                 )
+            whole = loop.state.step == (epoch + 1) * per_epoch
+            if not whole:  # time is up: resuming goes on here, whatever the validation finds
+                loop.save(stage)
             validate(parts, batches.val, epoch, loop)
-            loop.save(stage)
-            loop.between_steps(stage)
+            if whole:
+                loop.save(stage)
+                loop.between_steps(stage)
+            if loop.late("model"):
+                break
     if loop.state.best is None:
         if batches.val:
             logger.warning(
@@ -225,7 +232,8 @@ def validate(parts: Trained, batches: Sequence[GraphBatch], epoch: int, loop: Lo
     if not batches:
         return
     settings, state = parts.config.train, loop.state
-    scores = score(parts, batches, loop)
+    with progress.stage("Validating"):
+        scores = score(parts, batches, loop)
     counted = epoch >= first_counted_epoch(settings)
     # a model trained on the true neighbours is judged there: candidates are foreign to it
     graph = "tedge" if settings.attention_graph == "target" else "hgate"

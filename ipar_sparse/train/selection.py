@@ -20,9 +20,10 @@ from ..config import DEFAULT_SELECTION, RunConfig
 from ..data.expression import median_total
 from ..data.slide import Slide
 from ..layout.uncertainty import fit_error_model
+from ..progress import Task, stage
 from .batches import SLIDE_STEPS
 from .cross_validation import FULL, QUICK, DonorFold, Scores, donor_folds
-from .loop import Loop, TrainingLoop
+from .loop import Loop, TimeUp, TrainingLoop
 
 logger = logging.getLogger(__name__)
 
@@ -190,27 +191,59 @@ def select_settings(
         _tell_defaults(result.mode, groups, choices)
         values |= {key: value for key, value in _untried(values).items() if key in open_keys}
     else:
-        with loop.progress.task("Cross-validation") as task:
+        count = len(groups) * sum(len(choice.candidates) for choice in choices)
+        with stage("Cross-validation", total=count) as task:
             folds = _folds(groups, donors, request, values, genes, loop)
             result.folds = [
                 {"held_out": [s.name for s in test], "train": [s.name for s in train]}
                 for train, test in groups
             ]
+            trial = dict(values)
             if "model.recycling" in open_keys:
-                values["model.recycling"] = False  # models are not trained until they are asked for
-            for choice in choices:
-                if choice.keys == (_CORRECTION,) and values["model.init"] != "atlas":
-                    continue  # nothing tells how uncertain places are
-                table = _choose(choice, folds, values, task)
-                values |= table.pop("values")
-                result.choices.append(table)
-            result.donors = len(_donors([fold.scores(values) for fold in folds], "hit"))
-            if calibrates:
-                task.advance(now="error model")
-                model = _error_model(folds, values)
-                values |= {key: value for key, value in model.items() if key in open_keys}
+                trial["model.recycling"] = False  # models are not trained until they are asked for
+            try:
+                _try_choices(choices, folds, trial, result, task)
+                if calibrates:
+                    task.advance(0, now="error model")
+                    trial |= _error_model(folds, trial)
+                values = {key: trial[key] if key in open_keys else values[key] for key in values}
+            except TimeUp:
+                logger.warning("what was not tried takes its default")
+                chosen = _chosen_values(result)
+                values |= {key: value for key, value in chosen.items() if key in open_keys}
+                left = open_keys - chosen.keys()
+                values |= {key: value for key, value in _untried(values).items() if key in left}
     result.selected = {key: values[key] for key in sorted(open_keys)}
     return given.with_values(result.selected), result
+
+
+def _try_choices(
+    choices: Sequence[Choice],
+    folds: Sequence[DonorFold],
+    values: dict[str, Any],
+    result: SelectionResult,
+    task: Task,
+) -> None:
+    """Makes all choices; what each decides goes to ``values``, and its table to ``result``."""
+    for choice in choices:
+        if choice.keys == (_CORRECTION,) and values["model.init"] != "atlas":
+            task.advance(len(folds) * len(choice.candidates))
+            continue  # nothing tells how uncertain places are
+        table = _choose(choice, folds, values, task)
+        values |= table.pop("values")
+        result.choices.append(table)
+    result.donors = len(_donors([fold.scores(values) for fold in folds], "hit"))
+
+
+def _chosen_values(result: SelectionResult) -> dict[str, Any]:
+    """What the choices that were made decided."""
+    return {
+        key: value
+        for table in result.choices
+        for row in table["candidates"]
+        if row["name"] == table["selected"]
+        for key, value in row["values"].items()
+    }
 
 
 def _folds(
@@ -303,8 +336,11 @@ def _choose(
     """The table of one choice, and under ``values`` the settings that it decides."""
     scores: list[list[Scores]] = []
     for candidate in choice.candidates:
-        task.advance(now=f"{choice.setting}: {candidate.name}")
-        scores.append([fold.scores({**values, **candidate.values}) for fold in folds])
+        scores.append([])
+        for fold in folds:
+            task.advance(0, now=f"{choice.setting}: {candidate.name}")
+            scores[-1].append(fold.scores({**values, **candidate.values}))
+            task.advance()
     balanced = [_donors(found, "balanced") for found in scores]
     taken = best_candidate(balanced, choice.errors)
     rows = []
