@@ -12,19 +12,19 @@ from typing import Any, Literal, TypeAlias
 
 import pandas as pd
 from anndata import AnnData
-from anndata.io import read_h5ad, read_zarr
 
 from .config import RunConfig, load_config, resolve_device
 from .data.readers import read_files, tell_apart
 from .data.records import recorded_slides
 from .data.slide import Slide
+from .data.sources import load_source
 from .data.splits import find_donors
 from .data.writers import add_predictions
 from .errors import UserError
 from .evaluation.results import SlideEvaluation, role_of
 from .evaluation.scoring import score_slide
 from .files import check_output_folder
-from .inference.placing import embed_cells, place_cells, role_in_training
+from .inference.placing import Additions, embed_cells, place_cells, role_in_training
 from .inference.predictor import Predictor
 from .inference.run_folder import reading_settings
 from .inference.summary import RunSummary, summarize_run
@@ -36,7 +36,7 @@ from .train.run_folder import check_resumable, check_run_folder, extend_run, run
 logger = logging.getLogger(__name__)
 
 Cells: TypeAlias = AnnData | str | os.PathLike
-"""Cells in memory, or an .h5ad file or .zarr folder."""
+"""Cells in memory, or a file or folder of any known format; ``"multi.h5ad::C"`` is a part."""
 
 
 class IPAR:
@@ -83,8 +83,9 @@ class IPAR:
         """Train on slides whose positions are known, as ``ipar-sparse train`` does.
 
         Args:
-            slides: slides with positions (n, 2) in obsm["spatial"]. A mapping names them; objects
-                without a name are called ``slide1``, ``slide2``, ...
+            slides: slides with positions (n, 2) in obsm["spatial"], as objects, or as files and
+                folders of any known format. A mapping names them; objects without a name are
+                called ``slide1``, ``slide2``, ...
             val: slides that decide when training stops. None keeps one of more than three slides
                 for this; an empty list keeps none.
             donors: slide name to donor, one donor for each slide of ``slides``, or the obs column
@@ -196,7 +197,8 @@ class IPAR:
                 run's setting if left out.
             layer: layer that holds the expression; that of the run if left out.
             normalized: whether expression is log-normalised; recognised if left out.
-            slide_key: obs column that names the slide of each cell; slides are placed apart.
+            slide_key: obs column that names the slide of each cell; slides are placed apart. That
+                of the run if left out, where the cells have it.
             embedding: for a run that was trained on an embedding, where it is, as
                 ``"obsm:X_pca"``.
 
@@ -210,7 +212,7 @@ class IPAR:
             cells, layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding
         )
         added = place_cells(self.predictor, slides, noise_samples)
-        return _filled(cells, adata, copy, added)
+        return _filled(cells, adata, copy, added, slide_key or self.config.data.slide_key)
 
     def embed(
         self,
@@ -229,7 +231,8 @@ class IPAR:
             UserError: the run has no encoder, or the cells share no gene with it.
         """
         slides, adata = self._read(cells, layer=layer, normalized=normalized, slide_key=slide_key)
-        return _filled(cells, adata, copy, embed_cells(self.predictor, slides))
+        added = embed_cells(self.predictor, slides)
+        return _filled(cells, adata, copy, added, slide_key or self.config.data.slide_key)
 
     def evaluate(
         self,
@@ -322,18 +325,25 @@ class IPAR:
         _show_messages()
         data = reading_settings(self.run, self.config, **reading)
         name = "cells" if isinstance(cells, AnnData) else None
-        slides = read_files([cells], data, require_pos=require_pos, names=[name])
+        slides = read_files(
+            [cells],
+            data,
+            require_pos=require_pos,
+            names=[name],
+            slide_key_optional=reading["slide_key"] is None,
+        )
         for slide in slides:
             for note in slide.notes:
                 logger.info("%s: %s", slide.name, note)
         return slides, cells if isinstance(cells, AnnData) else None
 
 
-def _filled(cells: Cells, adata: AnnData | None, copy: bool, added) -> AnnData | None:
+def _filled(
+    cells: Cells, adata: AnnData | None, copy: bool, added: Additions, slide_key: str | None
+) -> AnnData | None:
     """Adds what was computed to the object, its copy, or what its file holds."""
     if adata is None:
-        path = Path(cells)
-        adata, copy = (read_zarr if path.is_dir() else read_h5ad)(path), True
+        adata, copy = load_source(cells, slide_key), True
     elif copy:
         adata = adata.copy()
     add_predictions(adata, **vars(added))

@@ -528,7 +528,7 @@ def test_bad_prediction_input(slides, run, tmp_path, refused):
     assert "not a run directory" in refused("predict", slides, cells, "--out", tmp_path / "o.h5ad")
     assert "no such file" in refused("predict", run, "no.h5ad", "--out", tmp_path / "o.h5ad")
     assert "input itself" in refused("predict", run, foreign, "--out", foreign)
-    assert ".h5ad or .zarr" in refused("predict", run, cells, "--out", tmp_path / "o.csv")
+    assert ".csv or .csv.gz" in refused("predict", run, cells, "--out", tmp_path / "o.txt")
     line = refused("predict", run, cells, "--out", tmp_path / "o.h5ad", "--embedding", "obsm:a")
     assert "its own encoder" in line
     (tmp_path / "o.h5ad").write_text("mine")

@@ -1,4 +1,4 @@
-"""AnnData files to slides: formats, recognised input, bad input, files of vendors."""
+"""AnnData files to slides: formats, recognised input, bad input."""
 
 import subprocess
 import sys
@@ -316,69 +316,3 @@ def test_real_slides(real_slides, file, cells, genes, normalized, column):
     assert slide.expression.shape == (cells, genes)
     assert slide.normalized is normalized and column in slide.obs
     assert slide.pos.std(axis=0).min() > 0
-
-
-def write_10x_matrix(path, counts, genes, barcodes):
-    """As Space Ranger and Xenium write it: features x barcodes, CSC."""
-    with h5py.File(path, "w") as f:
-        group = f.create_group("matrix")
-        matrix = sparse.csc_matrix(counts.T.astype(np.int32))
-        for name in ("data", "indices", "indptr"):
-            group[name] = getattr(matrix, name)
-        group["shape"] = matrix.shape
-        group["barcodes"] = np.array(barcodes, dtype="S")
-        features = group.create_group("features")
-        features["id"] = np.array([f"ENSG{i}" for i in range(len(genes))], dtype="S")
-        features["name"] = np.array(genes, dtype="S")
-        kinds = ["Gene Expression"] * (len(genes) - 1) + ["Negative Control Probe"]
-        features["feature_type"] = np.array(kinds, dtype="S")
-
-
-def vendor_files(folder, kind, adata):
-    """The files a vendor's software leaves, rows of the position table in another order."""
-    counts, cells, genes = adata.X.toarray(), list(adata.obs_names), list(adata.var_names)
-    x, y = adata.obsm["spatial"].T
-    order = np.random.default_rng(0).permutation(N)
-    if kind == "Visium":
-        (folder / "spatial").mkdir()
-        write_10x_matrix(folder / "filtered_feature_bc_matrix.h5", counts, genes, cells)
-        pd.DataFrame(
-            {
-                "barcode": cells,
-                "in_tissue": 1,
-                "array_row": 0,
-                "array_col": 0,
-                "pxl_row_in_fullres": y,
-                "pxl_col_in_fullres": x,
-            }
-        ).iloc[order].to_csv(folder / "spatial" / "tissue_positions.csv", index=False)
-        return genes[:-1]
-    if kind == "Xenium":
-        write_10x_matrix(folder / "cell_feature_matrix.h5", counts, genes, cells)
-        frame = pd.DataFrame({"cell_id": cells, "x_centroid": x, "y_centroid": y})
-        frame.iloc[order].to_csv(folder / "cells.csv.gz", index=False)
-        return genes[:-1]
-    genes = [*genes[:-1], "Blank-1"]
-    frame = pd.DataFrame(counts, index=pd.Index(cells, name="cell"), columns=genes)
-    frame.to_csv(folder / "cell_by_gene.csv")
-    frame = pd.DataFrame({"EntityID": cells, "fov": 0, "center_x": x, "center_y": y})
-    frame.iloc[order].to_csv(folder / "cell_metadata.csv", index=False)
-    return genes[:-1]
-
-
-@pytest.mark.parametrize("kind", ["Visium", "Xenium", "MERFISH"])
-def test_conversion_recipes_of_the_data_page_work(tmp_path, kind):
-    page = (ROOT / "data" / "README.md").read_text()
-    blocks = {
-        title.split()[0]: body.split("```python\n")[1].split("```")[0]
-        for title, body in (part.split("\n", 1) for part in page.split("\n### ")[1:])
-        if "```python" in body
-    }
-    adata = make()
-    genes = vendor_files(tmp_path, kind, adata)
-    code = "" if kind == "MERFISH" else blocks["Counts"]
-    subprocess.run([sys.executable, "-c", code + blocks[kind]], cwd=tmp_path, check=True)
-    (slide,) = read_slides(tmp_path / f"{kind.lower()}.h5ad", require_pos=True)
-    assert list(slide.genes) == genes and list(slide.cell_names) == list(adata.obs_names)
-    np.testing.assert_array_equal(slide.expression.toarray(), adata.X.toarray()[:, :-1])
-    np.testing.assert_allclose(slide.pos, adata.obsm["spatial"])

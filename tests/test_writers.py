@@ -98,8 +98,8 @@ def test_nothing_is_overwritten_unasked(tmp_path, suffix):
     back = load(again)
     assert back.obsm[Keys.PREDICTION].min() == 2 and back.obs[Keys.EMPTY].all()
     assert list(tmp_path.glob(".*")) == []
-    with pytest.raises(UserError, match="must end in .h5ad or .zarr"):
-        check_output(source, tmp_path / "b.csv")
+    with pytest.raises(UserError, match="must end in .h5ad, .zarr, .csv"):
+        check_output(source, tmp_path / "b.txt")
 
 
 def test_wrong_number_of_rows_is_a_programming_error(tmp_path):

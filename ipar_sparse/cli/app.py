@@ -8,7 +8,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from . import benchmark, config, embed, evaluate, experiment, info, predict, simulate, train
+from . import (
+    benchmark,
+    config,
+    convert,
+    embed,
+    evaluate,
+    experiment,
+    info,
+    predict,
+    simulate,
+    train,
+)
 from .messages import explain, say
 from .watched import watched
 
@@ -20,7 +31,8 @@ app = typer.Typer(
     help=(
         "Predict where cells lie in a tissue from their gene expression alone.\n\n"
         "Train on slides whose positions are known, then place the cells of other slides. "
-        "Slides are AnnData files (.h5ad or .zarr) with positions in obsm\\['spatial'].\n\n"
+        "Slides are AnnData files (.h5ad or .zarr) with positions in obsm\\['spatial'], or what "
+        "a vendor's software wrote.\n\n"
         "[bold]A first try, with simulated slides:[/bold]\n\n"
         "  ipar-sparse simulate slides --slides 4\n\n"
         "  ipar-sparse train slides/cortex1.h5ad slides/cortex2.h5ad --val slides/cortex3.h5ad "
@@ -29,6 +41,7 @@ app = typer.Typer(
     ),
 )
 app.command()(watched(simulate.simulate))
+app.command()(watched(convert.convert))
 app.command()(watched(train.train))
 app.command()(watched(predict.predict))
 app.command()(watched(embed.embed))

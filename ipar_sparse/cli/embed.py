@@ -37,9 +37,9 @@ def embed(
     from ..inference.placing import embed_cells
     from ..progress import stage
 
-    slides = read_files([cells], data, require_pos=False)
+    slides = read_files([cells], data, require_pos=False, slide_key_optional=not slide_key)
     tell_notes(slides)
-    added = embed_cells(predictor, slides)
+    added = vars(embed_cells(predictor, slides))
     with stage(f"Writing {out.name}"):
-        write_predictions(cells, out, **vars(added), overwrite=overwrite)
+        write_predictions(cells, out, **added, slide_key=data.slide_key, overwrite=overwrite)
     tell_written(slides, out, obsm)

@@ -21,7 +21,7 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="SLIDE",
-            help="AnnData file (.h5ad or .zarr) with measured positions, not trained on.",
+            help="File or folder with measured positions, of any format, not trained on.",
         ),
     ],
     out: options.OutFolder,
@@ -49,7 +49,7 @@ def evaluate(
     from ..data.readers import read_files
     from ..inference.placing import role_in_training
 
-    slides = read_files([slide], data, require_pos=True)
+    slides = read_files([slide], data, require_pos=True, slide_key_optional=not slide_key)
     tell_notes(slides)
 
     from ..report import evaluate_slide

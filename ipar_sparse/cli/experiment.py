@@ -26,7 +26,9 @@ Variants = Annotated[
 ]
 Slides = Annotated[
     list[Path] | None,
-    flag("--slides", "AnnData files with measured positions.", READING, "SLIDE..."),
+    flag(
+        "--slides", "Files or folders with measured positions, of any format.", READING, "SLIDE..."
+    ),
 ]
 HoldOut = Annotated[
     str | None,
@@ -137,12 +139,15 @@ def parse_seeds(text: str) -> list[int]:
 
 def _sort(words: list[str]) -> tuple[list[str], list[Path], list[Path]]:
     """Presets, study files and slides; of ``--slides A B C`` the option takes A alone."""
+    from ..config.presets import PRESETS
+    from ..data.paths import Source
+
     names, studies, files = [], [], []
     for word in words:
-        suffix = Path(word.rstrip("/")).suffix.lower()
-        if suffix in (".yaml", ".yml"):
+        path = Source.parse(word).path
+        if path.suffix.lower() in (".yaml", ".yml"):
             studies.append(Path(word))
-        elif suffix in (".h5ad", ".zarr") or os.sep in word:
+        elif path.suffix or os.sep in word or (word not in PRESETS and path.is_dir()):
             files.append(Path(word))
         else:
             names.append(word)

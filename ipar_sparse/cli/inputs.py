@@ -25,11 +25,14 @@ def tell_notes(slides: Iterable[Slide]) -> None:
 
 def check_no_leak(slides: Sequence[Path], val: Sequence[Path]) -> None:
     """Refuses a slide that is given twice, or both to train and to validate on."""
-    seen = {path.resolve() for path in slides}
-    if len(seen) < len(slides):
-        raise UserError("a slide is given twice to train on; give each once")
-    for path in val:
-        if path.resolve() in seen:
+    from ..data.paths import Source
+
+    members, held = ([Source.parse(path) for path in paths] for paths in (slides, val))
+    for number, one in enumerate(members):
+        if any(one.shares(other) for other in members[:number]):
+            raise UserError("a slide is given twice to train on; give each once")
+    for path, one in zip(val, held, strict=True):
+        if any(one.shares(other) for other in members):
             raise UserError(
                 f"{path} is given both to train on and as --val, so its score would mean nothing; "
                 "leave it out of one"
@@ -57,7 +60,8 @@ def check_inputs(
     config = RunConfig.load(run)
     read_meta(find_checkpoint(run))
     data = reading_settings(run, config, **reading)
-    check_headers(sources, data, require_pos=require_pos)
+    optional = "slide_key" not in reading
+    check_headers(sources, data, require_pos=require_pos, slide_key_optional=optional)
     return data
 
 

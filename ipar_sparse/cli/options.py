@@ -32,7 +32,7 @@ def flag(names: str, text: str, panel: str, metavar: str | None = None, **rest: 
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")]
 Cells = Annotated[
-    Path, typer.Argument(metavar="CELLS", help="AnnData file (.h5ad or .zarr) of the cells.")
+    Path, typer.Argument(metavar="CELLS", help="File or folder of the cells, of any format.")
 ]
 OutFile = Annotated[
     Path,
@@ -62,7 +62,8 @@ SlideKey = Annotated[
     str | None,
     flag(
         "--slide-key",
-        "obs column that names the slide of each cell, where a file holds several.",
+        "obs column that names the slide of each cell, where a file holds several; "
+        "`FILE::C` takes slide C alone.",
         READING,
         "NAME",
     ),

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from ..files import check_folder
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from . import options
 from .inputs import check_inputs, load_predictor, tell_notes
 from .options import given
-from .results import tell_written
+from .results import outputs_of, tell_written
 
 
 def predict(
     run: options.Run,
-    cells: options.Cells,
-    out: options.OutFile,
+    cells: Annotated[
+        list[Path],
+        typer.Argument(metavar="CELLS...", help="Files or folders of the cells, of any format."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE|DIR",
+            help="Copy of the input to write, with the results added; .csv for a table of the "
+            "results alone. A folder for several inputs.",
+        ),
+    ],
     noise_samples: options.NoiseSamples = None,
     layer: options.Layer = None,
     normalized: options.Normalized = None,
@@ -25,11 +41,12 @@ def predict(
     from ..data.headers import check_output
     from ..data.keys import Keys
 
-    check_folder(out.parent)
     obsm = (Keys.PREDICTION, Keys.EMBEDDING)
-    check_output(cells, out, overwrite=overwrite, obsm=obsm)
+    outputs = outputs_of(cells, out)
+    for source, path in outputs.items():
+        check_output(source, path, overwrite=overwrite, obsm=obsm)
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
-    data = check_inputs(run, [cells], require_pos=False, **reading)
+    data = check_inputs(run, cells, require_pos=False, **reading)
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
     from ..data.readers import read_files
@@ -38,10 +55,13 @@ def predict(
     from ..progress import stage
 
     columns = uncertainty_columns(predictor, noise_samples)
-    check_output(cells, out, overwrite=overwrite, obsm=obsm, obs=(*columns, Keys.EMPTY))
-    slides = read_files([cells], data, require_pos=False)
-    tell_notes(slides)
-    added = place_cells(predictor, slides, noise_samples)
-    with stage(f"Writing {out.name}"):
-        write_predictions(cells, out, **vars(added), overwrite=overwrite)
-    tell_written(slides, out, obsm, columns)
+    optional = slide_key is None
+    for source, path in outputs.items():
+        check_output(source, path, overwrite=overwrite, obsm=obsm, obs=(*columns, Keys.EMPTY))
+    for source, path in outputs.items():
+        slides = read_files([source], data, require_pos=False, slide_key_optional=optional)
+        tell_notes(slides)
+        added = vars(place_cells(predictor, slides, noise_samples))
+        with stage(f"Writing {path.name}"):
+            write_predictions(source, path, **added, slide_key=data.slide_key, overwrite=overwrite)
+        tell_written(slides, path, obsm, columns)

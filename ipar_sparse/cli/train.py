@@ -42,7 +42,7 @@ TrainFiles = Annotated[
     list[Path] | None,
     typer.Argument(
         metavar="SLIDE...",
-        help="AnnData files (.h5ad or .zarr) with measured positions, to train on.",
+        help="Files or folders with measured positions, of any format, to train on.",
         show_default=False,
     ),
 ]
@@ -205,16 +205,11 @@ def _new_members(
     slides: list[Path], val: list[Path], settings: RunConfig, donor_options: dict[str, Any]
 ) -> Members:
     """Slides of a new run, read from their files, and their donors."""
-    from ..data.readers import read_files
+    from ..data.readers import read_files, tell_apart
     from ..data.splits import find_donors
 
-    everything = read_files(
-        [*slides, *val],
-        settings.data,
-        require_pos=True,
-        min_cells=settings.train.miniset_min,
-    )
-    validates = {str(path.absolute()) for path in val}
-    train_slides = [slide for slide in everything if slide.path not in validates]
-    val_slides = [slide for slide in everything if slide.path in validates]
-    return Members(train_slides, val_slides or None, find_donors(train_slides, **donor_options))
+    reading: dict[str, Any] = {"require_pos": True, "min_cells": settings.train.miniset_min}
+    members = read_files(slides, settings.data, **reading)
+    held = read_files(val, settings.data, **reading)
+    tell_apart([*members, *held])
+    return Members(members, held or None, find_donors(members, **donor_options))

@@ -25,12 +25,15 @@ Store = Any
 
 
 @contextmanager
-def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> Iterator[Store]:
+def open_store(
+    path: Path, mode: Literal["r", "r+"] = "r", inside: str | None = None
+) -> Iterator[Store]:
     """Opens an AnnData file and closes it again.
 
     Args:
         path: an .h5ad file or a zarr folder.
         mode: "r" to read, "r+" to add to it.
+        inside: group of the file that holds the AnnData elements; its root if left out.
 
     Raises:
         UserError: in one line, if the file is missing, damaged or no AnnData file.
@@ -38,12 +41,13 @@ def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> Iterator[Store]:
     """
     store = _open_zarr(path, mode) if path.is_dir() else _open_h5ad(path, mode)
     try:
-        if "obs" not in store or "var" not in store:
+        table = store if inside is None else store[inside]
+        if "obs" not in table or "var" not in table:
             raise UserError(
                 f"{path}: is no AnnData file (no obs and var inside); convert it with "
                 "adata.write_h5ad, see data/README.md"
             )
-        yield store
+        yield table
     except BaseException as error:
         with suppress(RuntimeError):  # a full disk fails again on closing
             _close(store)
@@ -137,7 +141,8 @@ def _open_zarr(path: Path, mode: Literal["r", "r+"]) -> Store:
         return zarr.open_group(str(path), mode=mode, **fresh)
     except Exception as error:
         raise UserError(
-            f"{path}: is a folder but not a zarr store; give an .h5ad file or a .zarr folder"
+            f"{path}: is a folder but not a zarr store, nor one of a known vendor; docs/files.md "
+            "lists what is read"
         ) from error
 
 
@@ -165,5 +170,5 @@ def _why_unreadable(path: Path, error: OSError) -> str:
     with open(path, "rb") as f:
         signature = f.read(8)
     if signature != b"\x89HDF\r\n\x1a\n":
-        return "is not an h5ad file; convert it with adata.write_h5ad, see data/README.md"
+        return "is not an h5ad file; docs/files.md lists what is read"
     return f"cannot be opened ({first_line(error)}); copy or export it again"

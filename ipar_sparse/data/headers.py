@@ -11,6 +11,7 @@ from ..config.schema import DataConfig
 from ..errors import UserError
 from .anndata_store import Store, open_store, suggest
 from .keys import Keys
+from .paths import Source, vendor_files
 
 
 def check_headers(
@@ -19,31 +20,35 @@ def check_headers(
     *,
     require_pos: bool,
     min_cells: int = 1,
+    slide_key_optional: bool = False,
 ) -> None:
     """Refuses files that reading would refuse for what their headers say.
 
     Args:
-        sources: AnnData files.
+        sources: files or folders of any known format.
         data: layer, keys and embedding.
         require_pos: refuse files without positions.
         min_cells: refuse files of fewer cells.
+        slide_key_optional: take a file without that column as one slide.
 
     Raises:
         UserError: in one line, as reading would.
     """
     layer = None if data.layer == "X" else data.layer
-    for source in sources:
-        path = Path(source)
-        with open_store(path) as store:
+    for source in map(Source.parse, sources):
+        if vendor_files(source):
+            continue  # what is missing has been refused; there is no header to read
+        path = source.path
+        with open_store(path, inside=source.group) as store:
             cells, columns = _frame_header(store["obs"])
             if cells is not None:
                 check_cell_count(cells, min_cells, str(path))
             find_matrix(store, layer, str(path), optional=data.embedding is not None)
-            if require_pos:
+            if require_pos and not source.is_spatialdata:
                 check_positions(store, data.spatial_key, path)
             if data.embedding is not None:
                 check_embedding(store, data.embedding, path)
-            if data.slide_key is not None and columns is not None:
+            if data.slide_key is not None and columns is not None and not slide_key_optional:
                 check_column(data.slide_key, columns, path)
 
 
@@ -135,8 +140,8 @@ def check_output(
     """Checks, before a long computation, that its result can be written.
 
     Args:
-        source: the AnnData file that predictions will be added to.
-        out: where the copy with predictions will go, .h5ad or .zarr.
+        source: what predictions will be added to a copy of.
+        out: where the copy with predictions will go, .h5ad, .zarr, .csv or .csv.gz.
         overwrite: allow an existing `out`, and existing keys of this package in `source`.
         obsm: obsm keys that will be written, e.g. `Keys.PREDICTION`.
         obs: obs columns that will be written.
@@ -144,13 +149,11 @@ def check_output(
     Raises:
         UserError: if `out` is the source, exists, has another suffix, or a key is taken.
     """
-    source, out = Path(source), Path(out)
-    check_suffix(out)
-    if out.exists() and out.resolve() == source.resolve():
-        raise UserError(f"{out}: is the input itself; give --out another name")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists; choose another --out or pass --overwrite")
-    with open_store(source) as store:
+    found, out = Source.parse(source), Path(out)
+    check_free(found, out, overwrite, table=True)
+    if vendor_files(found) or is_table(out):
+        return
+    with open_store(found.path, inside=found.group) as store:
         present = [
             f"{slot}[{key!r}]"
             for slot, keys in (("obsm", obsm), ("obs", obs), ("uns", (Keys.UNS,)))
@@ -159,12 +162,27 @@ def check_output(
         ]
     if present and not overwrite:
         raise UserError(
-            f"{source}: has {', '.join(present)} already; pass --overwrite to replace "
+            f"{found.path}: has {', '.join(present)} already; pass --overwrite to replace "
             "them in the output (the input file itself is never changed)"
         )
 
 
-def check_suffix(path: Path) -> None:
+def check_free(source: Source, out: Path, overwrite: bool, table: bool = False) -> None:
+    """Refuses an output that is the source, that exists, or whose name says no format."""
+    check_suffix(out, table)
+    if out.exists() and out.resolve() == source.path.resolve():
+        raise UserError(f"{out}: is the input itself; give --out another name")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: exists; choose another --out or pass --overwrite")
+
+
+def check_suffix(path: Path, table: bool = False) -> None:
     """Refuses the name of an output that says no format."""
-    if path.suffix not in (".h5ad", ".zarr"):
-        raise UserError(f"{path}: the name of an output must end in .h5ad or .zarr")
+    if path.suffix not in (".h5ad", ".zarr") and not (table and is_table(path)):
+        known = ".h5ad, .zarr, .csv or .csv.gz" if table else ".h5ad or .zarr"
+        raise UserError(f"{path}: the name of an output must end in {known}")
+
+
+def is_table(path: Path) -> bool:
+    """Whether a name is that of a text table."""
+    return path.name.endswith((".csv", ".csv.gz"))

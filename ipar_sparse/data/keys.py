@@ -10,3 +10,6 @@ class Keys:
     UNCERTAINTY = "ipar_uncertainty"  # obs, (n,): predicted root mean square error, tissue radii
     EMPTY = "ipar_empty"  # obs, (n,): True for cells without counts
     UNS = "ipar"  # uns: configuration, version and graph recall of the prediction
+    SOURCE = (
+        "ipar_source"  # uns: format, unit of positions and what was left out of a vendor's file
+    )

@@ -1,13 +1,11 @@
-"""AnnData, from files (h5ad, zarr) or memory, to slides."""
+"""AnnData, from memory or files of any known format, to slides."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import anndata
@@ -18,23 +16,12 @@ from scipy import sparse
 from ..config.schema import DataConfig
 from ..errors import UserError
 from ..progress import track
-from .anndata_store import (
-    Store,
-    memory_store,
-    open_store,
-    read_element,
-    read_frame,
-    some_names,
-)
-from .headers import (
-    check_cell_count,
-    check_column,
-    check_embedding,
-    check_positions,
-    find_matrix,
-)
+from .anndata_store import Store, read_element, read_frame, some_names
+from .headers import check_cell_count, check_embedding, check_positions, find_matrix
 from .keys import Keys
+from .paths import Source
 from .slide import Slide
+from .sources import Opened, open_source, pick_rows
 
 BLOCK = 1 << 22  # stored values read, converted or checked at a time
 MAX_CATEGORIES = 64  # a column of more distinct labels identifies cells, it does not group them
@@ -49,15 +36,14 @@ def read_file(
     require_pos: bool,
     min_cells: int = 1,
     name: str | None = None,
+    slide_key_optional: bool = False,
 ) -> list[Slide]:
     """The slides of a file or object, read as a configuration says; see :func:`read_slides`.
 
     Args:
-        source: AnnData file or object.
+        source: an object, or a file or folder of any known format.
         data: layer, embedding and keys.
-        require_pos: refuse slides without positions.
-        min_cells: refuse slides of fewer cells.
-        name: what slides and messages call it; see :func:`read_slides`.
+        require_pos, min_cells, name, slide_key_optional: as in :func:`read_slides`.
     """
     return read_slides(
         source,
@@ -69,6 +55,7 @@ def read_file(
         require_pos=require_pos,
         min_cells=min_cells,
         name=name,
+        slide_key_optional=slide_key_optional,
     )
 
 
@@ -79,14 +66,14 @@ def read_files(
     require_pos: bool,
     min_cells: int = 1,
     names: Sequence[str | None] | None = None,
+    slide_key_optional: bool = False,
 ) -> list[Slide]:
     """The slides of some files or objects; of those with one name, each gets its number added.
 
     Args:
-        sources: AnnData files or objects.
+        sources: objects, or files and folders of any known format.
         data: layer, keys and embedding.
-        require_pos: refuse slides without positions.
-        min_cells: refuse slides with fewer cells.
+        require_pos, min_cells, slide_key_optional: as in :func:`read_slides`.
         names: one a source; None names a file by its stem.
 
     Raises:
@@ -95,7 +82,14 @@ def read_files(
     slides: list[Slide] = []
     pairs = list(zip(sources, names or [None] * len(sources), strict=True))
     for source, name in track(pairs, "Reading slides"):
-        slides += read_file(source, data, require_pos=require_pos, min_cells=min_cells, name=name)
+        slides += read_file(
+            source,
+            data,
+            require_pos=require_pos,
+            min_cells=min_cells,
+            name=name,
+            slide_key_optional=slide_key_optional,
+        )
     tell_apart(slides)
     return slides
 
@@ -119,13 +113,15 @@ def read_slides(
     require_pos: bool = False,
     min_cells: int = 1,
     name: str | None = None,
+    slide_key_optional: bool = False,
 ) -> list[Slide]:
     """Reads the slides of one AnnData file in blocks, and only what is asked for.
 
     An object in memory passes the same checks. Slides may share its arrays, and never change them.
 
     Args:
-        source: an .h5ad file, a zarr folder, or an AnnData object.
+        source: an AnnData object, an .h5ad file, a zarr folder of AnnData or SpatialData, or what
+            a vendor's software wrote; ``PATH::C`` is slide C of a file. See docs/files.md.
         slide_key: obs column that names the slide of each cell, where a file holds several. Slides
             come in the order in which they first appear.
         layer: layer that holds the expression; X if left out. "raw" is `adata.raw`, unless a layer
@@ -138,6 +134,7 @@ def read_slides(
             are left out with a note.
         min_cells: refuse slides of fewer cells.
         name: of the slide; the stem of the file, or "slide", if left out.
+        slide_key_optional: take a file without that column as one slide, and note it.
 
     Returns:
         The slides; `Slide.notes` says what was recognised in the file.
@@ -145,24 +142,19 @@ def read_slides(
     Raises:
         UserError: in one line, for anything wrong with the file or its content.
     """
-    opened: AbstractContextManager[Store]
-    if isinstance(source, anndata.AnnData):
-        path, name = None, name or "slide"
-        where, opened = name, nullcontext(memory_store(source))
-    else:
-        path = Path(source)
-        name = name or path.stem
-        where, opened = str(path), open_store(path)
-    notes: list[str] = []
+    in_memory = isinstance(source, anndata.AnnData)
+    where = (name or "slide") if in_memory else str(source)
     expression = None
-    with opened as store:
+    with open_source(source) as opened:
+        store, notes, name = opened.store, opened.notes, name or opened.name
         obs = read_frame(store, "obs", where)
+        slide_key = _resolve_slide_key(opened, obs, slide_key, slide_key_optional)
         cell_names = obs.index.to_numpy(dtype=str)
         _check_cell_names(cell_names, where)
         group, genes = _select_matrix(store, layer, where, optional=embedding is not None)
         pos = _read_positions(store, spatial_key, cell_names, require_pos, where, notes)
         vectors = None if embedding is None else _read_embedding(store, embedding, where)
-        groups = _group_rows(obs, slide_key, where)
+        groups = pick_rows(obs, slide_key, opened.label, where)
         _check_sizes(groups, min_cells, slide_key, where)
         if group is not None:
             genes = _unique_genes(genes, notes)
@@ -181,12 +173,27 @@ def read_slides(
         normalized=bool(normalized),
         empty=None if expression is None else np.diff(expression.indptr) == 0,
         obs=columns,
-        path=None if path is None else str(path.absolute()),
+        path=None if in_memory else str(Source.parse(source)),
     )
     slides = [_part(whole, label, rows, notes) for label, rows in groups.items()]
+    if opened.label is not None:  # what is picked is a source of its own
+        slides[0].rows = np.arange(slides[0].num_cells)
     for slide in slides:
         _note_oddities(slide)
     return slides
+
+
+def _resolve_slide_key(
+    opened: Opened, obs: pd.DataFrame, asked: str | None, optional: bool
+) -> str | None:
+    """The column that is asked for, or else that of the format."""
+    if asked is not None and not (optional and asked not in obs):
+        return asked
+    if opened.question:
+        raise UserError(opened.question)
+    if asked is not None:
+        opened.notes.append(f"no obs column {asked!r}, from which the run took its slides")
+    return opened.slide_key
 
 
 def _part(whole: Slide, label: str | None, rows: np.ndarray, notes: list[str]) -> Slide:
@@ -411,25 +418,6 @@ def _read_embedding(store: Store, spec: str, where: str) -> np.ndarray:
             "remove these cells or compute the embedding again"
         )
     return value
-
-
-def _group_rows(
-    obs: pd.DataFrame, slide_key: str | None, where: str
-) -> dict[str | None, np.ndarray]:
-    """Row numbers of each slide, by its label; None labels a file of one slide."""
-    if slide_key is None:
-        return {None: np.arange(len(obs))}
-    check_column(slide_key, obs.columns, where)
-    column = obs[slide_key]
-    if column.isna().any():
-        raise UserError(
-            f"{where}: {int(column.isna().sum())} cells have no value in obs[{slide_key!r}]; "
-            "fill it in or remove them"
-        )
-    codes, labels = pd.factorize(column.astype(str))
-    order = np.argsort(codes, kind="stable")
-    rows = np.split(order, np.cumsum(np.bincount(codes, minlength=len(labels)))[:-1])
-    return dict(zip(labels, rows, strict=True))
 
 
 def _label_columns(obs: pd.DataFrame) -> dict[str, np.ndarray]:

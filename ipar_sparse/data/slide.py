@@ -27,9 +27,10 @@ class Slide:
         normalized: whether `expression` is log-normalised already.
         empty: True for cells without counts (n,); found in `expression` if left out.
         obs: a few columns of annotation, each (n,).
-        rows: row of each cell in its file (n,), int64; 0 to n - 1 if left out.
+        rows: row of each cell in its source (n,), int64; 0 to n - 1 if left out.
         notes: lines for the user about what was recognised in the input.
-        path: file that the slide was read from; None for a slide made in memory.
+        path: file that the slide was read from, and what was picked of it; None for a slide made
+            in memory.
 
     Raises:
         ValueError: if a shape does not fit the number of cells and genes.

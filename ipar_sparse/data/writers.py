@@ -19,9 +19,11 @@ from anndata.io import write_elem
 from ..errors import UserError
 from ..ticks import counted
 from .anndata_store import Store, first_line, open_store, read_frame
-from .headers import check_output, check_suffix
+from .headers import check_output, check_suffix, is_table
 from .keys import Keys
+from .paths import Source
 from .slide import Slide
+from .sources import load_source
 
 _PIECE = 1 << 24  # bytes of a file copied at a time
 
@@ -52,6 +54,22 @@ def write_slide(
 
     Args:
         slide: the slide.
+        path, compression, overwrite: as in :func:`write_anndata`.
+    """
+    write_anndata(to_anndata(slide), path, compression=compression, overwrite=overwrite)
+
+
+def write_anndata(
+    adata: anndata.AnnData,
+    path: str | os.PathLike,
+    *,
+    compression: str | None = "gzip",
+    overwrite: bool = True,
+) -> None:
+    """Writes AnnData in one step.
+
+    Args:
+        adata: what is written.
         path: output file; its name ends in .h5ad or .zarr.
         compression: compression of an h5ad file; None writes faster.
         overwrite: replace an existing file.
@@ -59,7 +77,6 @@ def write_slide(
     Raises:
         UserError: if the file exists or cannot be written; nothing half-written is left.
     """
-    adata = to_anndata(slide)
     path = Path(path)
     check_suffix(path)
     with _replacing(path, overwrite) as temp:
@@ -77,48 +94,94 @@ def write_predictions(
     embedding: np.ndarray | None = None,
     obs: Mapping[str, np.ndarray] | None = None,
     uns: Mapping[str, Any] | None = None,
+    slide_key: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Copies the user's AnnData file and adds predictions to the copy.
+    """Copies what predictions were made of, and adds them to the copy.
 
-    The file is copied byte by byte and only new keys are added, so little memory is needed. The
-    whole file is read only if `out` has the other format (.h5ad or .zarr).
+    An AnnData file or SpatialData store is copied byte by byte and only new keys are added, so
+    little memory is needed. The whole is read if `out` has another format, and for a part of a file
+    or a vendor's format.
 
     Args:
-        source: the AnnData file the cells were read from; it is not changed.
-        out: .h5ad or .zarr to write; appears complete or not at all.
+        source: what the cells were read from; it is not changed.
+        out: .h5ad or .zarr to write, or .csv or .csv.gz for a table of predictions alone; appears
+            complete or not at all.
         pos: positions (n, 2) in file order, for obsm["X_ipar"].
-        embedding: embedding (n, d) in file order, for obsm["X_ipar_embedding"].
+        embedding: embedding (n, d) in file order, for obsm["X_ipar_embedding"]. A table holds it
+            where there are no positions.
         obs: columns to add, each (n,).
         uns: nested dict of plain values, for uns["ipar"].
+        slide_key: obs column that a part of a file was sought in.
         overwrite: replace `out`, and keys of the same name in the copy.
 
     Raises:
         UserError: if something is in the way (see `check_output`) or the disk is full.
         ValueError: if an array has not one row per cell of the file.
     """
-    source, out = Path(source), Path(out)
+    found, out = Source.parse(source), Path(out)
     given = {Keys.PREDICTION: pos, Keys.EMBEDDING: embedding}
     obsm = {key: np.asarray(value) for key, value in given.items() if value is not None}
     columns = {key: _storable(np.asarray(value)) for key, value in (obs or {}).items()}
     check_output(source, out, overwrite=overwrite, obsm=obsm, obs=columns)
-    with open_store(source) as store:
-        n = len(read_frame(store, "obs", source))
+    adata, as_it_is = None, not found.is_foreign and found.label is None
+    if as_it_is and (is_table(out) or found.suffix == out.suffix):
+        with open_store(found.path, inside=found.group) as store:
+            names = read_frame(store, "obs", found.path).index
+    else:
+        adata = load_source(source, slide_key)
+        names = adata.obs_names
     for key, value in (obsm | columns).items():
-        if len(value) != n:
-            raise ValueError(f"{key} has {len(value)} rows, expected {n}: one per cell of {source}")
-    if pos is not None and obsm[Keys.PREDICTION].shape != (n, 2):
-        raise ValueError(f"pos has shape {obsm[Keys.PREDICTION].shape}, expected ({n}, 2)")
+        if len(value) != len(names):
+            raise ValueError(
+                f"{key} has {len(value)} rows, expected {len(names)}: one per cell of {source}"
+            )
+    if pos is not None and obsm[Keys.PREDICTION].shape != (len(names), 2):
+        raise ValueError(f"pos has shape {np.shape(pos)}, expected ({len(names)}, 2)")
+    if is_table(out):
+        _write_table(names, out, obsm, columns, overwrite)
+    elif adata is not None:
+        add_predictions(adata, pos=pos, embedding=embedding, obs=obs, uns=uns)
+        write_anndata(adata, out, overwrite=overwrite)
+    else:
+        _write_copy(found, out, obsm, columns, _plain(dict(uns or {})), overwrite)
+
+
+def _write_copy(
+    source: Source,
+    out: Path,
+    obsm: Mapping[str, np.ndarray],
+    columns: Mapping[str, np.ndarray],
+    uns: Any,
+    overwrite: bool,
+) -> None:
     with _replacing(out, overwrite) as temp:
-        _copy(source, temp, as_zarr=out.suffix == ".zarr")
-        with open_store(temp, mode="r+") as store:
+        (shutil.copytree if source.path.is_dir() else _copy_file)(source.path, temp)
+        with open_store(temp, mode="r+", inside=source.group) as store:
             for key, value in obsm.items():
                 _put(store, "obsm", key, value)
             for key, value in columns.items():
                 _put(store, "obs", key, value)
-            _put(store, "uns", Keys.UNS, _plain(dict(uns or {})))
+            _put(store, "uns", Keys.UNS, uns)
         if out.suffix == ".zarr":
             _consolidate(temp)
+
+
+def _write_table(
+    names: pd.Index,
+    out: Path,
+    obsm: Mapping[str, np.ndarray],
+    columns: Mapping[str, np.ndarray],
+    overwrite: bool,
+) -> None:
+    """A row a cell: its name, its position or else its embedding, and the obs columns."""
+    key = Keys.PREDICTION if Keys.PREDICTION in obsm else Keys.EMBEDDING
+    short = key.removeprefix("X_")
+    table = pd.DataFrame(obsm[key], index=pd.Index(names, name="cell"))
+    table.columns = [f"{short}_{number}" for number in range(1, table.shape[1] + 1)]
+    with _replacing(out, overwrite) as temp:
+        how = "gzip" if out.suffix == ".gz" else None
+        table.assign(**columns).to_csv(temp, compression=how)
 
 
 def add_predictions(
@@ -217,15 +280,6 @@ def _sync(path: Path, deep: bool = True) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _copy(source: Path, temp: Path, as_zarr: bool) -> None:
-    if source.is_dir() == as_zarr:
-        (shutil.copytree if as_zarr else _copy_file)(source, temp)
-    elif as_zarr:
-        _write_zarr(anndata.io.read_h5ad(source), temp)
-    else:
-        anndata.io.read_zarr(source).write_h5ad(temp)
 
 
 def _copy_file(source: Path, target: Path) -> None:
