@@ -30,4 +30,11 @@ def run(tasks, sizes, out, device, implementations=None, precision="float32", **
         model.run(sizes, out, device, tasks=tasks, **more)
 
 
-__all__ = ["run"]
+def run_commands(sizes, out, device, **more) -> None:
+    """Measures whole commands; see :func:`benchmarks.end_to_end.run`."""
+    from . import end_to_end
+
+    end_to_end.run(sizes, out, device, **more)
+
+
+__all__ = ["run", "run_commands"]

@@ -65,6 +65,7 @@ class Record:
     def __init__(self, path: Path, device: torch.device):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.machine, self.rows = path, describe_machine(device), []
+        self.more: dict = {}
         print("{device}, torch {torch}, {threads} threads".format(**self.machine))
 
     def add(self, row: dict, text: str | None = None) -> None:
@@ -72,7 +73,11 @@ class Record:
         self.rows.append(row)
         parts = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
         print(f"  {text or ' '.join(parts)}", flush=True)
-        document = {"machine": self.machine, "rows": self.rows}
+        self.save()
+
+    def save(self) -> None:
+        """Writes all that is known so far: machine, rows, and what stands in ``more``."""
+        document = {"machine": self.machine, **self.more, "rows": self.rows}
         atomic_write(self.path, json.dumps(document, indent=1) + "\n")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks import harness, kernels, knn, model
+from benchmarks import end_to_end, harness, kernels, knn, model
 from ipar_sparse.config import load_config
 from ipar_sparse.data.simulation import simulate
 from ipar_sparse.graph import NeighborTable
@@ -256,3 +256,41 @@ def test_embeddings_are_scored_on_slides_they_have_not_seen():
     rows = [{"variant": "a", **row}, {"variant": "b", **row, **other}]
     first, second = embedding.table(rows).splitlines()[2:]
     assert first.startswith("| a |") and second.count("+0.250") == len(embedding.COLUMNS)
+
+
+def test_exponents_are_those_of_the_sizes_that_count():
+    def rows(n, **seconds):
+        whole = sum(seconds.values())
+        return [
+            {"command": "train", "n": n, "stage": name, "seconds": t, "share": t / whole}
+            for name, t in seconds.items()
+        ]
+
+    measured = rows(1000, search=9.0, load=2.0)  # too small to say how a stage grows
+    for n in (10_000, 100_000, 1_000_000):
+        measured += rows(n, search=n**2 / 1e10, load=2.0)
+    measured.append({"command": "predict", "n": 10_000, "stage": "all", "failed": "no memory"})
+    search, load = end_to_end.exponents(measured)
+    assert search["exponent"] == pytest.approx(2.0) and load["exponent"] == pytest.approx(0.0)
+    assert search["fitted"] == [10_000, 100_000, 1_000_000]
+    assert search["share"] == pytest.approx(100 / 102)
+
+
+@pytest.mark.slow
+def test_whole_commands_are_measured_stage_by_stage(tmp_path, capsys):
+    short = "encoder.steps=2 train.epochs=1 train.minisets=2 train.gate_steps=1 selection.mode=none"
+    found = end_to_end.run([300], tmp_path, CPU, genes=60, settings=short.split())
+    stages = {(row["command"], row["stage"]): row for row in found["rows"]}
+    for name in ("Reading slides", "Training the encoder", "Training the model", "all"):
+        assert stages["train", name]["seconds"] > 0
+    assert {("predict", "Placing cells"), ("predict", "Writing placed.h5ad")} <= stages.keys()
+    for command in ("train", "predict"):
+        top = [r for (c, s), r in stages.items() if c == command and " / " not in s and s != "all"]
+        whole = stages[command, "all"]
+        assert sum(row["seconds"] for row in top) == pytest.approx(whole["seconds"], rel=0.01)
+        assert whole["host_peak_bytes"] > 2**27  # torch alone
+    saved = json.loads((tmp_path / "end_to_end.json").read_text())
+    assert saved["import_torch_seconds"] > 0 and saved["rows"] == found["rows"]
+    assert (tmp_path / "end_to_end.png").stat().st_size > 10_000
+    assert "Training the model" in capsys.readouterr().out
+    assert list(tmp_path.glob("*/")) == []  # slides and runs are gone

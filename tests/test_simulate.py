@@ -186,3 +186,16 @@ def test_a_large_slide_stays_sparse():
     assert slide.expression.shape == (100_000, 300)
     assert slide.expression.nnz < 0.6 * 100_000 * 300
     assert len(np.unique(slide.pos, axis=0)) == 100_000
+
+
+@pytest.mark.parametrize("genes", [60, 77])
+def test_counts_drawn_on_all_cores_are_those_of_one_sequence(genes, monkeypatch):
+    """Odd numbers of genes and cells end a part in the middle of a step of the generator."""
+
+    def drawn(chunk):
+        monkeypatch.setattr("ipar_sparse.data.simulation.CHUNK", chunk)
+        return simulate("lobules", slides=2, spots=333, genes=genes, seed=3)
+
+    for parts, whole in zip(drawn(7 * genes), drawn(10**9), strict=True):
+        assert (parts.expression != whole.expression).nnz == 0
+        assert np.array_equal(parts.pos, whole.pos)  # drawn after the counts

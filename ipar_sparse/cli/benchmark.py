@@ -11,13 +11,28 @@ from ..files import check_output_folder
 from . import options
 from .messages import say
 from .options import RUNNING, flag
+from .watched import loading
+
+_SIZES, _COMMAND_SIZES = "384,1300,2600,5000", "1000,10000,100000,1000000"
 
 
 def benchmark(
     out: options.OutFolder,
     sizes: Annotated[
-        str, typer.Option(help="Numbers of cells, with commas.")
-    ] = "384,1300,2600,5000",
+        str | None,
+        typer.Option(
+            help="Numbers of cells, with commas. [dim]Default: 384,1300,2600,5000; of whole "
+            "commands 1000,10000,100000,1000000[/dim]",
+            show_default=False,
+        ),
+    ] = None,
+    end_to_end: Annotated[
+        bool,
+        typer.Option(
+            "--end-to-end",
+            help="Time the commands train and predict on simulated slides, stage by stage.",
+        ),
+    ] = False,
     tasks: Annotated[
         str,
         typer.Option(
@@ -36,17 +51,29 @@ def benchmark(
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="float32, tf32, bfloat16 or float16.")] = "float32",
+    overrides: Annotated[
+        list[str] | None,
+        flag("--set", "With --end-to-end: a setting of train; can be repeated.", RUNNING, "K=V"),
+    ] = None,
     device: options.Device = None,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Time the sparse model against the dense one on this machine, or neighbour searches."""
-    from ..config import resolve_device
+    """Time the sparse model against the dense one, neighbour searches, or whole commands."""
+    from ..config import load_config, resolve_device
 
-    numbers = parse_sizes(sizes)
+    numbers = parse_sizes(sizes or (_COMMAND_SIZES if end_to_end else _SIZES))
     check_output_folder(out, overwrite)
-    target = resolve_device(device or "auto")
+    if overrides and not end_to_end:
+        raise UserError("--set belongs to --end-to-end, which trains; leave it out")
+    load_config(None, overrides or [])
+    with loading():
+        target = resolve_device(device or "auto")
+        from ..benchmarks import run, run_commands
 
-    from ..benchmarks import run
+    if end_to_end:
+        run_commands(numbers, out, target, settings=overrides or [])
+        say(f"{out / 'end_to_end.json'}\n{out / 'end_to_end.png'}")
+        return
 
     chosen = implementations.split(",") if implementations else None
     wanted = tasks.split(",")

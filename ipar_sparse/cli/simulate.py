@@ -40,9 +40,9 @@ def simulate(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Make slides of a simulated tissue, to try things out."""
-    from ..data.simulation import simulate as simulate_slides
+    from ..data.simulation import iter_slides
     from ..data.writers import write_slide
-    from ..progress import stage, track
+    from ..progress import stage
 
     check_folder(out, f"--out {out}")
     paths = [out / f"{tissue.value}{i + 1}.h5ad" for i in range(slides)]
@@ -50,8 +50,10 @@ def simulate(
     if standing and not overwrite:
         raise UserError(f"{out} holds {standing[0]} already; pass --overwrite or another folder")
     with removed_on_failure(out, paths):
-        with stage("Simulating"):
-            made = simulate_slides(tissue.value, slides=slides, spots=spots, genes=genes, seed=seed)
-        for slide, path in zip(track(made, "Writing slides"), paths, strict=True):
-            write_slide(slide, path, overwrite=overwrite)
+        made = iter_slides(tissue.value, slides=slides, spots=spots, genes=genes, seed=seed)
+        for path in paths:
+            with stage("Simulating"):
+                slide = next(made)
+            with stage("Writing slides"):
+                write_slide(slide, path, compression="lzf", overwrite=overwrite)
     say(f"{slides} {tissue.value} slides of {spots} spots and {genes} genes in {out}")

@@ -8,13 +8,18 @@ number of genes alone: a model trained on slides of one seed can be tested on an
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from scipy import sparse
 from scipy.spatial import cKDTree
 
+from ..ticks import counted
 from .slide import Slide
 
 CHUNK = 1 << 19  # expression values held densely at a time
@@ -221,24 +226,60 @@ def _sample_counts(
     step = max(CHUNK // num_genes, 1)
     data, indices = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int32)
     indptr = np.zeros(n + 1, dtype=np.int64)
-    for start in range(0, n, step):
+
+    def draw(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         part = slice(start, start + step)
         rate = features[part].astype(np.float32) @ weight
         rate += offset
         rate += library[part, None].astype(np.float32)
         np.exp(rate, out=rate)
-        row, column, value = zero_inflated_negative_binomial(rate, tissue.dispersion, dropout, rng)
+        own = _after_floats(rng, start * num_genes)
+        return zero_inflated_negative_binomial(rate, tissue.dispersion, dropout, own)
+
+    starts = range(0, n, step)
+    for start, (row, column, value) in zip(counted(starts), _ahead(draw, starts), strict=True):
+        rows = min(step, n - start)
         used = indptr[start]
         _append(data, value, used)
         _append(indices, column, used)
-        indptr[start + 1 : start + 1 + len(rate)] = used + np.cumsum(
-            np.bincount(row, minlength=len(rate))
-        )
+        indptr[start + 1 : start + 1 + rows] = used + np.cumsum(np.bincount(row, minlength=rows))
+    rng.bit_generator.state = _after_floats(rng, n * num_genes).bit_generator.state
     data.resize(indptr[-1], refcheck=False)
     indices.resize(indptr[-1], refcheck=False)
     if indptr[-1] < 2**31:
         indptr = indptr.astype(np.int32)
     return sparse.csr_matrix((data, indices, indptr), shape=(n, num_genes))
+
+
+def _after_floats(rng: np.random.Generator, count: int) -> np.random.Generator:
+    """A copy of a generator as it is once so many float32 numbers were drawn from it.
+
+    Two of them take one step of PCG64, which can jump over steps: parts of one sequence are drawn
+    side by side, and are the same numbers.
+    """
+    bits, state = np.random.PCG64(), cast(Any, rng.bit_generator.state)
+    bits.state = state
+    own = np.random.Generator(bits)
+    if count and state["has_uint32"]:  # the second half of a step comes first
+        own.random(dtype=np.float32)
+        count -= 1
+    if count:
+        bits.advance(count // 2)
+        own.random(count % 2, dtype=np.float32)
+    return own
+
+
+def _ahead(function: Callable, items: Sequence) -> Iterator:
+    """``map`` on all cores, a few results ahead of the one that is asked for."""
+    cores = os.cpu_count() or 1
+    waiting: deque = deque()
+    with ThreadPoolExecutor(cores) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _append(array: np.ndarray, part: np.ndarray, used: int) -> None:
