@@ -29,7 +29,7 @@ from .inference.predictor import Predictor
 from .inference.run_folder import reading_settings
 from .inference.summary import RunSummary, summarize_run
 from .progress import quiet_stages, setup_logging
-from .report import write_evaluation
+from .report import check_genes, write_evaluation, write_prediction_report
 from .train.fit import fit
 from .train.run_folder import check_resumable, check_run_folder, extend_run, run_folder
 
@@ -182,6 +182,9 @@ class IPAR:
         normalized: bool | None = None,
         slide_key: str | None = None,
         embedding: str | None = None,
+        report: str | os.PathLike | None = None,
+        genes: Sequence[str] = (),
+        overwrite: bool = False,
     ) -> AnnData | None:
         """Places n cells from their expression; measured positions are not looked at.
 
@@ -201,17 +204,28 @@ class IPAR:
                 of the run if left out, where the cells have it.
             embedding: for a run that was trained on an embedding, where it is, as
                 ``"obsm:X_pca"``.
+            report: folder for a page on which to explore the map; none is written if left out.
+            genes: genes by which the page can colour cells, beside the most informative.
+            overwrite: replace an earlier report.
 
         Returns:
             The cells if they are a copy or come from a file, else None.
 
         Raises:
-            UserError: the cells cannot be read, or share no gene with the run.
+            UserError: the cells cannot be read, share no gene with the run or lack one of
+                ``genes``, or the folder of the report is in use.
         """
+        if report is not None:
+            check_output_folder(Path(report), overwrite, "report")
         slides, adata = self._read(
             cells, layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding
         )
+        check_genes(slides, genes)
         added = place_cells(self.predictor, slides, noise_samples)
+        if report is not None:
+            write_prediction_report(
+                self.predictor, slides, added, Path(report), genes=genes, command="IPAR.predict()"
+            )
         return _filled(cells, adata, copy, added, slide_key or self.config.data.slide_key)
 
     def embed(
@@ -245,6 +259,7 @@ class IPAR:
         normalized: bool | None = None,
         slide_key: str | None = None,
         embedding: str | None = None,
+        genes: Sequence[str] = (),
         overwrite: bool = False,
     ) -> pd.DataFrame:
         """Scores a prediction, and simple methods beside it, against measured positions.
@@ -254,7 +269,7 @@ class IPAR:
             out: folder for the report of ``ipar-sparse evaluate``; none is written if left out.
             noise_samples: predictions under training noise; the run's setting if left out.
             baselines: whether to score simple methods; the run's setting if left out.
-            layer, normalized, slide_key, embedding: as in :meth:`predict`.
+            layer, normalized, slide_key, embedding, genes: as in :meth:`predict`.
             overwrite: replace an earlier report in ``out``.
 
         Returns:
@@ -276,6 +291,7 @@ class IPAR:
             slide_key=slide_key,
             embedding=embedding,
         )
+        check_genes(slides, genes)
         tables = {}
         for one in slides:
             if role := role_in_training(self.predictor, one):
@@ -287,7 +303,9 @@ class IPAR:
             )
             if out is not None:
                 folder = Path(out) if len(slides) == 1 else Path(out) / one.name
-                write_evaluation(self.predictor, one, scored, folder, command="IPAR.evaluate()")
+                write_evaluation(
+                    self.predictor, one, scored, folder, genes=genes, command="IPAR.evaluate()"
+                )
             tables[one.name] = _table(scored, max(self.config.eval.ks))
         if len(tables) == 1:
             return next(iter(tables.values()))

@@ -74,11 +74,11 @@ def check_folder(path: Path, option: str = "--out") -> None:
             return
 
 
-def check_output_folder(out: Path, overwrite: bool) -> None:
+def check_output_folder(out: Path, overwrite: bool, option: str = "--out") -> None:
     """Refuses a folder of results that is in use, unless it may be overwritten."""
-    check_folder(out)
+    check_folder(out, option)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} exists and is not empty; pass --overwrite or another --out")
+        raise UserError(f"{out} exists and is not empty; pass --overwrite or another {option}")
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:

@@ -218,6 +218,16 @@ def test_predictions_equal_those_of_the_command_line(model, small_run, cells, tm
     assert "X_ipar" not in anndata.read_h5ad(tmp_path / "cells.h5ad").obsm
 
 
+def test_a_prediction_writes_a_page_of_its_own(model, cells, tmp_path):
+    gene = str(cells.var_names[0])
+    model.predict(cells, report=tmp_path / "page", genes=[gene])
+    assert f"Genes: {gene}, as asked for" in (tmp_path / "page" / "report.html").read_text()
+    with pytest.raises(UserError, match="another report"):
+        model.predict(cells, report=tmp_path / "page")
+    with pytest.raises(UserError, match="no gene 'nix'"):
+        model.evaluate(cells, genes=["nix"])
+
+
 def test_an_earlier_uncertainty_does_not_outlive_its_prediction(model, cells):
     model.predict(cells, noise_samples=2)
     assert np.isfinite(cells.obs["ipar_uncertainty"]).all()

@@ -558,6 +558,21 @@ def test_evaluate_leaves_metrics_and_a_report(slides, run, tmp_path):
     assert (out / "report.html").stat().st_size > 1000
 
 
+def test_a_prediction_comes_with_a_page_where_asked(slides, run, tmp_path, capfd, refused):
+    cells, out, page = slides / "cortex3.h5ad", tmp_path / "o.h5ad", tmp_path / "page"
+    gene = anndata.read_h5ad(cells).var_names[-1]
+    argv = ["predict", run, cells, "--out", out]
+    assert "add --report" in refused(*argv, "--genes", gene)
+    assert "no gene 'nix'" in refused(*argv, "--report", page, "--genes", f"{gene},nix")
+    argv += ["--report", page, "--genes", gene]
+    assert cli.run_command([str(arg) for arg in argv]) == 0
+    assert f"report: {page / 'report.html'}" in capfd.readouterr().out
+    text = (page / "report.html").read_text()
+    assert f"Genes: {gene}, as asked for" in text and "cannot be scored" in text
+    out.unlink()
+    assert "another --report" in refused(*argv)
+
+
 def test_evaluate_refuses_what_it_cannot_score(slides, run, tmp_path, refused):
     blind = broken(slides, tmp_path / "blind.h5ad", drop_positions)
     assert "spatial" in refused("evaluate", run, blind, "--out", tmp_path / "report")

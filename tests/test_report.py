@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from scipy import sparse
 
 from ipar_sparse import pl
 from ipar_sparse.evaluation.results import MODEL, Provenance, SlideEvaluation
@@ -22,9 +23,10 @@ from ipar_sparse.metrics.diagnostics import AttentionFocus
 from ipar_sparse.metrics.layout import evaluate_layout
 from ipar_sparse.pl.oklab import to_oklab
 from ipar_sparse.pl.style import MAX_POINTS
+from ipar_sparse.report.cells import CellTable
 from ipar_sparse.report.headline import summarize
 from ipar_sparse.report.slide import write_report
-from ipar_sparse.report.tables import metric_table
+from ipar_sparse.report.tables import group_table, main_table, metric_table
 
 matplotlib.use("Agg")
 
@@ -106,9 +108,10 @@ def full_evaluation(n=300, **changes):
 
 
 def of_page(n=300, **changes):
-    gene = ("Reln", np.random.default_rng(3).poisson(1.0, n))
+    counts = sparse.csr_matrix(np.random.default_rng(3).poisson(1.0, (n, 1)).astype(float))
+    shown = CellTable(np.arange(n).astype(str), {}, counts, ["Reln"])
     command = "ipar-sparse evaluate run c.h5ad"
-    return {"gene": gene, "history": history(), "command": command, **changes}
+    return {"cells": shown, "history": history(), "command": command, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +123,9 @@ def page(tmp_path_factory):
 
 def test_the_page_holds_everything_itself(page):
     path, html = page
-    assert html.count("data:image/png;base64,") == 9
-    assert not re.search(r"(?:src|href)=\"(?!data:)", html)
-    assert "url(" not in html and "@import" not in html and "<script" not in html
+    assert html.count("data:image/webp;base64,") == 9
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)", html.partition("<script")[0])
+    assert "default-src &#39;none&#39;" in html
     figures = {p.stem for p in (path.parent / "figures").glob("*.png")}
     assert figures == {
         "map",
@@ -160,18 +163,19 @@ def test_text_of_the_user_is_escaped(tmp_path):
             versions={evil: evil},
         ),
     )
-    page = of_page(command=evil, gene=(evil, np.ones(300)))
+    page = of_page(command=evil)
+    page["cells"].genes = [evil]
     html = write_report(tmp_path, evaluation, **page).read_text()
-    assert "<script" not in html
+    assert evil not in html
     assert html.count("&lt;script&gt;") >= 9
 
 
 def test_what_is_missing_is_left_out_or_explained(tmp_path):
     html = write_report(tmp_path, SlideEvaluation("cells", cells(60))).read_text()
     assert "cannot be scored" in html
-    assert html.count("data:image/png;base64,") == 1
+    assert html.count("data:image/webp;base64,") == 1
     for word in ("Uncertainty", "Scores", "Training", "Attention", "Recycle"):
-        assert word not in html
+        assert f">{word}" not in html
     alone = full_evaluation(trajectory=[cells(300)], focus=None, measures={}, uncertainty=None)
     html = write_report(tmp_path, alone).read_text()
     assert "Recycle by recycle" not in html and "Attention" not in html
@@ -179,8 +183,8 @@ def test_what_is_missing_is_left_out_or_explained(tmp_path):
 
 
 def test_arrays_of_other_cells_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="pred has 300 cells, gene has 7"):
-        write_report(tmp_path, full_evaluation(), gene=("x", np.ones(7)))
+    with pytest.raises(ValueError, match="pred has 300 cells, names has 7"):
+        write_report(tmp_path, full_evaluation(), cells=CellTable(np.arange(7).astype(str)))
     assert not list(tmp_path.iterdir())
 
 
@@ -241,8 +245,8 @@ def test_what_is_wrong_inside_the_model_stands_beside_its_attention(tmp_path):
     )
     assert not summarize(evaluation).warnings
     page = write_report(tmp_path, evaluation).read_text()
-    top, _, below = page.partition('<section id="attention"')
-    assert "one-hot" in below.partition("</section>")[0] and "one-hot" not in top
+    top, _, below = page.partition('<details id="attention"')
+    assert "one-hot" in below.partition("</details>")[0] and "one-hot" not in top
     assert "Before you rely" not in top
     score = {"distance_spearman": 0.4}
     for more, ends in (
@@ -363,20 +367,37 @@ def test_distance_density_of_a_perfect_map_lies_on_the_diagonal():
     assert np.abs(at[:, 0] - at[:, 1]).max() < 2 * step
 
 
-def test_bars_leave_out_the_floor_and_show_standard_errors():
-    table = {
-        "model": {"stress_1": 0.2, "stress_1_se": 0.01},
-        "PCA": {"stress_1": 0.4},
-        "none": {},
-        "true coordinates": {"stress_1": 0.0},
-    }
-    ax = pl.metric_bars(
-        table, "stress_1", model="model", floor="true coordinates", ax=Figure().subplots()
+def test_dots_of_one_slide_show_standard_errors_and_leave_out_methods_without_the_metric():
+    ax = pl.metric_dots(
+        {"model": {"s": 0.2}, "PCA": {"s": 0.4}, "none": {}},
+        "stress_1",
+        errors={"model": 0.01, "PCA": None},
+        lines={"true coordinates": 0.0},
+        ax=Figure().subplots(),
     )
     assert [label.get_text() for label in ax.get_yticklabels()] == ["model", "PCA"]
-    assert [bar.get_width() for bar in ax.patches] == [0.2, 0.4]
-    assert ax.lines[-1].get_xdata()[0] == 0.0
+    assert 0.0 in [line.get_xdata()[0] for line in ax.lines]
     assert ax.get_xlabel() == "lower is better"
+
+
+def test_the_main_table_has_six_rows_the_best_baselines_among_them():
+    values = {"model": 0.5, "without gate": 0.4, "random": 0.0, "true coordinates": 1.0}
+    values |= {name: place / 10 for place, name in enumerate("abcdef")}
+    methods = {name: {"distance_spearman": value} for name, value in values.items()}
+    table = main_table(SlideEvaluation("s", cells(9), cells(9), methods))
+    names = [row["name"] for row in table["rows"]]
+    assert names == ["model", "f", "e", "d", "random", "true coordinates"]
+
+
+def test_labels_come_by_their_uncertainty(tmp_path):
+    evaluation = full_evaluation()
+    labels = np.where(evaluation.uncertainty > np.median(evaluation.uncertainty), "far", "near")
+    shown = CellTable(np.arange(300).astype(str), {"number": np.arange(300), "zone": labels})
+    table = group_table(evaluation, shown)
+    assert table["name"] == "zone" and table["scored"]
+    assert [(row["label"], row["cells"]) for row in table["rows"]] == [("far", 150), ("near", 150)]
+    page = write_report(tmp_path, evaluation, cells=shown).read_text()
+    assert "By zone, the most uncertain cells are far" in page
 
 
 def test_loss_curves_read_the_csv_and_mark_the_kept_epoch():
@@ -410,7 +431,8 @@ def test_a_report_of_three_cells_with_constant_values(tmp_path):
         uncertainty=np.zeros(3),
         trajectory=[np.zeros((3, 2)), np.ones((3, 2))],
     )
-    page = write_report(tmp_path, evaluation, gene=("g", np.zeros(3)))
+    shown = CellTable(np.array(list("abc")), {}, sparse.csr_matrix((3, 1)), ["g"])
+    page = write_report(tmp_path, evaluation, cells=shown)
     assert "not recovered" in page.read_text()
 
 

@@ -35,9 +35,10 @@ def evaluate(
     slide_key: options.SlideKey = None,
     embedding: options.Embedding = None,
     device: options.Device = None,
+    genes: options.Genes = None,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Score a prediction against measured positions: metrics.json, report.html, figures.
+    """Score a prediction against measured positions: metrics.json, and a page to explore.
 
     `ipar-sparse experiment` trains and scores on each slide or donor in turn.
     """
@@ -52,8 +53,10 @@ def evaluate(
     slides = read_files([slide], data, require_pos=True, slide_key_optional=not slide_key)
     tell_notes(slides)
 
-    from ..report import evaluate_slide
+    from ..report import check_genes, evaluate_slide
 
+    asked = options.listed(genes)
+    check_genes(slides, asked)
     for one in slides:
         if role := role_in_training(predictor, one):
             note(f"{one.name} {role}: these scores say nothing about unseen slides")
@@ -65,6 +68,7 @@ def evaluate(
                 folder,
                 noise_samples=noise_samples,
                 baselines=baselines,
+                genes=asked,
                 command=f"ipar-sparse evaluate {run} {slide} --out {out}",
             )
         k = max(predictor.config.eval.ks)

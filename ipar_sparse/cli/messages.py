@@ -9,6 +9,7 @@ from ..errors import UserError
 
 _EXTRAS = {
     "anndata": "cli",
+    "bokeh": "cli",
     "distributed": "cli",
     "jinja2": "cli",
     "matplotlib": "cli",

@@ -43,6 +43,19 @@ OutFile = Annotated[
 OutFolder = Annotated[
     Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write into.")
 ]
+Report = Annotated[
+    Path | None,
+    flag("--report", "Folder for a page on which to explore the map.", OUTPUT, "DIR"),
+]
+Genes = Annotated[
+    str | None,
+    flag(
+        "--genes",
+        "Genes by which the page can colour cells, beside the 50 most informative.",
+        OUTPUT,
+        "A,B,...",
+    ),
+]
 Overwrite = Annotated[bool, flag("--overwrite", "Replace earlier output.", OUTPUT)]
 
 Layer = Annotated[
@@ -136,6 +149,11 @@ Device = Annotated[
         "NAME",
     ),
 ]
+
+
+def listed(text: str | None) -> list[str]:
+    """The names of a comma-separated list."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import UserError
+from ..files import check_output_folder
 from . import options
+from .folders import removed_on_failure
 from .inputs import check_inputs, load_predictor, tell_notes
+from .messages import say
 from .options import given
 from .results import outputs_of, tell_written
 
@@ -35,12 +40,19 @@ def predict(
     slide_key: options.SlideKey = None,
     embedding: options.Embedding = None,
     device: options.Device = None,
+    report: options.Report = None,
+    genes: options.Genes = None,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Place cells: positions go to obsm['X_ipar'] of a copy of the file."""
     from ..data.headers import check_output
     from ..data.keys import Keys
 
+    asked = options.listed(genes)
+    if asked and report is None:
+        raise UserError("--genes chooses genes of the page; add --report DIR, or leave it out")
+    if report is not None:
+        check_output_folder(report, overwrite, "--report")
     obsm = (Keys.PREDICTION, Keys.EMBEDDING)
     outputs = outputs_of(cells, out)
     for source, path in outputs.items():
@@ -61,7 +73,23 @@ def predict(
     for source, path in outputs.items():
         slides = read_files([source], data, require_pos=False, slide_key_optional=optional)
         tell_notes(slides)
-        added = vars(place_cells(predictor, slides, noise_samples))
-        with stage(f"Writing {path.name}"):
-            write_predictions(source, path, **added, slide_key=data.slide_key, overwrite=overwrite)
+        pages = []
+        folder = report if report is None or len(outputs) == 1 else report / path.stem
+        with removed_on_failure(folder) if folder else nullcontext():
+            if folder:
+                from ..report import check_genes, write_prediction_report
+
+                check_genes(slides, asked)
+            added = place_cells(predictor, slides, noise_samples)
+            if folder:
+                command = f"ipar-sparse predict {run} {source} --out {path} --report {report}"
+                pages = write_prediction_report(
+                    predictor, slides, added, folder, genes=asked, command=command
+                )
+            with stage(f"Writing {path.name}"):
+                write_predictions(
+                    source, path, **vars(added), slide_key=data.slide_key, overwrite=overwrite
+                )
         tell_written(slides, path, obsm, columns)
+        for page in pages:
+            say(f"report: {page}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -82,7 +82,7 @@ def score_slide(
         focus=attention.focus,
         trajectory=prediction.trajectory,
         uncertainty=prediction.uncertainty,
-        provenance=_provenance(predictor, slide, prediction, unchanged_notes(layouts)),
+        provenance=provenance_of(predictor, slide, prediction.cautions, unchanged_notes(layouts)),
     )
 
 
@@ -155,18 +155,26 @@ def _measures(
     return measures
 
 
-def _provenance(
-    predictor: Predictor, slide: Slide, prediction: Prediction, notes: list[str]
+def provenance_of(
+    predictor: Predictor, slide: Slide, cautions: Sequence[str] = (), notes: Sequence[str] = ()
 ) -> Provenance:
+    """Where the prediction of a slide comes from.
+
+    Args:
+        predictor: the trained run.
+        slide: what it placed; held out is known of slides with positions only.
+        cautions: lines that must be read before the map is relied on.
+        notes: lines on rows of the table, after those on how the slide was read.
+    """
     slides = predictor.meta["metadata"]["slides"]
     seen = {entry["digest"] for entry in slides}
     return Provenance(
         training=[entry["name"] for entry in slides if entry["role"] == "train"],
         validation=[entry["name"] for entry in slides if entry["role"] == "val"],
-        held_out=slide_digest(slide) not in seen,
+        held_out=None if slide.pos is None else slide_digest(slide) not in seen,
         settings=predictor.config.model_dump(mode="json"),
         versions=_versions(),
-        cautions=prediction.cautions,
+        cautions=cautions,
         notes=[*slide.notes, *notes],
     )
 

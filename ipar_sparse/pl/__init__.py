@@ -15,7 +15,7 @@ from .layouts import (
     trajectory,
     uncertainty_map,
 )
-from .scores import distance_density, metric_bars, metric_dots, uncertainty_calibration
+from .scores import distance_density, metric_dots, uncertainty_calibration
 
 __all__ = [
     "AttentionFocus",
@@ -25,7 +25,6 @@ __all__ = [
     "layout",
     "layout_pair",
     "loss_curves",
-    "metric_bars",
     "metric_dots",
     "position_colors",
     "recycle_curves",

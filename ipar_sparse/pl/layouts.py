@@ -33,7 +33,7 @@ from .style import (
 if TYPE_CHECKING:
     from anndata import AnnData
 
-_CONTINUOUS = colormaps["viridis"].with_extremes(bad=FAINT)
+CONTINUOUS = colormaps["viridis"].with_extremes(bad=FAINT)
 
 # one axis is blue to orange, which red-green blindness keeps apart, the other dark to light
 _CORNERS = {"low": ("#0B2A6B", "#7A2300"), "high": ("#8CD3F0", "#FFD166")}
@@ -215,7 +215,7 @@ def _draw_map(
             ax,
             pos[rows],
             c=values[rows],
-            cmap=_CONTINUOUS,
+            cmap=CONTINUOUS,
             norm=_robust(values),
             plotnonfinite=True,
         )

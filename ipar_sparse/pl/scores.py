@@ -10,69 +10,10 @@ from matplotlib.colors import LinearSegmentedColormap
 
 from ..geometry.neighborhoods import as_layout, sample_pairs, unit_gauge
 from ..metrics.layout import metric_info
-from .style import ABLATION, INK, MODEL, MUTED, OTHER, new_axes, tidy
+from .style import INK, MODEL, MUTED, new_axes, tidy
 
 _PAIRS = 200_000
 _DENSITY = LinearSegmentedColormap.from_list("density", ["#D3E3F0", "#5B9BCB", "#08306B"])
-
-
-def metric_bars(
-    table: Mapping[str, Mapping[str, float]],
-    metric: str,
-    *,
-    model: str | None = None,
-    ablations: Collection[str] = (),
-    floor: str | None = None,
-    ax: Axes | None = None,
-) -> Axes:
-    """One metric for every method; whiskers span two standard errors where it was sampled.
-
-    Args:
-        table: method to its metrics by flat name.
-        metric: the metric shown; methods without it are left out.
-        model: the method in strong colour.
-        ablations: methods in a lighter tone of that colour.
-        floor: the method (true coordinates) that is drawn as a line, not as a bar.
-        ax: where to draw.
-    """
-    names = [m for m in table if m != floor and np.isfinite(table[m].get(metric, np.nan))]
-    ax = tidy(new_axes(ax, (4.2, 0.6 + 0.32 * max(len(names), 1))))
-    ax.grid(axis="y", visible=False)
-    values = np.array([table[m][metric] for m in names])
-    errors = np.array([2 * (table[m].get(f"{metric}_se") or 0.0) for m in names])
-    colors = [MODEL if m == model else ABLATION if m in ablations else OTHER for m in names]
-    places = np.arange(len(names))
-    ax.barh(places, values, color=colors, height=0.72)
-    if errors.any():
-        ax.errorbar(values, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
-    span = max(np.abs(values).max(initial=0.0), 1e-12)
-    for place, value in zip(places, values, strict=True):
-        ax.annotate(
-            f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.1g}",
-            (max(value, 0.0) + errors[place], place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-        )
-    reference = table.get(floor, {}).get(metric) if floor else None
-    if reference is not None and np.isfinite(reference):
-        ax.axvline(reference, color=INK, lw=1.1, ls="--")
-        span = max(span, abs(reference))
-    chance_name = metric.replace("@", "_chance@")
-    chance = next((m[chance_name] for m in table.values() if chance_name in m), None)
-    if chance_name != metric and chance is not None:
-        ax.axvline(chance, color=MUTED, lw=1.1, ls=":")
-    ax.set_yticks(places, names)
-    ax.invert_yaxis()
-    ax.set_xlim(min(0.0, values.min(initial=0.0) - errors.max(initial=0.0)), 1.18 * span)
-    info = metric_info(metric)
-    arrow = f"{info.better} is better" if info.better else ""
-    ax.set_title(info.label, fontsize=10, color=INK, loc="left")
-    ax.set_xlabel(arrow, fontsize=8.5, color=MUTED)
-    return ax
 
 
 def metric_dots(

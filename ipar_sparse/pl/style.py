@@ -11,8 +11,6 @@ from matplotlib.axes import Axes
 # Okabe and Ito (2008), without their yellow, which vanishes on white
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MODEL = "#0072B2"
-ABLATION = "#56B4E9"
-OTHER = "#A9B1BA"
 INK = "#1F2933"
 MUTED = "#6B7680"
 FAINT = "#D9DEE3"

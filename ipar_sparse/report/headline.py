@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..evaluation.comparison import direction
 from ..evaluation.results import FLOOR, MODEL, SlideEvaluation, role_of
 from ..metrics.diagnostics import health_warnings
-from .tables import finite, table_metrics
+from .cells import CellTable
+from .tables import finite, group_table, table_metrics
 
 _NEIGHBORS = 15
 _SMALLEST = 0.005  # difference that counts, however small the errors of sampling are
@@ -54,7 +57,7 @@ def summarize(evaluation: SlideEvaluation) -> Headline:
     own = evaluation.methods.get(MODEL, {})
     if evaluation.true is None or not own:
         text = f"A map of {cells} was predicted. Without measured positions it cannot be scored."
-        return Headline(text, [], warnings)
+        return Headline(text, _expectation(evaluation), warnings)
     rho = finite(own, "distance_spearman")
     text = f"The map of {cells} was scored against measured positions"
     if rho is not None:
@@ -69,6 +72,49 @@ def summarize(evaluation: SlideEvaluation) -> Headline:
             else "on no measure better than the best baseline"
         )
     return Headline(f"{text}.", _evidence(evaluation, own), warnings)
+
+
+def remarks_on(evaluation: SlideEvaluation, cells: CellTable) -> list[str]:
+    """What a reader should keep in mind of any map, and which of its cells are least certain."""
+    remarks = []
+    if evaluation.true is None:
+        remarks.append(
+            "Nobody measured where these cells were, so nothing here says how right the map is."
+        )
+    groups = group_table(evaluation, cells)
+    if groups and len(groups["rows"]) > 1:
+        most, least = groups["rows"][0], groups["rows"][-1]
+        remarks.append(
+            f"By {groups['name']}, the most uncertain cells are {most['label']} (median "
+            f"{most['expected']} tissue radii), the least {least['label']} ({least['expected']})."
+        )
+    order = evaluation.measures.get("uncertainty_error_spearman")
+    if order is not None and math.isfinite(order):
+        words = "hardly" if order < 0.1 else "in part" if order < 0.4 else "well"
+        remarks.append(
+            f"The uncertainty tells {words} which cells lie far from their places: its rank "
+            f"correlation with their error is {order:.2f}."
+        )
+    elif evaluation.uncertainty is None:
+        remarks.append("This prediction does not say which of its cells are uncertain.")
+    remarks.append(
+        "The map is centred, turned and mirrored at will, and its unit is the tissue's "
+        "root-mean-square radius."
+        if evaluation.true is None
+        else "The predicted map is turned and scaled to match the measured one, which flatters it "
+        "a little."
+    )
+    return remarks
+
+
+def _expectation(evaluation: SlideEvaluation) -> list[str]:
+    if evaluation.uncertainty is None:
+        return []
+    half, most = np.nanquantile(evaluation.uncertainty, [0.5, 0.9])
+    return [
+        f"The expected error is below {half:.2f} tissue radii for half of the cells, and below "
+        f"{most:.2f} for nine in ten (1 is a map without information)."
+    ]
 
 
 def _evidence(evaluation: SlideEvaluation, own: Mapping[str, float]) -> list[str]:

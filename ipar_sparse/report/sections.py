@@ -11,21 +11,22 @@ from matplotlib.figure import Figure
 
 from .. import pl
 from ..evaluation.results import (
-    ABLATIONS,
     FLOOR,
     INITIAL,
     MODEL,
     NO_RECYCLES,
     NO_REFINEMENT,
-    ORACLE,
     SlideEvaluation,
 )
 from ..geometry.alignment import align
 from ..geometry.neighborhoods import as_layout, unit_gauge
+from ..metrics.descriptions import metric_info
 from ..metrics.diagnostics import health_warnings
+from .cells import CellTable
 from .html import axes_grid, draw_figure
+from .tables import finite
 
-_BARS = ("distance_spearman", "procrustes", "neighbor_hit@15", "trustworthiness@15")
+_DOTS = ("distance_spearman", "procrustes", "neighbor_hit@15", "trustworthiness@15")
 _PANELS = {
     "attn_recall@30": "Attention on true neighbours",
     "logit_std": "Standard deviation of logits",
@@ -41,30 +42,32 @@ class PageInput:
 
     Args:
         evaluation: the prediction and its scores.
-        gene: name of a gene and its expression (n,), or None.
+        cells: names, columns and genes of the cells.
         history: rows of the training history, or None.
         command: the command that made the report, or None.
     """
 
     evaluation: SlideEvaluation
-    gene: tuple[str, np.ndarray] | None = None
+    cells: CellTable
     history: Sequence[Mapping] | None = None
     command: str | None = None
 
 
-def build_sections(page: PageInput) -> list[dict]:
-    """Every section that there is something to show of, in the order of the page.
+def map_sections(page: PageInput) -> list[dict]:
+    """The maps as figures, for readers without JavaScript: cells by place, and by the first gene.
 
     Returns:
         Title, text, figures (:func:`~ipar_sparse.report.html.draw_figure`) and warnings of each.
     """
+    found = [_map_section(page.evaluation), _gene_section(page)]
+    return [section for section in found if section is not None]
+
+
+def diagnostic_sections(page: PageInput) -> list[dict]:
+    """What is folded away, in the form of :func:`map_sections`."""
     evaluation = page.evaluation
     found = [
-        _map_section(evaluation),
-        _gene_section(page),
-        _method_section(evaluation),
         _distance_section(evaluation),
-        _uncertainty_section(evaluation),
         _recycle_section(evaluation),
         _attention_section(evaluation),
         _training_section(page),
@@ -97,9 +100,10 @@ def _map_section(evaluation: SlideEvaluation) -> dict:
 
 
 def _gene_section(page: PageInput) -> dict | None:
-    if page.gene is None:
+    if not page.cells.genes:
         return None
-    (name, values), evaluation = page.gene, page.evaluation
+    name, evaluation = page.cells.genes[0], page.evaluation
+    values = page.cells.gene(name)
     pred, true = evaluation.pred, evaluation.true
 
     def draw(figure: Figure) -> None:
@@ -114,27 +118,34 @@ def _gene_section(page: PageInput) -> dict | None:
     return _section("A gene on the map", text, [figure])
 
 
-def _method_section(evaluation: SlideEvaluation) -> dict | None:
+def method_figures(evaluation: SlideEvaluation) -> list[dict]:
+    """The main metrics of every method as one figure; none without other methods."""
     methods = evaluation.methods
-    names = [name for name in _BARS if sum(name in values for values in methods.values()) > 1]
+    names = [name for name in _DOTS if sum(name in values for values in methods.values()) > 1]
     if evaluation.true is None or not names:
-        return None
+        return []
 
     def draw(figure: Figure) -> None:
         for ax, name in zip(axes_grid(figure, len(names), 2), names, strict=True):
-            ablations = (*ABLATIONS, ORACLE)
-            pl.metric_bars(methods, name, model=MODEL, ablations=ablations, floor=FLOOR, ax=ax)
+            known = {m: v for m in methods if (v := finite(methods[m], name)) is not None}
+            chances = [v for m in methods if (v := finite(methods[m], _chance(name))) is not None]
+            lines = {FLOOR: known.pop(FLOOR)} if FLOOR in known else {}
+            pl.metric_dots(
+                {method: {evaluation.slide: value} for method, value in known.items()},
+                name,
+                errors={method: finite(methods[method], f"{name}_se") for method in known},
+                strong=(MODEL,),
+                lines=lines | ({"chance": chances[0]} if chances else {}),
+                ax=ax,
+            )
 
-    bars = len([method for method in methods if method != FLOOR])
-    height = math.ceil(len(names) / 2) * (1.1 + 0.27 * bars)
-    text = (
-        "Blue: the model. Light blue: the model without one part, or on true neighbours. Grey: "
-        "baselines. Dashed: the true coordinates. Dotted: chance. Whiskers are two standard "
-        "errors of values estimated from a sample."
-    )
-    alt = "Bars of main metrics for every method"
-    figure = draw_figure("methods", (10.0, height), draw, alt, dense=True)
-    return _section("Against other methods", text, [figure])
+    height = math.ceil(len(names) / 2) * (1.3 + 0.24 * len(methods))
+    alt = f"{', '.join(metric_info(name).label for name in names)} of every method, as dots"
+    return [draw_figure("methods", (10.5, height), draw, alt, dense=True)]
+
+
+def _chance(name: str) -> str:
+    return name.replace("@", "_chance@") if "@" in name else "-"
 
 
 def _distance_section(evaluation: SlideEvaluation) -> dict | None:
@@ -154,7 +165,8 @@ def _distance_section(evaluation: SlideEvaluation) -> dict | None:
     return _section("Distances", text, [figure])
 
 
-def _uncertainty_section(evaluation: SlideEvaluation) -> dict | None:
+def uncertainty_section(evaluation: SlideEvaluation) -> dict | None:
+    """Uncertainty of the cells, and whether it is calibrated; None if nothing is scored."""
     uncertainty, true = evaluation.uncertainty, evaluation.true
     if uncertainty is None:
         if not evaluation.methods:

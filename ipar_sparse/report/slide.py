@@ -6,24 +6,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ..data.expression import morans_i, normalized_expression
+from ..data.keys import Keys
 from ..data.slide import Slide
 from ..evaluation.results import FLOOR, SlideEvaluation, flat_metrics
-from ..evaluation.scoring import score_slide
+from ..evaluation.scoring import provenance_of, score_slide
 from ..files import write_json
+from ..geometry.alignment import align
 from ..geometry.neighborhoods import as_layout
-from ..graph import knn
+from ..inference.placing import Additions
 from ..inference.predictor import Predictor
-from ..progress import stage
+from ..layout.uncertainty import square_errors
+from ..progress import stage, track
 from ..train.history import HISTORY, read_history
-from .headline import summarize
-from .html import write_page
-from .sections import PageInput, build_sections
-from .tables import flat_settings, measure_table, metric_table
+from .cells import CellTable, cell_table
+from .explorer import CellMap, build_explorer
+from .headline import remarks_on, summarize
+from .html import script_text, write_page
+from .sections import (
+    PageInput,
+    diagnostic_sections,
+    map_sections,
+    method_figures,
+    uncertainty_section,
+)
+from .tables import flat_settings, group_table, main_table, measure_table, metric_table
 
 METRICS = "metrics.json"
+ERROR = "distance from measured place"  # column of a page
 
 
 def evaluate_slide(
@@ -33,6 +43,7 @@ def evaluate_slide(
     *,
     noise_samples: int | None = None,
     baselines: bool | None = None,
+    genes: Sequence[str] = (),
     command: str | None = None,
 ) -> dict[str, float]:
     """Predict a slide, score it against its positions, and write metrics, figures and report.
@@ -43,6 +54,7 @@ def evaluate_slide(
         out: folder for ``metrics.json``, ``report.html`` and ``figures/``; made if missing.
         noise_samples: predictions under training noise; the run's setting if left out.
         baselines: whether to score the baselines; the run's setting if left out.
+        genes: genes by which the page can colour cells, beside the most informative.
         command: what the report names as its origin.
 
     Returns:
@@ -51,10 +63,10 @@ def evaluate_slide(
         methods as ``method/metric``.
 
     Raises:
-        UserError: if the slide has no positions, or fewer than three cells.
+        UserError: if the slide has no positions, fewer than three cells, or lacks a gene.
     """
     evaluation = score_slide(predictor, slide, noise_samples=noise_samples, baselines=baselines)
-    return write_evaluation(predictor, slide, evaluation, out, command=command)
+    return write_evaluation(predictor, slide, evaluation, out, genes=genes, command=command)
 
 
 def write_evaluation(
@@ -63,6 +75,7 @@ def write_evaluation(
     evaluation: SlideEvaluation,
     out: str | Path,
     *,
+    genes: Sequence[str] = (),
     command: str | None = None,
 ) -> dict[str, float]:
     """Write the metrics, figures and report of a slide that is scored already.
@@ -71,24 +84,66 @@ def write_evaluation(
     """
     metrics, out = flat_metrics(evaluation), Path(out)
     with stage("Report"):
+        cells = cell_table(slide, slide.pos, predictor.meta["genes"], genes)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / METRICS, metrics)
         history = predictor.run / HISTORY
         write_report(
             out,
             evaluation,
-            gene=spatial_gene(slide, predictor.meta["genes"]),
+            cells=cells,
             history=read_history(history) if history.is_file() else None,
             command=command,
         )
     return metrics
 
 
+def write_prediction_report(
+    predictor: Predictor,
+    slides: Sequence[Slide],
+    added: Additions,
+    out: str | Path,
+    *,
+    genes: Sequence[str] = (),
+    command: str | None = None,
+) -> list[Path]:
+    """Write a page for each slide that was placed, without looking at measured positions.
+
+    Args:
+        predictor: the trained run.
+        slides: all slides of the file or object.
+        added: what :func:`~ipar_sparse.inference.placing.place_cells` found for them.
+        out: folder of the page; each of several slides gets a folder of its name in it.
+        genes: genes by which the pages can colour cells, beside the most informative.
+        command: what the pages name as their origin.
+
+    Returns:
+        The paths of the pages.
+
+    Raises:
+        UserError: a slide lacks a gene that was asked for.
+    """
+    pages = []
+    for slide in track(slides, "Report"):
+        own = {name: np.asarray(values)[slide.rows] for name, values in added.obs.items()}
+        pos = added.pos[slide.rows]
+        evaluation = SlideEvaluation(
+            slide.name,
+            pos,
+            uncertainty=own.get(Keys.UNCERTAINTY),
+            provenance=provenance_of(predictor, slide),
+        )
+        cells = cell_table(slide, pos, predictor.meta["genes"], genes, own)
+        folder = Path(out) if len(slides) == 1 else Path(out) / slide.name
+        pages.append(write_report(folder, evaluation, cells=cells, command=command))
+    return pages
+
+
 def write_report(
     out: str | Path,
     evaluation: SlideEvaluation,
     *,
-    gene: tuple[str, np.ndarray] | None = None,
+    cells: CellTable | None = None,
     history: Sequence[Mapping] | None = None,
     command: str | None = None,
 ) -> Path:
@@ -97,7 +152,7 @@ def write_report(
     Args:
         out: folder, made if missing; files of an earlier report are replaced.
         evaluation: the prediction and its scores.
-        gene: name of a gene and its expression (n,).
+        cells: names, columns and genes of the cells; they are numbered if left out.
         history: rows of the training history.
         command: the command that made the report.
 
@@ -107,55 +162,68 @@ def write_report(
     Raises:
         ValueError: if arrays are not of the same cells.
     """
-    page = PageInput(evaluation, gene, history, command)
-    _check_sizes(page)
-    sections = build_sections(page)
+    n = len(as_layout(evaluation.pred, "pred"))
+    cells = cells or CellTable(np.arange(n).astype(str))
+    _check_sizes(evaluation, cells)
+    page = PageInput(evaluation, cells, history, command)
+    maps, methods = map_sections(page), method_figures(evaluation)
+    uncertainty, diagnostics = uncertainty_section(evaluation), diagnostic_sections(page)
+    explorer = _explorer(evaluation, cells)
+    sections = [*maps, *([uncertainty] if uncertainty else []), *diagnostics]
+    table = metric_table(evaluation)
     return write_page(
         Path(out),
         "slide.html.j2",
-        [figure for section in sections for figure in section["figures"]],
+        [*methods, *(figure for section in sections for figure in section["figures"])],
+        scripts=[*explorer["scripts"], script_text("explorer.js")],
         evaluation=evaluation,
         provenance=evaluation.provenance,
         command=command,
         headline=summarize(evaluation),
-        sections=sections,
-        table=metric_table(evaluation),
+        explorer=explorer,
+        ramp=explorer["ramp"],
+        maps=maps,
+        remarks=remarks_on(evaluation, cells),
+        scores=main_table(evaluation) if table["columns"] else None,
+        all_scores=table,
+        methods=methods,
         has_floor=FLOOR in evaluation.methods,
+        uncertainty=uncertainty,
+        groups=group_table(evaluation, cells),
+        diagnostics=diagnostics,
         measures=measure_table(evaluation),
         settings=flat_settings(evaluation.provenance.settings),
     )
 
 
-def spatial_gene(
-    slide: Slide, genes: Sequence[str] | None, most: int = 300
-) -> tuple[str, np.ndarray] | None:
-    """The gene whose expression is most alike among spatial neighbours (Moran's I).
-
-    Args:
-        slide: n cells with positions.
-        genes: genes of the run, most variable first; the slide's own if None.
-        most: genes looked at.
-
-    Returns:
-        Its name and log-normalised expression (n,), or None without expression.
-    """
-    if slide.expression is None:
-        return None
-    own = {str(gene) for gene in slide.genes}
-    names = [gene for gene in (genes or slide.genes) if str(gene) in own][:most]
-    if not names:
-        return None
-    matrix = normalized_expression(slide, names)
-    neighbors = knn(torch.from_numpy(slide.pos), 8).index.numpy()
-    best = int(morans_i(matrix, neighbors).argmax())
-    return str(names[best]), matrix[:, [best]].toarray().ravel()
+def _explorer(evaluation: SlideEvaluation, cells: CellTable) -> dict:
+    """The maps to explore: measured beside predicted, else the prediction in two colours."""
+    pred, columns = as_layout(evaluation.pred), dict(cells.columns)
+    if evaluation.uncertainty is not None:
+        columns[Keys.UNCERTAINTY] = evaluation.uncertainty
+    if evaluation.true is None:
+        place = "place on the map"
+        maps = [CellMap("Predicted", pred)] * 2
+        first, second = cells.grouping() or place, place
+        if evaluation.uncertainty is not None:
+            second = Keys.UNCERTAINTY
+        colors = [first, second]
+    else:
+        true = as_layout(evaluation.true)
+        columns[ERROR] = np.sqrt(square_errors(pred, true))
+        place = "measured place"
+        maps = [CellMap("Measured", true), CellMap("Predicted", align(pred, true)[0])]
+        colors = [place]
+    table = CellTable(cells.names, columns, cells.expression, cells.genes, cells.asked)
+    return build_explorer(maps, table, colors, place)
 
 
-def _check_sizes(page: PageInput) -> None:
-    evaluation = page.evaluation
-    n = len(as_layout(evaluation.pred, "pred"))
-    arrays = {"true": evaluation.true, "uncertainty": evaluation.uncertainty}
-    arrays["gene"] = None if page.gene is None else page.gene[1]
+def _check_sizes(evaluation: SlideEvaluation, cells: CellTable) -> None:
+    n = len(evaluation.pred)
+    arrays = {"true": evaluation.true, "uncertainty": evaluation.uncertainty, "names": cells.names}
+    arrays |= dict(cells.columns)
+    if cells.expression is not None:
+        arrays["expression"] = np.zeros(cells.expression.shape[0])
     for r, pos in enumerate(evaluation.trajectory or ()):
         arrays[f"trajectory[{r}]"] = pos
     for name, values in arrays.items():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 
 from ..evaluation.comparison import direction
 from ..evaluation.results import FLOOR, MODEL, ORACLE, SlideEvaluation, role_of
+from ..layout.uncertainty import square_errors
 from ..metrics.layout import METRICS, metric_info
+from .cells import CellTable
 from .html import number_text
 
 _NOT_IN_TABLE = {
@@ -24,23 +27,54 @@ _NOT_IN_TABLE = {
 stand in the list of further measures."""
 
 
-def metric_table(evaluation: SlideEvaluation) -> dict:
+_MAIN = (
+    "distance_spearman",
+    "neighbor_hit@15",
+    "procrustes",
+    "stress_1",
+    "trustworthiness@15",
+    "E_geo",
+)
+_RIVALS = 3  # baselines of the main table, beside chance
+_CHANCE = "random"
+
+
+def main_table(evaluation: SlideEvaluation) -> dict:
+    """:func:`metric_table` of at most six rows: the model, the best baselines, chance, truth."""
+    methods = evaluation.methods
+    names = [name for name in _MAIN if name in table_metrics(evaluation)]
+    first = (names or table_metrics(evaluation))[0]
+    sign = direction(first) or 1
+    rivals = [m for m in methods if role_of(m) == "baseline" and m != _CHANCE]
+    rivals.sort(key=lambda m: -sign * (finite(methods[m], first) or -sign * math.inf))
+    kept = [m for m in (MODEL, *rivals[:_RIVALS], _CHANCE, FLOOR) if m in methods]
+    return metric_table(evaluation, kept, names)
+
+
+def metric_table(
+    evaluation: SlideEvaluation, rows: Sequence[str] = (), names: Sequence[str] = ()
+) -> dict:
     """The table of methods against metrics, with the best of each column marked.
+
+    Args:
+        evaluation: the scores.
+        rows: methods that are shown; all if left out. The best are still sought among all.
+        names: metrics that are shown; all if left out.
 
     Returns:
         ``columns`` of :func:`column`; ``rows``: name, role
         (:func:`~ipar_sparse.evaluation.results.role_of`) and cells of text, error and whether it
         is the best.
     """
-    methods, names = evaluation.methods, table_metrics(evaluation)
+    methods, names = evaluation.methods, names or table_metrics(evaluation)
     competitors = [method for method in methods if method not in (FLOOR, ORACLE)]
     best = {}
     for name in names:
         known = {m: v for m in competitors if (v := finite(methods[m], name)) is not None}
         best[name] = best_methods(known, name)
-    rows = []
-    for method, values in methods.items():
-        cells = []
+    shown, table = rows or list(methods), []
+    for method in shown:
+        values, cells = methods[method], []
         for name in names:
             value, error = finite(values, name), finite(values, f"{name}_se")
             cells.append(
@@ -50,8 +84,46 @@ def metric_table(evaluation: SlideEvaluation) -> dict:
                     "best": method in best[name],
                 }
             )
-        rows.append({"name": method, "role": role_of(method), "cells": cells})
-    return {"columns": [column(name) for name in names], "rows": rows}
+        table.append({"name": method, "role": role_of(method), "cells": cells})
+    return {"columns": [column(name) for name in names], "rows": table}
+
+
+def group_table(evaluation: SlideEvaluation, cells: CellTable) -> dict | None:
+    """The expected error by the label of cells, the most uncertain first.
+
+    Returns:
+        ``name`` of the column, whether it is ``scored``, and ``rows``: label, number of cells,
+        median expected error, median error where it is known, and ``low``, ``middle`` and
+        ``high``: quartiles of the expected error in percent of the range of all. None without
+        uncertainty or labels.
+    """
+    name, uncertainty = cells.grouping(), evaluation.uncertainty
+    if name is None or uncertainty is None:
+        return None
+    frame = pd.DataFrame({"label": np.asarray(cells.columns[name]), "expected": uncertainty})
+    if evaluation.true is not None:
+        frame["error"] = np.sqrt(square_errors(evaluation.pred, evaluation.true))
+    groups = frame.groupby("label")
+    quartiles = groups["expected"].quantile([0.25, 0.5, 0.75]).unstack()
+    least, most = float(quartiles.min(axis=None)), float(quartiles.max(axis=None))
+    places = 4 + 92 * (quartiles - least) / max(most - least, 1e-300)
+    rows = [
+        {
+            "label": str(label),
+            "cells": int(groups.size()[label]),
+            "expected": number_text(quartiles.loc[label, 0.5]),
+            "error": number_text(groups["error"].median()[label]) if "error" in frame else None,
+            **dict(zip(("low", "middle", "high"), places.loc[label].round(1), strict=True)),
+        }
+        for label in quartiles.sort_values(0.5, ascending=False).index
+    ]
+    return {
+        "name": name,
+        "scored": "error" in frame,
+        "least": number_text(least),
+        "most": number_text(most),
+        "rows": rows,
+    }
 
 
 def table_metrics(evaluation: SlideEvaluation) -> list[str]:
