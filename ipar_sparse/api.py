@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +15,21 @@ from anndata import AnnData
 from .config import RunConfig, load_config, resolve_device
 from .data.readers import read_files, tell_apart
 from .data.records import recorded_slides
-from .data.slide import Slide
+from .data.slide import Slide, Warned
 from .data.sources import load_source
 from .data.splits import find_donors
 from .data.writers import add_predictions
 from .errors import UserError
 from .evaluation.results import SlideEvaluation, role_of
 from .evaluation.scoring import score_slide
-from .files import check_output_folder
-from .inference.placing import Additions, embed_cells, place_cells, role_in_training
+from .files import check_output_folder, copy_folder
+from .inference.placing import (
+    Additions,
+    embed_cells,
+    place_cells,
+    read_cells,
+    role_in_training,
+)
 from .inference.predictor import Predictor
 from .inference.run_folder import reading_settings
 from .inference.summary import RunSummary, summarize_run
@@ -169,7 +174,7 @@ class IPAR:
         check_run_folder(folder, overwrite)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with run_folder(folder, resume=False):
-            shutil.copytree(self.run, folder, dirs_exist_ok=True)
+            copy_folder(self.run, folder)
         self.predictor.run = folder
 
     def predict(
@@ -182,6 +187,8 @@ class IPAR:
         normalized: bool | None = None,
         slide_key: str | None = None,
         embedding: str | None = None,
+        ignore_case: bool | None = None,
+        keep_empty: bool = False,
         report: str | os.PathLike | None = None,
         genes: Sequence[str] = (),
         overwrite: bool = False,
@@ -191,7 +198,8 @@ class IPAR:
         Fills obsm["X_ipar"] (n, 2), centred, in units of the tissue's root-mean-square radius,
         turned and mirrored at will. obsm["X_ipar_embedding"] (n, d) is what they come from.
         obs["ipar_uncertainty"] (n,) is the expected error in the same units, where the run tells
-        one. uns["ipar"] says how they were made. An earlier prediction is replaced.
+        one. uns["ipar"] says how they were made. An earlier prediction is replaced. Cells without
+        counts in the genes of the run get NaN, and obs["ipar_empty"] flags them.
 
         Args:
             cells: AnnData, filled in place; or a file, which is read and left as it is.
@@ -201,9 +209,12 @@ class IPAR:
             layer: layer that holds the expression; that of the run if left out.
             normalized: whether expression is log-normalised; recognised if left out.
             slide_key: obs column that names the slide of each cell; slides are placed apart. That
-                of the run if left out, where the cells have it.
+                of the run if left out, where the cells have it; an empty one undoes it.
             embedding: for a run that was trained on an embedding, where it is, as
                 ``"obsm:X_pca"``.
+            ignore_case: whether gene names that differ in letter case alone are one gene; as the
+                run did if left out.
+            keep_empty: give cells without counts the average place, in place of NaN.
             report: folder for a page on which to explore the map; none is written if left out.
             genes: genes by which the page can colour cells, beside the most informative.
             overwrite: replace an earlier report.
@@ -218,10 +229,15 @@ class IPAR:
         if report is not None:
             check_output_folder(Path(report), overwrite, "report")
         slides, adata = self._read(
-            cells, layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding
+            cells,
+            layer=layer,
+            normalized=normalized,
+            slide_key=slide_key,
+            embedding=embedding,
+            ignore_case=ignore_case,
         )
         check_genes(slides, genes)
-        added = place_cells(self.predictor, slides, noise_samples)
+        added = place_cells(self.predictor, slides, noise_samples, keep_empty)
         if report is not None:
             write_prediction_report(
                 self.predictor, slides, added, Path(report), genes=genes, command="IPAR.predict()"
@@ -236,6 +252,7 @@ class IPAR:
         layer: str | None = None,
         normalized: bool | None = None,
         slide_key: str | None = None,
+        ignore_case: bool | None = None,
     ) -> AnnData | None:
         """Fills obsm["X_ipar_embedding"] (n, d) by the encoder alone.
 
@@ -244,7 +261,13 @@ class IPAR:
         Raises:
             UserError: the run has no encoder, or the cells share no gene with it.
         """
-        slides, adata = self._read(cells, layer=layer, normalized=normalized, slide_key=slide_key)
+        slides, adata = self._read(
+            cells,
+            layer=layer,
+            normalized=normalized,
+            slide_key=slide_key,
+            ignore_case=ignore_case,
+        )
         added = embed_cells(self.predictor, slides)
         return _filled(cells, adata, copy, added, slide_key or self.config.data.slide_key)
 
@@ -259,6 +282,8 @@ class IPAR:
         normalized: bool | None = None,
         slide_key: str | None = None,
         embedding: str | None = None,
+        ignore_case: bool | None = None,
+        drop_outliers: bool | None = None,
         genes: Sequence[str] = (),
         overwrite: bool = False,
     ) -> pd.DataFrame:
@@ -269,7 +294,8 @@ class IPAR:
             out: folder for the report of ``ipar-sparse evaluate``; none is written if left out.
             noise_samples: predictions under training noise; the run's setting if left out.
             baselines: whether to score simple methods; the run's setting if left out.
-            layer, normalized, slide_key, embedding, genes: as in :meth:`predict`.
+            layer, normalized, slide_key, embedding, ignore_case, genes: as in :meth:`predict`.
+            drop_outliers: leave out cells whose positions lie far outside the tissue.
             overwrite: replace an earlier report in ``out``.
 
         Returns:
@@ -290,6 +316,8 @@ class IPAR:
             normalized=normalized,
             slide_key=slide_key,
             embedding=embedding,
+            ignore_case=ignore_case,
+            drop_outliers=drop_outliers,
         )
         check_genes(slides, genes)
         tables = {}
@@ -341,18 +369,21 @@ class IPAR:
     ) -> tuple[list[Slide], AnnData | None]:
         """The slides of an object or file; of a file also the object, where it is to be filled."""
         _show_messages()
-        data = reading_settings(self.run, self.config, **reading)
+        given = {key: value for key, value in reading.items() if value is not None}
+        data = reading_settings(self.run, self.config, **given)
         name = "cells" if isinstance(cells, AnnData) else None
-        slides = read_files(
-            [cells],
+        slides = read_cells(
+            self.predictor,
+            cells,
             data,
             require_pos=require_pos,
-            names=[name],
-            slide_key_optional=reading["slide_key"] is None,
+            name=name,
+            slide_key_optional="slide_key" not in given,
         )
         for slide in slides:
             for note in slide.notes:
-                logger.info("%s: %s", slide.name, note)
+                level = logging.WARNING if isinstance(note, Warned) else logging.INFO
+                logger.log(level, "%s: %s", slide.name, note)
         return slides, cells if isinstance(cells, AnnData) else None
 
 

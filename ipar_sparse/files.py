@@ -6,6 +6,8 @@ import errno
 import json
 import math
 import os
+import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +81,15 @@ def check_output_folder(out: Path, overwrite: bool, option: str = "--out") -> No
     check_folder(out, option)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} exists and is not empty; pass --overwrite or another {option}")
+
+
+def copy_folder(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copies a folder with all that it holds; the copy may be written to, the source need not."""
+    target = Path(target)
+    shutil.copytree(source, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    for folder in (target, *target.rglob("*")):
+        if folder.is_dir():
+            folder.chmod(folder.stat().st_mode | stat.S_IRWXU)
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from ipar_sparse import cli
 from ipar_sparse.config import MAIN_SETTINGS, RunConfig, describe, load_config
+from ipar_sparse.data.copies import slide_digest
 from ipar_sparse.data.readers import read_slides
-from ipar_sparse.data.slide import slide_digest
 from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.inference.run_folder import BEST, LAST, read_meta
 from ipar_sparse.train.history import HISTORY, read_history
@@ -444,10 +444,10 @@ def test_what_the_values_of_a_file_are_is_recognised_anew(slides, run, tmp_path,
     path = broken(slides, tmp_path / "logs.h5ad", take_logs)
     assert RunConfig.load(run).data.normalized is False
     assert cli.run_command(["predict", str(run), str(path), "--out", f"{tmp_path}/a.h5ad"]) == 0
-    assert "taken as log-normalised" in capfd.readouterr().err
+    assert "values are log1p of counts: turned back" in capfd.readouterr().err
     argv = ["predict", str(run), str(path), "--out", f"{tmp_path}/b.h5ad", "--counts"]
     assert cli.run_command(argv) == 0
-    assert "taken as log-normalised" not in capfd.readouterr().err
+    assert "log1p of counts, but taken as counts" in capfd.readouterr().err
 
 
 def test_noise_adds_to_the_uncertainty(slides, run, tmp_path):
@@ -500,7 +500,7 @@ def test_slides_of_one_file_are_placed_apart(slides, run, tmp_path):
         assert np.isclose(np.square(pos).sum(1).mean(), 1, atol=1e-4)
 
 
-def test_empty_cells_are_kept_flagged_and_counted(slides, run, tmp_path, capfd):
+def test_empty_cells_are_flagged_and_get_no_place_unless_asked_for(slides, run, tmp_path, capfd):
     def empty_cells(adata):
         adata.X = adata.X.toarray()
         adata.X[[4, 7]] = 0
@@ -511,7 +511,15 @@ def test_empty_cells_are_kept_flagged_and_counted(slides, run, tmp_path, capfd):
     assert "2 of 120 cells have no counts" in capfd.readouterr().err
     out = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert list(np.flatnonzero(out.obs["ipar_empty"])) == [4, 7]
-    assert np.isfinite(out.obsm["X_ipar"]).all()
+    placed = np.isfinite(out.obsm["X_ipar"]).all(1)
+    assert list(np.flatnonzero(~placed)) == [4, 7]
+    assert list(np.flatnonzero(np.isnan(out.obs["ipar_uncertainty"]))) == [4, 7]
+    assert cli.run_command([*argv, "--overwrite", "--keep-empty"]) == 0
+    kept = anndata.read_h5ad(tmp_path / "out.h5ad")
+    np.testing.assert_array_equal(kept.obsm["X_ipar"][placed], out.obsm["X_ipar"][placed])
+    assert (
+        not kept.obsm["X_ipar"][[4, 7]].any() and (kept.obs["ipar_uncertainty"][[4, 7]] == 1).all()
+    )
 
 
 def test_embed_writes_the_embedding_alone(slides, run, tmp_path):

@@ -69,13 +69,8 @@ def test_match_genes_intersects_in_the_first_order():
 def test_no_shared_genes_says_why():
     ones = np.ones((2, 2))
     a = slide_of(ones, ["Actb", "Gapdh"], "a")
-    for genes, word in (
-        (["ENSG1", "ENSG2"], "same kind of gene name"),
-        (["ACTB", "TP53"], "letter case"),
-        (["Actb.2", "Q.1"], "version suffix"),
-    ):
-        with pytest.raises(UserError, match=f"^b: shares no gene with a .*{word}"):
-            match_genes([a, slide_of(ones, genes, "b")])
+    with pytest.raises(UserError, match="^b: shares no gene with a; .*same kind of gene name"):
+        match_genes([a, slide_of(ones, ["ENSG1", "ENSG2"], "b")])
     with pytest.raises(UserError, match="trained model"):
         Expression.from_slide(a, ["q"])
     b, c = slide_of(ones, ["Actb", "q"], "b"), slide_of(ones, ["Gapdh", "q"], "c")

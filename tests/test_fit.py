@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from small_run import small_config, stop_after
 
 from ipar_sparse.config import RunConfig
+from ipar_sparse.data.copies import sketch, slide_digest
+from ipar_sparse.data.input_profile import InputProfile
 from ipar_sparse.data.simulation import simulate
-from ipar_sparse.data.slide import slide_digest
 from ipar_sparse.errors import UserError
 from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.inference.run_folder import BEST, LAST, read_meta
@@ -55,9 +56,17 @@ def test_a_run_folder_holds_all_that_prediction_and_readers_need(small_run, smal
     assert RunConfig.load_request(small_run) == small_config()
     inputs = json.loads((small_run / "inputs.json").read_text())
     assert [one["name"] for one in inputs["train"]] == [slide.name for slide in train]
-    assert inputs["val"] == [
-        {"name": val[0].name, "path": None, "digest": slide_digest(val[0]), "cells": 140}
-    ]
+    (held,) = inputs["val"]
+    assert held.pop("sketch") == sketch(val[0])
+    assert held == {
+        "name": val[0].name,
+        "path": None,
+        "digest": slide_digest(val[0]),
+        "cells": 140,
+    }
+    profile = InputProfile.from_dict(inputs["profile"])
+    assert profile.genes == meta["genes"] and len(profile.shared) == 80
+    assert (profile.scaling, profile.values, profile.identifiers) == ("total", "counts", "symbols")
     assert json.loads((small_run / "selection.json").read_text())["mode"] == "none"
     reference = load_file(small_run / REFERENCE)
     assert reference.keys() == {"0.h", "0.pos", "1.h", "1.pos"}
@@ -144,7 +153,7 @@ def test_a_run_does_not_resume_on_other_genes_or_from_nothing(small_slides, tmp_
         replace(slide, expression=slide.expression[:, :50], genes=slide.genes[:50])
         for slide in small_slides[:2]
     ]
-    with pytest.raises(UserError, match="genes that these slides do not give"):
+    with pytest.raises(UserError, match="was not started with this slide"):
         fit(fewer, [], out=tmp_path, resume=True)
     with pytest.raises(UserError, match="stopped before it had fitted its relevant components"):
         Predictor.load(tmp_path)

@@ -1,10 +1,19 @@
 """A slide in memory: its shapes, and slides of some of its cells."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import sparse
 
-from ipar_sparse.data.slide import Slide, slide_digest
+from ipar_sparse.data.copies import (
+    find_copies,
+    overlap,
+    sketch,
+    slide_digest,
+    telling_cells,
+)
+from ipar_sparse.data.slide import Slide
 
 
 def test_slide_checks_its_shapes():
@@ -33,12 +42,39 @@ def test_cells_taken_from_a_slide_keep_all_their_data():
     assert list(part.empty) == [False, True] and slide.num_cells == 3
 
 
-def test_a_digest_tells_cells_and_positions_and_not_the_name():
-    names = np.array(["x", "y"])
-    pos = np.array([[0.0, 1.0], [2.0, 3.0]])
+@pytest.fixture
+def many():
+    rng = np.random.default_rng(0)
+    return Slide(
+        "a",
+        sparse.csr_matrix(rng.poisson(1.0, (60, 30)).astype(np.float32)),
+        np.array([f"g{i}" for i in range(30)]),
+        np.array([f"c{i}" for i in range(60)]),
+        pos=rng.random((60, 2)),
+    )
 
-    def digest(name="a", names=names, pos=pos):
-        return slide_digest(Slide(name, None, np.empty(0, str), names, pos=pos))
 
-    assert digest() == digest(name="b") == digest(pos=pos.astype(np.float32))
-    assert len({digest(), digest(names=names[::-1]), digest(pos=pos + 1)}) == 3
+def test_a_digest_tells_what_cells_hold_and_not_their_names_or_order(many):
+    order, genes = np.random.default_rng(1).permutation(60), np.arange(30)[::-1]
+    same = replace(many.take(order), name="b", cell_names=many.cell_names)
+    same = same.with_genes(same.expression[:, genes].tocsr(), same.genes[genes])
+    other = replace(many, expression=many.expression * 2)
+    assert slide_digest(many) == slide_digest(same)
+    assert len({slide_digest(one) for one in (many, other, replace(many, pos=many.pos + 1))}) == 3
+    assert slide_digest(many) != slide_digest(many.take(np.arange(59)))
+
+
+def test_copies_are_found_by_most_of_their_cells(many):
+    rng = np.random.default_rng(2)
+    other = replace(many, expression=sparse.csr_matrix(rng.poisson(1.0, (60, 30)).astype("f4")))
+    part = replace(many.take(np.arange(10, 60)[::-1]), pos=None)
+    few = many.take(np.arange(20))
+    few = replace(
+        few,
+        expression=sparse.vstack([few.expression, other.expression[:40]]).tocsr(),
+        **{key: getattr(many, key) for key in ("cell_names", "pos", "empty", "rows")},
+    )
+    assert find_copies([many, other]) == [] and find_copies([many, few]) == []
+    assert find_copies([other, many, part]) == [(1, 2)]
+    assert overlap(sketch(many), telling_cells(part)) == pytest.approx(50 / 60, abs=0.02)
+    assert overlap(sketch(many), telling_cells(other)) == 0

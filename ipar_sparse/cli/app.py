@@ -10,6 +10,7 @@ import typer
 from .. import __version__
 from . import (
     benchmark,
+    check,
     config,
     convert,
     embed,
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.command()(watched(simulate.simulate))
 app.command()(watched(convert.convert))
 app.command()(watched(train.train))
+app.command()(watched(check.check))
 app.command()(watched(predict.predict))
 app.command()(watched(embed.embed))
 app.command()(watched(evaluate.evaluate))

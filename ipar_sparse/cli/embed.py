@@ -16,6 +16,7 @@ def embed(
     layer: options.Layer = None,
     normalized: options.Normalized = None,
     slide_key: options.SlideKey = None,
+    ignore_case: options.IgnoreCase = None,
     device: options.Device = None,
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -26,18 +27,18 @@ def embed(
 
     check_folder(out.parent)
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key)
+    reading |= given(ignore_case=ignore_case)
     check_encoder(run)
     obsm = (Keys.EMBEDDING,)
     check_output(cells, out, overwrite=overwrite, obsm=obsm, obs=(Keys.EMPTY,))
     data = check_inputs(run, [cells], require_pos=False, **reading)
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
-    from ..data.readers import read_files
     from ..data.writers import write_predictions
-    from ..inference.placing import embed_cells
+    from ..inference.placing import embed_cells, read_cells
     from ..progress import stage
 
-    slides = read_files([cells], data, require_pos=False, slide_key_optional=not slide_key)
+    slides = read_cells(predictor, cells, data, slide_key_optional=slide_key is None)
     tell_notes(slides)
     added = vars(embed_cells(predictor, slides))
     with stage(f"Writing {out.name}"):

@@ -33,6 +33,9 @@ def evaluate(
     layer: options.Layer = None,
     normalized: options.Normalized = None,
     slide_key: options.SlideKey = None,
+    spatial_key: options.SpatialKey = None,
+    ignore_case: options.IgnoreCase = None,
+    drop_outliers: options.DropOutliers = None,
     embedding: options.Embedding = None,
     device: options.Device = None,
     genes: options.Genes = None,
@@ -44,13 +47,15 @@ def evaluate(
     """
     check_output_folder(out, overwrite)
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
+    reading |= given(spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers)
     data = check_inputs(run, [slide], require_pos=True, **reading)
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
-    from ..data.readers import read_files
-    from ..inference.placing import role_in_training
+    from ..inference.placing import read_cells, role_in_training
 
-    slides = read_files([slide], data, require_pos=True, slide_key_optional=not slide_key)
+    slides = read_cells(
+        predictor, slide, data, require_pos=True, slide_key_optional=slide_key is None
+    )
     tell_notes(slides)
 
     from ..report import check_genes, evaluate_slide

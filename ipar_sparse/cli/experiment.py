@@ -70,6 +70,9 @@ def experiment(
     layer: options.Layer = None,
     normalized: options.Normalized = None,
     slide_key: options.SlideKey = None,
+    spatial_key: options.SpatialKey = None,
+    ignore_case: options.IgnoreCase = None,
+    drop_outliers: options.DropOutliers = None,
     device: options.Device = None,
     jobs: options.Jobs = None,
     overwrite: options.Overwrite = False,
@@ -90,6 +93,7 @@ def experiment(
         )
     check_folder(out)
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
+    data |= given(spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers)
     variants, stated = load_variants(
         names if names or studies else ["v1"], studies, overrides or [], data=data
     )

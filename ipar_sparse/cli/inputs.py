@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 
 def tell_notes(slides: Iterable[Slide]) -> None:
-    """Prints what was recognised in the slides."""
+    """Prints what was recognised in the slides, and what may be wrong."""
+    from ..data.slide import Warned
+
     for slide in slides:
         for text in slide.notes:
-            note(text if slide.name in text else f"{slide.name}: {text}")
+            warns = isinstance(text, Warned)
+            note(text if text.startswith(slide.name) else f"{slide.name}: {text}", warns)
 
 
 def check_no_leak(slides: Sequence[Path], val: Sequence[Path]) -> None:

@@ -34,11 +34,11 @@ def say(text: str, stream=None) -> None:
     print(text, file=stream or sys.stdout, flush=True)
 
 
-def note(text: str) -> None:
-    """Prints what is no result and no error."""
+def note(text: str, warns: bool = False) -> None:
+    """Prints what is no result and no error; ``warns`` of a result that may be wrong."""
     from ..progress import tell
 
-    tell(f"note: {text}")
+    tell(f"{'warning' if warns else 'note'}: {text}")
 
 
 def explain(error: Exception) -> tuple[int, str]:
@@ -65,6 +65,11 @@ def _explain(error: Exception) -> tuple[int, str]:
         where = f" while writing {error.filename}" if error.filename else ""
         return 2, (
             f"no space left on the disk{where}; free some space and try again (train: --resume)"
+        )
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return 2, (
+            f"{error.filename}: {error.strerror.lower()}; check the path and its permissions, or "
+            "choose another"
         )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 1, (

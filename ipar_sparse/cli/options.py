@@ -67,7 +67,7 @@ Normalized = Annotated[
     flag(
         "--normalized/--counts",
         "Whether the expression is log-normalised or raw counts. "
-        "[dim]Default: counts where all values are whole numbers[/dim]",
+        "[dim]Default: recognised by the values[/dim]",
         READING,
     ),
 ]
@@ -75,8 +75,8 @@ SlideKey = Annotated[
     str | None,
     flag(
         "--slide-key",
-        "obs column that names the slide of each cell, where a file holds several; "
-        "`FILE::C` takes slide C alone.",
+        "obs column that names the slide of each cell, where a file holds several; `FILE::C` takes "
+        "slide C alone, '' undoes the column of a run.",
         READING,
         "NAME",
     ),
@@ -88,6 +88,39 @@ Embedding = Annotated[
         "obsm key of an embedding to use instead of a trained encoder, e.g. obsm:X_pca.",
         READING,
         "obsm:KEY",
+    ),
+]
+SpatialKey = Annotated[
+    str | None,
+    flag(
+        "--spatial-key",
+        "obsm key of the measured positions. [dim]Default: spatial[/dim]",
+        READING,
+        "NAME",
+    ),
+]
+IgnoreCase = Annotated[
+    bool | None,
+    flag(
+        "--ignore-case/--match-case",
+        "Whether gene names that differ in letter case alone are one gene, as between species.",
+        READING,
+    ),
+]
+DropOutliers = Annotated[
+    bool | None,
+    flag(
+        "--drop-outliers/--keep-outliers",
+        "Leave out cells whose measured positions lie far outside the tissue, or at one point.",
+        READING,
+    ),
+]
+KeepEmpty = Annotated[
+    bool,
+    flag(
+        "--keep-empty",
+        "Give cells without counts in the genes of the run the average place, in place of NaN.",
+        OUTPUT,
     ),
 ]
 DonorKey = Annotated[

@@ -38,6 +38,8 @@ def predict(
     layer: options.Layer = None,
     normalized: options.Normalized = None,
     slide_key: options.SlideKey = None,
+    ignore_case: options.IgnoreCase = None,
+    keep_empty: options.KeepEmpty = False,
     embedding: options.Embedding = None,
     device: options.Device = None,
     report: options.Report = None,
@@ -58,12 +60,12 @@ def predict(
     for source, path in outputs.items():
         check_output(source, path, overwrite=overwrite, obsm=obsm)
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
+    reading |= given(ignore_case=ignore_case)
     data = check_inputs(run, cells, require_pos=False, **reading)
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
-    from ..data.readers import read_files
     from ..data.writers import write_predictions
-    from ..inference.placing import place_cells, uncertainty_columns
+    from ..inference.placing import place_cells, read_cells, uncertainty_columns
     from ..progress import stage
 
     columns = uncertainty_columns(predictor, noise_samples)
@@ -71,7 +73,7 @@ def predict(
     for source, path in outputs.items():
         check_output(source, path, overwrite=overwrite, obsm=obsm, obs=(*columns, Keys.EMPTY))
     for source, path in outputs.items():
-        slides = read_files([source], data, require_pos=False, slide_key_optional=optional)
+        slides = read_cells(predictor, source, data, slide_key_optional=optional)
         tell_notes(slides)
         pages = []
         folder = report if report is None or len(outputs) == 1 else report / path.stem
@@ -80,7 +82,7 @@ def predict(
                 from ..report import check_genes, write_prediction_report
 
                 check_genes(slides, asked)
-            added = place_cells(predictor, slides, noise_samples)
+            added = place_cells(predictor, slides, noise_samples, keep_empty)
             if folder:
                 command = f"ipar-sparse predict {run} {source} --out {path} --report {report}"
                 pages = write_prediction_report(

@@ -103,6 +103,9 @@ def train(
     layer: options.Layer = None,
     normalized: options.Normalized = None,
     slide_key: options.SlideKey = None,
+    spatial_key: options.SpatialKey = None,
+    ignore_case: options.IgnoreCase = None,
+    drop_outliers: options.DropOutliers = None,
     donor_key: options.DonorKey = None,
     donor_pattern: options.DonorPattern = None,
     donor_map: options.DonorMap = None,
@@ -118,6 +121,7 @@ def train(
 
     slides, val = slides or [], val or []
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
+    data |= given(spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers)
     donor_options = given(key=donor_key, pattern=donor_pattern, table=donor_map)
     if resume:
         more = parse_overrides(overrides or [])

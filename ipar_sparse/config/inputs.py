@@ -30,6 +30,12 @@ class DataConfig(Section):
     target_sum: Rate | None = None
     """Counts per cell after scaling, before log1p; none = median of the training cells. Set it,
     e.g. to 10000, to follow another pipeline."""
+    ignore_case: bool = False
+    """Whether gene names that differ in letter case alone are taken as one gene. Set it for slides
+    of another species."""
+    drop_outliers: bool = False
+    """Whether cells are left out whose measured positions lie far outside the tissue, or at one
+    point. Set it where positions were filled in."""
 
     @model_validator(mode="after")
     def _embedding_names_a_slot(self):

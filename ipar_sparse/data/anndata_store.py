@@ -20,6 +20,19 @@ if TYPE_CHECKING:
     import anndata
     import pandas as pd
 
+_FILTERS = {
+    307: "bzip2",
+    32000: "lzf",
+    32001: "blosc",
+    32004: "lz4",
+    32008: "bitshuffle",
+    32013: "zfp",
+    32015: "zstandard",
+    32026: "blosc2",
+    4: "szip",
+}
+"""Registered number of an HDF5 filter to its name."""
+
 Store = Any
 """Nested mappings of elements: an open h5py.File, a zarr.Group, or :func:`memory_store`."""
 
@@ -52,9 +65,7 @@ def open_store(
         with suppress(RuntimeError):  # a full disk fails again on closing
             _close(store)
         if mode == "r" and isinstance(error, (OSError, KeyError, EOFError)):
-            raise UserError(
-                f"{path}: is damaged ({first_line(error)}); copy or export it again"
-            ) from error
+            raise UserError(f"{path}: {_why_damaged(path, error)}") from error
         raise
     try:
         _close(store)
@@ -153,6 +164,37 @@ def _open_h5ad(path: Path, mode: Literal["r", "r+"]) -> Store:
         return h5py.File(path, mode)
     except OSError as error:
         raise UserError(f"{path}: {_why_unreadable(path, error)}") from error
+
+
+def _why_damaged(path: Path, error: BaseException) -> str:
+    if not path.is_dir() and (missing := _missing_filter(path)):
+        return (
+            f"is compressed by {missing}, which is not installed; write it again with "
+            'adata.write_h5ad(..., compression="gzip")'
+        )
+    return f"is damaged ({first_line(error)}); copy or export it again"
+
+
+def _missing_filter(path: Path) -> str | None:
+    """The first filter that a data set of a file needs and HDF5 does not find."""
+    found: list[str] = []
+
+    def look(name: str, element: Any) -> None:
+        if isinstance(element, h5py.Dataset):
+            settings = element.id.get_create_plist()
+            for number in range(settings.get_nfilters()):
+                code = settings.get_filter(number)[0]
+                if not h5py.h5z.filter_avail(code):
+                    found.append(
+                        f"{_FILTERS.get(code, 'a filter')} (HDF5 filter {code}, in {name})"
+                    )
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(look)
+    except (OSError, RuntimeError, KeyError):
+        return None
+    return found[0] if found else None
 
 
 def _close(store: Store) -> None:

@@ -59,12 +59,15 @@ def match_genes(slides: Sequence[Slide], genes: Genes | None = None) -> tuple[li
         UserError: if some slide has none of the genes, or no gene is on all slides.
     """
     wanted = [str(g) for g in (slides[0].genes if genes is None else genes)]
-    partner = slides[0].name if genes is None else "the trained model"
     shared = set(wanted)
     for slide in slides:
         own = {str(g) for g in slide.genes}
         if not own & set(wanted):
-            raise UserError(_no_shared_genes(partner, wanted, slide))
+            raise UserError(
+                f"{slide.name}: shares no gene with "
+                f"{slides[0].name if genes is None else 'the trained model'}; put the same kind of "
+                "gene name (symbols or Ensembl ids) into var_names"
+            )
         shared &= own
     if genes is None and not shared:
         names = ", ".join(slide.name for slide in slides)
@@ -74,23 +77,6 @@ def match_genes(slides: Sequence[Slide], genes: Genes | None = None) -> tuple[li
         )
     missing = [g for g in wanted if g not in shared]
     return [g for g in wanted if g in shared] if genes is None else wanted, missing
-
-
-def _no_shared_genes(partner: str, wanted: list[str], slide: Slide) -> str:
-    own = [str(g) for g in slide.genes]
-    message = (
-        f"{slide.name}: shares no gene with {partner} "
-        f"(genes such as {', '.join(own[:3]) or 'none'} against {', '.join(wanted[:3]) or 'none'})"
-    )
-    folded = {g.lower(): g for g in wanted}
-    same = next((g for g in own if g.lower() in folded), None)
-    if same is not None:
-        return f"{message}; {same} and {folded[same.lower()]} differ in letter case: make it equal"
-    stems = {g.split(".")[0]: g for g in wanted}
-    same = next((g for g in own if g.split(".")[0] in stems), None)
-    if same is not None:
-        return f"{message}; {same} differs in its version suffix: strip it from var_names"
-    return f"{message}; put the same kind of gene name (symbols or Ensembl ids) into var_names"
 
 
 def select_genes(slides: Sequence[Slide], genes: Genes, n_top: int) -> list[str]:
@@ -133,7 +119,7 @@ def _variance(x: sparse.csr_matrix) -> np.ndarray:
 
 
 def normalized_expression(slide: Slide, genes: Genes, target_sum: float = 1e4) -> sparse.csr_matrix:
-    """Log-normalised expression of some genes; library sizes count all genes of the slide.
+    """Log-normalised expression of some genes; cells are scaled by `slide.totals`.
 
     Args:
         slide: the slide.
@@ -151,23 +137,43 @@ def normalized_expression(slide: Slide, genes: Genes, target_sum: float = 1e4) -
     matrix = _take_columns(slide.expression, slide.genes, genes)
     if slide.normalized:
         return matrix
-    return log_normalize(matrix, target_sum, totals=slide.expression.sum(axis=1))
+    return log_normalize(matrix, target_sum, totals=cell_totals(slide))
+
+
+def cell_totals(slide: Slide) -> np.ndarray:
+    """Counts of each cell (n,) by which it is scaled: `slide.totals`, or those of all its genes."""
+    if slide.totals is not None:
+        return slide.totals
+    return np.asarray(slide.expression.sum(axis=1), dtype=np.float64).ravel()
+
+
+def mean_and_variance(
+    slide: Slide, genes: Genes, target_sum: float = 1e4
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance (G,) of the log-normalised expression of some genes."""
+    matrix = normalized_expression(slide, genes, target_sum)
+    return _column_sums(matrix) / max(matrix.shape[0], 1), np.maximum(_variance(matrix), 0.0)
 
 
 def median_total(slides: Sequence[Slide]) -> float:
     """Median counts per cell of each slide, and the median of these over slides.
 
     Args:
-        slides: the slides. Log-normalised slides, and cells without counts, are left out.
+        slides: the slides. Cells without counts are left out; of logarithms, the counts that they
+            are of are meant.
 
     Returns:
-        Counts per cell; 1e4 where no slide has counts.
+        Counts per cell; 1e4 where no slide has any.
     """
     medians = []
     for slide in slides:
-        if slide.normalized or slide.expression is None:
+        if slide.expression is None:
             continue
-        totals = np.asarray(slide.expression.sum(axis=1), dtype=np.float64).ravel()
+        if slide.normalized:
+            if slide.values is not None and slide.values.logged and slide.values.total:
+                medians.append(slide.values.total)
+            continue
+        totals = cell_totals(slide)
         if (totals > 0).any():
             medians.append(np.median(totals[totals > 0]))
     return float(np.median(medians)) if medians else 1e4

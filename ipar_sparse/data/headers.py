@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config.schema import DataConfig
 from ..errors import UserError
-from .anndata_store import Store, open_store, suggest
+from .anndata_store import Store, is_stored, open_store, read_frame, suggest
 from .keys import Keys
 from .paths import Source, vendor_files
 
@@ -154,6 +154,8 @@ def check_output(
     if vendor_files(found) or is_table(out):
         return
     with open_store(found.path, inside=found.group) as store:
+        if is_stored(store["obs"]) and not hasattr(store["obs"], "keys"):
+            read_frame(store, "obs", str(source))  # of an old version: refused by its line
         present = [
             f"{slot}[{key!r}]"
             for slot, keys in (("obsm", obsm), ("obs", obs), ("uns", (Keys.UNS,)))

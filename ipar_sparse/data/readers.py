@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,17 +15,20 @@ from scipy import sparse
 from ..config.schema import DataConfig
 from ..errors import UserError
 from ..progress import track
-from .anndata_store import Store, read_element, read_frame, some_names
+from .anndata_store import Store, read_element, read_frame, some_names, suggest
+from .checks import MAX_CATEGORIES, checked
+from .gene_names import merge_duplicates
 from .headers import check_cell_count, check_embedding, check_positions, find_matrix
 from .keys import Keys
+from .names import safe_names, unique_names
 from .paths import Source
+from .positions import as_positions
 from .slide import Slide
 from .sources import Opened, open_source, pick_rows
+from .values import interpret
 
 BLOCK = 1 << 22  # stored values read, converted or checked at a time
-MAX_CATEGORIES = 64  # a column of more distinct labels identifies cells, it does not group them
 MAX_COLUMNS = 16  # obs columns kept with a slide
-LOG_CEILING = 20.0  # log1p of anything countable stays below this
 
 
 def read_file(
@@ -48,6 +50,7 @@ def read_file(
     return read_slides(
         source,
         slide_key=data.slide_key,
+        drop_outliers=data.drop_outliers,
         layer=None if data.layer == "X" else data.layer,
         normalized=data.normalized,
         embedding=data.embedding,
@@ -95,11 +98,9 @@ def read_files(
 
 
 def tell_apart(slides: Sequence[Slide]) -> None:
-    """Adds its number to the name of each slide that another one shares."""
-    names = [slide.name for slide in slides]
-    for number, slide in enumerate(slides, start=1):
-        if names.count(slide.name) > 1:
-            slide.name = f"{slide.name}-{number}"
+    """Adds a number to the name of each slide that another one shares."""
+    for slide, name in zip(slides, unique_names([s.name for s in slides]), strict=True):
+        slide.name = name
 
 
 def read_slides(
@@ -114,53 +115,51 @@ def read_slides(
     min_cells: int = 1,
     name: str | None = None,
     slide_key_optional: bool = False,
+    drop_outliers: bool = False,
 ) -> list[Slide]:
     """Reads the slides of one AnnData file in blocks, and only what is asked for.
-
-    An object in memory passes the same checks. Slides may share its arrays, and never change them.
 
     Args:
         source: an AnnData object, an .h5ad file, a zarr folder of AnnData or SpatialData, or what
             a vendor's software wrote; ``PATH::C`` is slide C of a file. See docs/files.md.
-        slide_key: obs column that names the slide of each cell, where a file holds several. Slides
-            come in the order in which they first appear.
-        layer: layer that holds the expression; X if left out. "raw" is `adata.raw`, unless a layer
-            has that name.
-        normalized: True for log-normalised values, False for counts. None decides by whether all
-            values are whole numbers, and notes it.
+        slide_key: obs column that names the slide of each cell; slides come in order of appearance.
+        layer: of the expression; X if left out. "raw" is `adata.raw`, unless a layer has that name.
+        normalized: True for log-normalised values, False for counts; None recognises them.
         embedding: "obsm:KEY", an embedding to keep with the slides.
-        spatial_key: obsm key of the positions.
-        require_pos: refuse slides without valid positions. Otherwise positions that cannot be used
-            are left out with a note.
+        spatial_key: obsm key of positions.
+        require_pos: refuse slides without valid positions; otherwise these are left out, noted.
         min_cells: refuse slides of fewer cells.
         name: of the slide; the stem of the file, or "slide", if left out.
         slide_key_optional: take a file without that column as one slide, and note it.
+        drop_outliers: leave out cells whose positions lie far outside the others, or at one point.
 
     Returns:
-        The slides; `Slide.notes` says what was recognised in the file.
+        The slides; `Slide.notes` says what was recognised. They may share arrays of an object.
 
     Raises:
         UserError: in one line, for anything wrong with the file or its content.
     """
     in_memory = isinstance(source, anndata.AnnData)
     where = (name or "slide") if in_memory else str(source)
-    expression = None
+    expression, values = None, None
     with open_source(source) as opened:
         store, notes, name = opened.store, opened.notes, name or opened.name
         obs = read_frame(store, "obs", where)
         slide_key = _resolve_slide_key(opened, obs, slide_key, slide_key_optional)
         cell_names = obs.index.to_numpy(dtype=str)
         _check_cell_names(cell_names, where)
-        group, genes = _select_matrix(store, layer, where, optional=embedding is not None)
+        group, genes, other_names = _select_matrix(store, layer, where, embedding is not None)
         pos = _read_positions(store, spatial_key, cell_names, require_pos, where, notes)
         vectors = None if embedding is None else _read_embedding(store, embedding, where)
         groups = pick_rows(obs, slide_key, opened.label, where)
         _check_sizes(groups, min_cells, slide_key, where)
         if group is not None:
-            genes = _unique_genes(genes, notes)
             expression = _read_matrix(group, (len(obs), len(genes)), where)
             part = f"{where}, X" if layer is None else f"{where}, layer {layer!r}"
-            normalized = _check_values(expression, normalized, cell_names, genes, part, notes)
+            _check_values(expression, normalized, cell_names, genes, part)
+            _refuse_zeros(expression, store, part, optional=vectors is not None)
+            expression, normalized, values, said = interpret(expression, normalized)
+            notes += said
         columns = _label_columns(obs)
 
     whole = Slide(
@@ -171,16 +170,19 @@ def read_slides(
         pos=pos,
         embedding=vectors,
         normalized=bool(normalized),
+        values=values,
+        gene_columns=other_names,
         empty=None if expression is None else np.diff(expression.indptr) == 0,
         obs=columns,
         path=None if in_memory else str(Source.parse(source)),
     )
-    slides = [_part(whole, label, rows, notes) for label, rows in groups.items()]
+    if expression is not None:
+        whole = merge_duplicates(whole)
+    whole.notes = [*notes, *whole.notes]
+    slides = _parts(whole, groups)
     if opened.label is not None:  # what is picked is a source of its own
         slides[0].rows = np.arange(slides[0].num_cells)
-    for slide in slides:
-        _note_oddities(slide)
-    return slides
+    return [checked(slide, obs, slide_key, require_pos, drop_outliers, where) for slide in slides]
 
 
 def _resolve_slide_key(
@@ -196,11 +198,15 @@ def _resolve_slide_key(
     return opened.slide_key
 
 
-def _part(whole: Slide, label: str | None, rows: np.ndarray, notes: list[str]) -> Slide:
-    """The slide of some rows of a file; the whole one where nothing labels it."""
-    if label is None:
-        return replace(whole, notes=list(notes))
-    return replace(whole.take(rows), name=f"{whole.name}-{label}", notes=list(notes))
+def _parts(whole: Slide, groups: dict[str | None, np.ndarray]) -> list[Slide]:
+    """The slides of a file; the whole one where nothing labels it."""
+    if None in groups:
+        return [whole]
+    names = safe_names([f"{whole.name}-{label}" for label in groups])
+    return [
+        replace(whole.take(rows), name=name, notes=list(whole.notes))
+        for name, rows in zip(names, groups.values(), strict=True)
+    ]
 
 
 def _check_cell_names(names: np.ndarray, where: str) -> None:
@@ -224,26 +230,25 @@ def _check_sizes(
 
 def _select_matrix(
     store: Store, layer: str | None, where: str, optional: bool
-) -> tuple[Any, np.ndarray]:
-    """The group or dataset that holds the expression, and the gene names of its columns (G,)."""
+) -> tuple[Any, np.ndarray, dict[str, np.ndarray]]:
+    """The group or dataset that holds the expression, names of its genes (G,), and other names."""
     group, var = find_matrix(store, layer, where, optional)
     if group is None:
-        return None, np.empty(0, dtype=str)
-    return group, read_frame({"var": var}, "var", where).index.to_numpy(dtype=str)
+        return None, np.empty(0, dtype=str), {}
+    frame = read_frame({"var": var}, "var", where)
+    return group, frame.index.to_numpy(dtype=str), _name_columns(frame)
 
 
-def _unique_genes(genes: np.ndarray, notes: list[str]) -> np.ndarray:
-    index = pd.Index(genes)
-    twice = index[index.duplicated()].unique()
-    if len(twice) == 0:
-        return genes
-    notes.append(
-        f"{len(twice)} gene names occur more than once ({some_names(twice)}): "
-        "later ones were renamed NAME-1, NAME-2, ..."
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return anndata.utils.make_index_unique(index).to_numpy(dtype=str)
+def _name_columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Columns of var that may name the genes: text that differs between most of them."""
+    text = (pd.CategoricalDtype, pd.StringDtype)
+    found = {}
+    for key in frame.columns:
+        if frame[key].dtype.kind in "OU" or isinstance(frame[key].dtype, text):
+            names = frame[key].astype(str).to_numpy(dtype=str)
+            if len(set(names)) > len(names) / 2:
+                found[str(key)] = names
+    return found
 
 
 def _block_length(dataset: Any) -> int:
@@ -330,10 +335,8 @@ def _check_values(
     cell_names: np.ndarray,
     genes: np.ndarray,
     where: str,
-    notes: list[str],
-) -> bool:
-    """Refuses impossible values; returns whether the values are log-normalised."""
-    whole, top = True, 0.0
+) -> None:
+    """Refuses impossible values."""
     for start in range(0, len(matrix.data), BLOCK):
         values = matrix.data[start : start + BLOCK]
         bad = ~np.isfinite(values)
@@ -352,19 +355,13 @@ def _check_values(
                 f"{where}: values are {problem}, first {matrix.data[at]:g} at cell {cell}, "
                 f"gene {genes[matrix.indices[at]]}; {remedy}"
             )
-        whole = whole and bool(np.all(values == np.rint(values)))
-        top = max(top, float(values.max()))
-    if normalized is None and not whole:
-        notes.append(
-            "values are not whole numbers: taken as log-normalised and used as they are "
-            "(--counts if they are counts)"
-        )
-        if top > LOG_CEILING:
-            notes.append(
-                f"values reach {top:.0f}, too high for logarithms: "
-                "pass --counts unless they are meant to be used as they are"
-            )
-    return not whole if normalized is None else bool(normalized)
+
+
+def _refuse_zeros(matrix: sparse.csr_matrix, store: Store, where: str, optional: bool) -> None:
+    if optional or len(matrix.data):
+        return
+    others = [*store.get("layers", ()), *(["raw"] if "raw" in store else [])]
+    raise UserError(f"{where}: all values are zero; choose a layer, {suggest('', others)}")
 
 
 def _read_obsm(store: Store, key: str) -> np.ndarray:
@@ -383,26 +380,11 @@ def _read_positions(
         check_positions(store, key, where)
     if key not in available:
         return None
-    value = _read_obsm(store, key)
-    problem = None
-    if value.ndim != 2 or value.shape[1] not in (2, 3) or value.dtype.kind not in "fiu":
-        shape = " x ".join(str(s) for s in value.shape)
-        problem = f"is {shape} of {value.dtype}, expected {len(cell_names)} x 2 numbers"
-        remedy = "put x and y there"
-    else:
-        bad = ~np.isfinite(value[:, :2].astype(np.float64)).all(axis=1)
-        if bad.any():
-            first = some_names(cell_names[bad])
-            problem = f"is NaN or infinite for {bad.sum()} of {len(value)} cells ({first})"
-            remedy = "remove these cells or give them positions"
-    if problem is not None:
-        if required:
-            raise UserError(f'{where}: obsm["{key}"] {problem}; {remedy}')
-        notes.append(f'obsm["{key}"] {problem}: positions were left out')
-        return None
-    if value.shape[1] == 3:
-        notes.append(f'obsm["{key}"] has three columns: the first two were used')
-    return np.ascontiguousarray(value[:, :2], dtype=np.float64)
+    pos, problem, said = as_positions(_read_obsm(store, key), key, cell_names)
+    if problem is not None and required:
+        raise UserError(f"{where}: {problem}")
+    notes += said if problem is None else [f"{problem.split(';')[0]}: positions were left out"]
+    return pos
 
 
 def _read_embedding(store: Store, spec: str, where: str) -> np.ndarray:
@@ -437,16 +419,3 @@ def _label_columns(obs: pd.DataFrame) -> dict[str, np.ndarray]:
             if len(labels) <= MAX_CATEGORIES:
                 columns[str(key)] = labels.to_numpy(dtype=str)[codes]
     return columns
-
-
-def _note_oddities(slide: Slide) -> None:
-    num_empty = int(slide.empty.sum())
-    if num_empty:
-        slide.notes.append(
-            f"{num_empty} of {slide.num_cells} cells have no counts "
-            f"({some_names(slide.cell_names[slide.empty])}): kept and flagged"
-        )
-    if slide.pos is not None:
-        repeated = slide.num_cells - len(np.unique(slide.pos, axis=0))
-        if repeated:
-            slide.notes.append(f"{repeated} cells share their position with another: kept")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,32 @@ def recorded_inputs(run: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing or damaged; train the run again") from None
 
 
+def role_in_training(recorded: Mapping[str, Any], slide: Slide) -> str | None:
+    """What the cells of a slide did in the training of a run, as a verb; None if nothing.
+
+    They are known by what they hold, whatever file, slide and cells are called.
+
+    Args:
+        recorded: see :func:`recorded_inputs`.
+        slide: as it was read, or in the terms of the run.
+    """
+    from .copies import MOST, SOME, overlap, slide_digest, telling_cells
+
+    did = {"train": "was trained on", "val": "decided when training stopped"}
+    digest, own = slide_digest(slide), telling_cells(slide)
+    shares: dict[str, float] = dict.fromkeys(did, 0.0)
+    for role in did:
+        for one in recorded.get(role, ()):
+            if one["digest"] == digest:
+                return did[role]
+            held = overlap(one.get("sketch", ()), own) * one["cells"] / slide.num_cells
+            shares[role] = max(shares[role], min(held, 1.0))
+    role = max(shares, key=lambda name: shares[name])
+    if shares[role] >= MOST:
+        return did[role]
+    return f"{did[role]} in part" if shares[role] >= SOME else None
+
+
 def recorded_slides(
     run: Path, sources: Iterable[str | os.PathLike | AnnData], settings: RunConfig
 ) -> tuple[list[Slide], list[Slide]]:
@@ -44,8 +70,8 @@ def recorded_slides(
     Raises:
         UserError: a slide of the run is not in the files.
     """
+    from .copies import slide_digest
     from .readers import read_files
-    from .slide import slide_digest
 
     recorded = recorded_inputs(run)
     wanted = recorded["train"] + recorded["val"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,12 @@ import numpy as np
 
 if TYPE_CHECKING:
     from scipy import sparse
+
+    from .values import Values
+
+
+class Warned(str):
+    """A note on something that may make a result wrong, and cannot be undone."""
 
 
 @dataclass
@@ -25,12 +30,19 @@ class Slide:
         pos: positions (n, 2), float64, in the user's units; None for dissociated cells.
         embedding: embedding from the user's file (n, d), float32, or None.
         normalized: whether `expression` is log-normalised already.
-        empty: True for cells without counts (n,); found in `expression` if left out.
+        values: kind of values that the file held.
+        totals: counts of each cell that it is scaled by (n,); row sums if left out.
+        gene_columns: other names of the genes, each (G,).
+        empty: True for cells without information (n,); those without counts if left out.
         obs: a few columns of annotation, each (n,).
         rows: row of each cell in its source (n,), int64; 0 to n - 1 if left out.
-        notes: lines for the user about what was recognised in the input.
+        notes: lines for the user about what was recognised in the input; `Warned` if it may make
+            a result wrong.
         path: file that the slide was read from, and what was picked of it; None for a slide made
             in memory.
+        digest, signatures: of the slide and its cells as they were read; see
+            :mod:`ipar_sparse.data.copies`.
+        fits: folder of the run whose terms the slide is in.
 
     Raises:
         ValueError: if a shape does not fit the number of cells and genes.
@@ -43,11 +55,17 @@ class Slide:
     pos: np.ndarray | None = None
     embedding: np.ndarray | None = None
     normalized: bool = False
+    values: Values | None = None
+    totals: np.ndarray | None = None
+    gene_columns: dict[str, np.ndarray] = field(default_factory=dict)
     empty: np.ndarray = None  # never None once made
     obs: dict[str, np.ndarray] = field(default_factory=dict)
     rows: np.ndarray = None
     notes: list[str] = field(default_factory=list)
     path: str | None = None
+    digest: str | None = None
+    signatures: np.ndarray | None = None
+    fits: str | None = None
 
     def __post_init__(self) -> None:
         n = len(self.cell_names)
@@ -59,7 +77,8 @@ class Slide:
             )
         if self.rows is None:
             self.rows = np.arange(n)
-        expected = {"expression": (n, len(self.genes)), "pos": (n, 2), "empty": (n,), "rows": (n,)}
+        expected: dict[str, tuple[int, ...]] = {"expression": (n, len(self.genes)), "pos": (n, 2)}
+        expected |= dict.fromkeys(("empty", "rows", "totals"), (n,))
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is not None and value.shape != shape:
@@ -88,10 +107,15 @@ class Slide:
             cell_names=self.cell_names[cells],
             pos=of(self.pos),
             embedding=of(self.embedding),
+            totals=of(self.totals),
             empty=self.empty[cells],
             obs={name: values[cells] for name, values in self.obs.items()},
             rows=self.rows[cells],
         )
+
+    def with_genes(self, expression: sparse.csr_matrix, genes: np.ndarray) -> Slide:
+        """The slide with other expression (n, H) of other genes (H,), and the same cells."""
+        return replace(self, expression=expression, genes=genes, gene_columns={})
 
     def __repr__(self) -> str:
         kind = "log-normalised" if self.normalized else "counts"
@@ -102,17 +126,3 @@ class Slide:
             parts.append(f"embedding of {self.embedding.shape[1]}")
         parts.append("with positions" if self.pos is not None else "without positions")
         return f"Slide({self.name!r}, {', '.join(parts)})"
-
-
-def slide_digest(slide: Slide) -> str:
-    """A digest of cell names and positions, which identifies a slide under any file name.
-
-    Args:
-        slide: a slide with positions.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    digest = hashlib.sha256("\0".join(map(str, slide.cell_names)).encode())
-    digest.update(np.ascontiguousarray(slide.pos, dtype=np.float64).tobytes())
-    return digest.hexdigest()[:16]

@@ -17,6 +17,7 @@ import pandas as pd
 from anndata.io import write_elem
 
 from ..errors import UserError
+from ..files import copy_folder
 from ..ticks import counted
 from .anndata_store import Store, first_line, open_store, read_frame
 from .headers import check_output, check_suffix, is_table
@@ -156,7 +157,7 @@ def _write_copy(
     overwrite: bool,
 ) -> None:
     with _replacing(out, overwrite) as temp:
-        (shutil.copytree if source.path.is_dir() else _copy_file)(source.path, temp)
+        (copy_folder if source.path.is_dir() else _copy_file)(source.path, temp)
         with open_store(temp, mode="r+", inside=source.group) as store:
             for key, value in obsm.items():
                 _put(store, "obsm", key, value)

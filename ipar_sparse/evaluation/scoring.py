@@ -12,8 +12,10 @@ from scipy.stats import spearmanr
 
 from .. import __version__
 from ..config import RunConfig
-from ..data.slide import Slide, slide_digest
+from ..data.input_profile import informative
+from ..data.slide import Slide
 from ..errors import UserError
+from ..inference.placing import role_in_training
 from ..inference.predictor import Prediction, Predictor
 from ..layout.uncertainty import calibration_metrics, square_errors
 from ..metrics.diagnostics import candidate_recall
@@ -40,7 +42,7 @@ def score_slide(
 
     Args:
         predictor: the trained run.
-        slide: n cells with positions.
+        slide: cells with positions; those that hold information are scored.
         noise_samples: predictions under training noise, for the uncertainty; the run's setting if
             left out.
         baselines: whether to score the baselines; the run's setting if left out.
@@ -49,6 +51,7 @@ def score_slide(
         UserError: if the slide has no positions, or fewer than three cells.
     """
     settings = predictor.config.eval
+    slide = informative(predictor.conform(slide))
     if slide.pos is None:
         raise UserError(f"{slide.name}: no positions to score against; use `ipar-sparse predict`")
     if slide.num_cells < 3:
@@ -167,11 +170,10 @@ def provenance_of(
         notes: lines on rows of the table, after those on how the slide was read.
     """
     slides = predictor.meta["metadata"]["slides"]
-    seen = {entry["digest"] for entry in slides}
     return Provenance(
         training=[entry["name"] for entry in slides if entry["role"] == "train"],
         validation=[entry["name"] for entry in slides if entry["role"] == "val"],
-        held_out=None if slide.pos is None else slide_digest(slide) not in seen,
+        held_out=None if slide.pos is None else role_in_training(predictor, slide) is None,
         settings=predictor.config.model_dump(mode="json"),
         versions=_versions(),
         cautions=cautions,

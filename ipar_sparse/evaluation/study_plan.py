@@ -23,7 +23,8 @@ import yaml
 from .. import __version__
 from ..config import PRESETS, RunConfig, load_config
 from ..config.schema import DECIDED_FROM_DATA
-from ..data.slide import Slide, slide_digest
+from ..data.copies import slide_digest
+from ..data.slide import Slide
 from ..data.splits import SLIDE, Fold, find_donors, plan_folds
 from ..errors import UserError
 from ..files import read_yaml, write_json

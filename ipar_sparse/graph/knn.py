@@ -64,7 +64,7 @@ def knn(
     if not bool(torch.isfinite(points).all()):
         row = int((~torch.isfinite(points)).any(-1).nonzero()[0])
         raise ValueError(f"knn needs finite points; point {row} has NaN or infinity")
-    points = points.detach()
+    points = _of_order_one(points.detach())
     if metric == "cosine":
         points = torch.nn.functional.normalize(points, dim=-1)
     n = points.size(0)
@@ -165,7 +165,7 @@ def pooled_candidates(
     n = h.size(0)
     if not 2 <= pool < n:
         raise ValueError(f"pool must be between 2 and {n - 1}, one less than the cells; got {pool}")
-    points = h.detach()
+    points = _of_order_one(h.detach())
     if metric == "cosine":
         points = torch.nn.functional.normalize(points, dim=-1)
     k = min(k, pool - 1)
@@ -177,6 +177,17 @@ def pooled_candidates(
         distance.masked_fill_(rows.unsqueeze(1) == sample, math.inf)
         index[rows] = sample[distance.topk(k, dim=1, largest=False).indices].int()
     return NeighborTable(index, metric=metric, method=f"pool of {pool}")
+
+
+def _of_order_one(points: Tensor) -> Tensor:
+    """Points times the power of two that brings their largest number to between 1/2 and 1.
+
+    Squares then neither overflow nor vanish, and no digit is lost: the neighbours are the same.
+    """
+    largest = float(points.abs().max()) if points.numel() else 0.0
+    exponent = -math.frexp(largest)[1] if largest > 0 else 0
+    half = exponent // 2  # 2^exponent itself may not be a float32
+    return points if exponent == 0 else points * 2.0**half * 2.0 ** (exponent - half)
 
 
 def _sample(n: int, count: int, generator: torch.Generator | None) -> Tensor:

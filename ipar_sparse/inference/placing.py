@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from anndata import AnnData
 
 from .. import __version__
+from ..config import DataConfig
+from ..data import records
 from ..data.keys import Keys
-from ..data.slide import Slide, slide_digest
+from ..data.readers import read_files
+from ..data.slide import Slide
 from ..data.writers import in_file_order
 from ..progress import track
 from .predictor import Prediction, Predictor
@@ -40,22 +45,60 @@ class Additions:
     pos: np.ndarray | None = None
 
 
+def read_cells(
+    predictor: Predictor,
+    source: str | os.PathLike | AnnData,
+    data: DataConfig,
+    *,
+    require_pos: bool = False,
+    name: str | None = None,
+    slide_key_optional: bool = False,
+) -> list[Slide]:
+    """The slides of a file or object in the terms of a run; their notes say what was done.
+
+    Args:
+        predictor: the trained run.
+        source: AnnData file or object.
+        data: how it is read; see :func:`~ipar_sparse.inference.run_folder.reading_settings`.
+        require_pos, name, slide_key_optional: as in
+            :func:`~ipar_sparse.data.readers.read_slides`.
+
+    Raises:
+        UserError: it cannot be read, or not be used with the run.
+    """
+    slides = read_files(
+        [source],
+        data,
+        require_pos=require_pos,
+        names=[name],
+        slide_key_optional=slide_key_optional,
+    )
+    return [predictor.conform(slide, data.ignore_case) for slide in slides]
+
+
 def place_cells(
-    predictor: Predictor, slides: Sequence[Slide], noise_samples: int | None = None
+    predictor: Predictor,
+    slides: Sequence[Slide],
+    noise_samples: int | None = None,
+    keep_empty: bool = False,
 ) -> Additions:
     """Positions, embedding, uncertainty and provenance of the cells of one file or object.
 
-    Says so where a slide took part in the training of the run.
+    Cells without counts in the genes of the run get NaN. Says so where a slide took part in the
+    training of the run.
 
     Args:
         predictor: the trained run.
         slides: all slides of the file or object.
         noise_samples: predictions under training noise; the run's setting if left out.
+        keep_empty: give cells without counts the average place and the embedding of an average
+            cell, with an uncertainty of one tissue radius.
 
     Raises:
         UserError: a slide shares no gene with the run, or lacks its embedding.
     """
     samples = noise_samples or predictor.config.eval.noise_samples
+    slides = [predictor.conform(slide) for slide in slides]
     for slide in slides:
         if role := role_in_training(predictor, slide):
             logger.warning(
@@ -64,13 +107,13 @@ def place_cells(
     predictions = [
         predictor.predict(slide, noise_samples=samples) for slide in track(slides, "Placing cells")
     ]
-    obs = _empty_cells(slides)
+    obs, average = _empty_cells(slides), 0.0 if keep_empty else np.nan
     for column in uncertainty_columns(predictor, noise_samples):
         known = [one.uncertainty for one in predictions if one.uncertainty is not None]
-        obs[column] = in_file_order(slides, known)
+        obs[column] = _in_file_order(slides, known, 1.0 if keep_empty else np.nan)
     return Additions(
-        pos=in_file_order(slides, [one.pos for one in predictions]),
-        embedding=in_file_order(slides, [one.embedding for one in predictions]),
+        pos=_in_file_order(slides, [one.pos for one in predictions], average),
+        embedding=_in_file_order(slides, [one.embedding for one in predictions], average),
         obs=obs,
         uns=_provenance(predictor, _graphs_of(slides, predictions)),
     )
@@ -83,9 +126,10 @@ def embed_cells(predictor: Predictor, slides: Sequence[Slide]) -> Additions:
         UserError: the run has no encoder, or a slide shares no gene with it.
     """
     check_encoder(predictor.run)
+    slides = [predictor.conform(slide) for slide in slides]
     embeddings = [predictor.embed(slide) for slide in track(slides, "Embedding")]
     return Additions(
-        embedding=in_file_order(slides, embeddings),
+        embedding=_in_file_order(slides, embeddings, np.nan),
         obs=_empty_cells(slides),
         uns=_provenance(predictor),
     )
@@ -98,12 +142,22 @@ def uncertainty_columns(predictor: Predictor, noise_samples: int | None = None) 
 
 
 def role_in_training(predictor: Predictor, slide: Slide) -> str | None:
-    """What a slide with positions did in the training of a run, as a verb; None if nothing."""
-    if slide.pos is None:
-        return None
-    roles = {one["digest"]: one["role"] for one in predictor.meta["metadata"]["slides"]}
-    did = {"train": "was trained on", "val": "decided when training stopped"}
-    return did.get(roles.get(slide_digest(slide)))
+    """See :func:`ipar_sparse.data.records.role_in_training`."""
+    return records.role_in_training(predictor.recorded, slide)
+
+
+def _in_file_order(
+    slides: Sequence[Slide], values: Sequence[np.ndarray], fill: float
+) -> np.ndarray:
+    """Values of cells that hold information, in the order of the file; others are filled."""
+    whole = []
+    for slide, value in zip(slides, values, strict=True):
+        if len(value) < slide.num_cells:
+            every = np.full((slide.num_cells, *value.shape[1:]), fill, dtype=value.dtype)
+            every[~slide.empty] = value
+            value = every
+        whole.append(value)
+    return in_file_order(slides, whole)
 
 
 def _empty_cells(slides: Sequence[Slide]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RunConfig
-from ..data.expression import match_genes
-from ..data.slide import Slide
+from ..data.input_profile import InputProfile, informative
+from ..data.records import recorded_inputs
+from ..data.slide import Slide, Warned
 from ..errors import UserError
 from ..estimators import Atlas, EmbeddingScaler, RelevantComponents
 from ..geometry.alignment import align
@@ -23,6 +24,7 @@ from ..progress import stage, track
 from . import steps
 from .checkpoint import load_checkpoint
 from .embedding import embed_slide
+from .input_check import in_terms_of, load_profile
 from .modules import build_encoder, build_gate_and_model
 from .run_folder import find_checkpoint, read_meta
 
@@ -34,7 +36,7 @@ class Prediction:
     """One slide, predicted.
 
     Args:
-        pos: positions (n, 2), unit-RMS gauge.
+        pos: positions (n, 2), unit-RMS gauge, of the cells that hold information.
         embedding: (n, d), what the model was given.
         candidates: nearest neighbours in the embedding.
         refinement_graph: nearest cells that the refinement pulled each cell towards.
@@ -74,6 +76,9 @@ class Predictor:
         relevant_components: of the training slides.
         device: where they lie.
         atlas: of the training slides, None where the run does not begin from one.
+        recorded: what the run says of its slides; see
+            :func:`~ipar_sparse.data.records.recorded_inputs`.
+        profile: what it knows of its input; None of a run on an embedding.
     """
 
     run: Path
@@ -86,6 +91,8 @@ class Predictor:
     relevant_components: RelevantComponents
     device: torch.device
     atlas: Atlas | None = None
+    recorded: dict = field(default_factory=dict)
+    profile: InputProfile | None = None
 
     @classmethod
     def load(cls, run: str | Path, device: torch.device | str = "cpu") -> Predictor:
@@ -130,32 +137,40 @@ class Predictor:
             relevant_components=modules["relevant_components"],
             device=device,
             atlas=modules.get("atlas"),
+            recorded=recorded_inputs(run),
+            profile=load_profile(run, config, meta),
         )
 
+    def conform(self, slide: Slide, ignore_case: bool | None = None) -> Slide:
+        """A slide in the terms of the run; what was done and what may be wrong is noted on it.
+
+        Args:
+            slide: as it was read.
+            ignore_case: whether letter case of gene names is disregarded; as the run did if left
+                out.
+
+        Raises:
+            UserError: the run cannot place the slide; the line says why.
+        """
+        return in_terms_of(self.run, self.profile, slide, ignore_case)
+
+    def _prepared(self, slide: Slide) -> Slide:
+        """The cells of a slide that hold information, in the terms of the run."""
+        found = self.conform(slide)
+        if found is not slide:  # whoever conforms a slide beforehand tells its notes
+            for note in found.notes[len(slide.notes) :]:
+                level = logging.WARNING if isinstance(note, Warned) else logging.INFO
+                logger.log(level, "%s: %s", slide.name, note)
+        return informative(found)
+
     def embed(self, slide: Slide) -> np.ndarray:
-        """Embeddings (n, d) float32 of a slide's cells.
+        """Embeddings (n, d) float32 of those of a slide's cells that hold information.
 
         Raises:
             UserError: if the slide shares no gene with the run, or lacks its embedding.
         """
-        genes = self.meta["genes"]
-        if genes is not None and slide.expression is not None:
-            _, missing = match_genes([slide], genes)
-            if missing:
-                logger.warning(
-                    "%s lacks %d of the %d genes of the run (%s, ...): taken as average",
-                    slide.name,
-                    len(missing),
-                    len(genes),
-                    ", ".join(missing[:3]),
-                )
-        if slide.empty.any():
-            logger.warning(
-                "%s: %d cells have no counts; they are placed as average cells",
-                slide.name,
-                int(slide.empty.sum()),
-            )
-        h = embed_slide(slide, self.encoder, genes, self.device)
+        slide = self._prepared(slide)
+        h = embed_slide(slide, self.encoder, self.meta["genes"], self.device)
         if h.size(1) != self.meta["dim"]:
             raise UserError(
                 f"{slide.name}: the embedding has {h.size(1)} dimensions, the run was trained on "
@@ -167,8 +182,11 @@ class Predictor:
     def predict(self, slide: Slide, noise_samples: int = 1) -> Prediction:
         """Place the cells of a slide from their expression alone; positions are not looked at.
 
+        Cells without information take no part; ``informative(predictor.conform(slide))`` has the
+        others.
+
         Args:
-            slide: n cells.
+            slide: its n cells that hold information are placed.
             noise_samples: with more than one, that many layouts are also predicted under the noise
                 of training and aligned; cells that move more are more uncertain.
         """

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..config import DataConfig, RunConfig
+from ..data.records import recorded_inputs
 from ..errors import UserError
 
 BEST = "model.safetensors"
@@ -104,16 +105,18 @@ def reading_settings(
     normalized: bool | None = None,
     slide_key: str | None = None,
     embedding: str | None = None,
+    **others: Any,
 ) -> DataConfig:
     """How new files are read: as those of a run, but for what the user says.
 
-    A run resolves ``normalized`` for its own files, which says nothing of others: it is recognised
-    in each file, unless the run was asked for it.
+    The kind of values of a run's files says nothing of others: it is recognised in each file,
+    unless the values of the run were used as they are.
 
     Args:
         run: its folder.
         config: what it was computed with.
-        layer, normalized, slide_key, embedding: what the user says.
+        layer, normalized, slide_key, embedding, **others: what the user says; an empty slide key
+            undoes that of the run.
 
     Raises:
         UserError: an embedding is given for a run with its own encoder.
@@ -127,9 +130,15 @@ def reading_settings(
         "normalized": normalized,
         "slide_key": slide_key,
         "embedding": embedding,
+        **others,
     }
-    asked: dict[str, Any] = {"normalized": RunConfig.load_request(run).data.normalized}
+    profile = recorded_inputs(run).get("profile") or {"scaling": "as given"}
+    normalized = RunConfig.load_request(run).data.normalized
+    asked: dict[str, Any] = {"drop_outliers": False}
+    asked["normalized"] = normalized if profile["scaling"] == "as given" else None
     asked |= {name: value for name, value in given.items() if value is not None}
+    if slide_key == "":
+        asked["slide_key"] = None
     return config.replace(data=asked).data
 
 

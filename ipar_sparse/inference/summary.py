@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def summarize_run(run: Path) -> RunSummary:
         slides = [f"{one['path'] or one['name']}, {one['cells']:,} cells" for one in recorded[role]]
         rows[label] = "\n".join(slides) or "nothing"
     rows["genes"] = f"{meta['metadata']['genes']:,}"
+    rows |= _input_rows(recorded.get("profile"))
     rows["progress"] = f"{meta['stage']} stage, step {meta['step']:,}"
     if meta["best"] is not None:
         rows["best epoch"] = f"{meta['best_epoch'] + 1}, validation E_geo {meta['best']:.4g}"
@@ -56,6 +57,29 @@ def summarize_run(run: Path) -> RunSummary:
     rows["settings"] = "\n".join(_changed(request)) or "all defaults"
     decided = [f"{key} = {_text(config.get(key))}" for key in request.unresolved()]
     rows["selected"] = "\n".join(decided) or "nothing was left open"
+    return rows
+
+
+def _input_rows(profile: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the training slides held, of a run that recorded it."""
+    if profile is None:
+        return {}
+    scaled = {
+        "total": f"scaled to {profile['total']:,.5g} a cell, over {len(profile['shared']):,} genes",
+        "logs": "taken as they are",
+        "unscaled": "taken as they are",
+        "as given": "taken as they are",
+    }
+    widths = [width for width in profile["extent"] if width]
+    rows = {
+        "values": f"{profile['values']}, {scaled[profile['scaling']]}",
+        "gene names": profile["identifiers"] + (", any case" if profile["ignore_case"] else ""),
+    }
+    if widths:
+        span = f"{min(widths):,.4g} to {max(widths):,.4g}"
+        rows["extent"] = f"slides are {span} wide, in the units of their files"
+    if profile["slide_key"]:
+        rows["slide key"] = profile["slide_key"]
     return rows
 
 

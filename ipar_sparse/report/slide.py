@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.input_profile import informative
 from ..data.keys import Keys
 from ..data.slide import Slide
 from ..evaluation.results import FLOOR, SlideEvaluation, flat_metrics
@@ -83,6 +84,7 @@ def write_evaluation(
     Arguments and result are those of :func:`evaluate_slide`; ``evaluation`` is of the same slide.
     """
     metrics, out = flat_metrics(evaluation), Path(out)
+    slide = informative(predictor.conform(slide))
     with stage("Report"):
         cells = cell_table(slide, slide.pos, predictor.meta["genes"], genes)
         out.mkdir(parents=True, exist_ok=True)
@@ -109,6 +111,8 @@ def write_prediction_report(
 ) -> list[Path]:
     """Write a page for each slide that was placed, without looking at measured positions.
 
+    Cells that got no place are left out.
+
     Args:
         predictor: the trained run.
         slides: all slides of the file or object.
@@ -125,6 +129,7 @@ def write_prediction_report(
     """
     pages = []
     for slide in track(slides, "Report"):
+        slide = slide.take(np.flatnonzero(np.isfinite(added.pos[slide.rows]).all(axis=1)))
         own = {name: np.asarray(values)[slide.rows] for name, values in added.obs.items()}
         pos = added.pos[slide.rows]
         evaluation = SlideEvaluation(

@@ -16,8 +16,9 @@ from torch import nn
 
 from ..config import RunConfig, resolve_device
 from ..config.schema import CONFIG, INPUTS, SELECTION
-from ..data.expression import match_genes, select_genes
-from ..data.slide import Slide, slide_digest
+from ..data.copies import find_copies, sketch, slide_digest
+from ..data.input_profile import conform, informative, profile_inputs
+from ..data.slide import Slide, Warned
 from ..data.splits import choose_validation
 from ..errors import UserError
 from ..estimators import EmbeddingScaler, RelevantComponents
@@ -109,7 +110,7 @@ def fit(
         _check_slides(train, val, out)
     loop = _loop(out, request, resume, stop, max_minutes)
     with quiet_stages(quiet), loop:
-        genes = _prepare(train, val, request, donors, loop, resume)
+        train, val, genes = _prepare(train, val, request, donors, loop, resume)
         if encoder is not None and not resume:
             settings = _take_settings(encoder, genes, out)
         else:
@@ -165,7 +166,7 @@ def fit_encoder(
     out = Path(out)
     request, donors = _request(config, donors, out, resume, None)
     with _loop(out, request, resume, stop) as loop:
-        genes = _prepare(slides, [], request, donors, loop, resume)
+        slides, _, genes = _prepare(slides, [], request, donors, loop, resume)
         settings = _decide(slides, request, donors, genes, loop, resume)
         _build(settings, genes, loop, slides)
         loop.restore()
@@ -207,14 +208,21 @@ def _divide(
     for slide in (*slides, *val):
         if slide.pos is None:
             raise UserError(f"{slide.name}: no positions to train on; see data/README.md")
-    trained = {slide_digest(slide) for slide in slides}
-    for slide in val:
-        if slide_digest(slide) in trained:
-            raise UserError(
-                f"{slide.name} is given both to train on and to validate on, so its score would "
-                "mean nothing; leave it out of one"
-            )
+    _refuse_copies(slides, val)
     return slides, list(val)
+
+
+def _refuse_copies(slides: Sequence[Slide], val: Sequence[Slide]) -> None:
+    """Refuses slides of the same cells, whatever these are called."""
+    members = [*slides, *val]
+    for i, j in find_copies(members):
+        one, other = members[i].name, members[j].name
+        if i < len(slides) <= j:
+            raise UserError(
+                f"{other} is given both to train on and to validate on: its cells are those of "
+                f"{one}, so its score would mean nothing; leave it out of one"
+            )
+        raise UserError(f"{one} and {other} hold the same cells; give each slide once")
 
 
 def _check_slides(train: Sequence[Slide], val: Sequence[Slide], out: Path) -> None:
@@ -243,29 +251,35 @@ def _prepare(
     donors: Mapping[str, str] | None,
     loop: TrainingLoop,
     resume: bool,
-) -> list[str] | None:
-    """Writes the request and its inputs, and returns the genes of the encoder, if there is one."""
-    for slide in (*train, *val):
-        for note in slide.notes:
-            logger.info("%s: %s", slide.name, note)
-    if not resume:
-        if any((loop.out / name).exists() for name in (BEST, LAST)):
-            raise UserError(f"{loop.out} holds a run; resume it, or choose another folder")
-        request.save_request(loop.out)
-        inputs = {"train": _inputs(train), "val": _inputs(val), "donors": donors and dict(donors)}
-        atomic_write(loop.out / INPUTS, json.dumps(inputs, indent=2) + "\n")
+) -> tuple[list[Slide], list[Slide], list[str] | None]:
+    """Writes the request and its inputs.
+
+    Returns:
+        The slides in common terms, without cells that hold nothing, and the genes of the encoder,
+        if there is one.
+    """
+    if not resume and any((loop.out / name).exists() for name in (BEST, LAST)):
+        raise UserError(f"{loop.out} holds a run; resume it, or choose another folder")
+    inputs: dict[str, Any] = {"train": _inputs(train), "val": _inputs(val)}
     genes = None
     if request.data.embedding is None:
         for slide in (*train, *val):
             if slide.expression is None:
                 raise UserError(f"{slide.name}: no expression to train on; give X or --layer")
-        found, missing = match_genes(train)
-        if request.data.max_genes is not None and len(found) > request.data.max_genes:
-            with stage("Selecting genes"):
-                found = select_genes(train, found, request.data.max_genes)
+        with stage("Comparing slides"):
+            train, profile, missing = profile_inputs(train, request.data)
+            val = [informative(conform(slide, profile)) for slide in val]
+        inputs["profile"], genes = profile.as_dict(), list(profile.genes)
         if missing:
             logger.info("%d genes are not on every training slide: left out", len(missing))
-        genes = list(found)
+    for slide in (*train, *val):
+        for note in slide.notes:
+            level = logging.WARNING if isinstance(note, Warned) else logging.INFO
+            logger.log(level, "%s: %s", slide.name, note)
+    if not resume:
+        request.save_request(loop.out)
+        inputs["donors"] = donors and dict(donors)
+        atomic_write(loop.out / INPUTS, json.dumps(inputs, indent=2) + "\n")
     loop.state.metadata = {
         "genes": len(genes or []),
         "train_cells": sum(slide.num_cells for slide in train),
@@ -276,13 +290,19 @@ def _prepare(
             for slide in members
         ],
     }
-    return genes
+    return list(train), list(val), genes
 
 
 def _inputs(slides: Sequence[Slide]) -> list[dict[str, Any]]:
     return [
-        {"name": s.name, "path": s.path, "digest": slide_digest(s), "cells": s.num_cells}
-        for s in slides
+        {
+            "name": slide.name,
+            "path": slide.path,
+            "digest": slide_digest(slide),
+            "cells": slide.num_cells,
+            "sketch": sketch(slide),
+        }
+        for slide in slides
     ]
 
 

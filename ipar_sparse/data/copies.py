@@ -1,0 +1,107 @@
+"""Slides that hold the same cells, whatever their files, cells or slides are called."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from .slide import Slide
+
+_BLOCK = 1 << 22  # stored values at a time
+_SKETCH = 256  # cells of a slide by which another slide is compared with it
+_GENES = 5  # cells of fewer genes may be alike by chance
+SOME, MOST = 0.05, 0.5
+"""Shares of cells in common that are told, and that make a slide a copy."""
+
+
+def slide_digest(slide: Slide) -> str:
+    """A digest of what the cells of a slide hold, in no order: expression by gene, and position.
+
+    Args:
+        slide: n cells; of one that was put into the terms of a run, as it was read.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    if slide.digest is not None:
+        return slide.digest
+    rows = cell_signatures(slide)
+    if slide.pos is not None:
+        for column in np.ascontiguousarray(slide.pos, dtype=np.float64).T:
+            rows = _mixed(rows ^ _mixed(np.ascontiguousarray(column).view(np.uint64)))
+    return hashlib.sha256(np.sort(rows).tobytes()).hexdigest()[:16]
+
+
+def cell_signatures(slide: Slide) -> np.ndarray:
+    """A number for what each cell holds (n,), uint64: of its expression, or of its embedding."""
+    rows = np.zeros(slide.num_cells, dtype=np.uint64)
+    matrix = slide.expression
+    if matrix is None:
+        for column in [] if slide.embedding is None else slide.embedding.T:
+            rows = _mixed(rows ^ _bits(column))
+        return rows
+    genes = np.array([_hash(str(gene)) for gene in slide.genes], dtype=np.uint64)
+    step = max(1, _BLOCK * slide.num_cells // max(len(matrix.data), 1))
+    for start in range(0, slide.num_cells, step):
+        ends = matrix.indptr[start : start + step + 1]
+        part = slice(ends[0], ends[-1])
+        values = _mixed(genes[matrix.indices[part]] ^ _bits(matrix.data[part]))
+        filled = np.flatnonzero(np.diff(ends))
+        if len(filled):  # a sum, so that the order of genes does not matter
+            rows[start + filled] = np.add.reduceat(values, ends[:-1][filled] - ends[0])
+    return rows
+
+
+def sketch(slide: Slide) -> list[str]:
+    """Signatures of some cells of a slide, the smallest ones, as hexadecimal digits."""
+    return [f"{number:016x}" for number in telling_cells(slide)[:_SKETCH]]
+
+
+def overlap(sketched: Sequence[str], signatures: np.ndarray) -> float:
+    """Share of the cells behind a sketch that are among some signatures; of those looked at."""
+    if not sketched:
+        return 0.0
+    known = np.array([int(one, 16) for one in sketched], dtype=np.uint64)
+    return float(np.isin(known, signatures).mean())
+
+
+def find_copies(slides: Sequence[Slide]) -> list[tuple[int, int]]:
+    """Pairs of slides, by number, of which one holds most cells of the other."""
+    signatures = [telling_cells(slide) for slide in slides]
+    digests = [slide_digest(slide) for slide in slides]
+    found = []
+    for j, other in enumerate(signatures):
+        for i, own in enumerate(signatures[:j]):
+            least = min(len(own), len(other))
+            common = len(np.intersect1d(own, other, assume_unique=True)) if least else 0
+            if digests[i] == digests[j] or (least and common >= MOST * least):
+                found.append((i, j))
+    return found
+
+
+def telling_cells(slide: Slide) -> np.ndarray:
+    """Signatures of the cells that held enough to be told apart when they were read, sorted."""
+    if slide.signatures is not None:
+        return slide.signatures
+    rows = cell_signatures(slide)
+    if slide.expression is not None:
+        rows = rows[np.diff(slide.expression.indptr) >= _GENES]
+    return np.unique(rows)
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), on uint64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

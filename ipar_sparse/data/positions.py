@@ -1,0 +1,96 @@
+"""Measured positions: which columns hold them, and which cells cannot lie where they say."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .anndata_store import some_names
+
+_STRETCH = 3.0  # a few cells that widen the tissue so many times lie elsewhere
+_FEW = 0.1  # of the cells
+_SAME = 0.02  # of the cells; so many at one point are not placed there
+_FLAT = 1e-6  # width of a line, relative to its length
+
+
+def as_positions(
+    value: object, key: str, cell_names: np.ndarray
+) -> tuple[np.ndarray | None, str | None, list[str]]:
+    """Positions (n, 2), float64, of what a file holds under a key.
+
+    Returns:
+        The positions or None; what is wrong with them and what to do, or None; and lines on what
+        was made of them.
+    """
+    values = np.asarray(value)
+    if values.dtype.kind == "O":
+        try:
+            values = values.astype(np.float64)
+        except (TypeError, ValueError):
+            pass
+    if values.ndim != 2 or values.shape[1] not in (2, 3) or values.dtype.kind not in "fiu":
+        shape = " x ".join(str(size) for size in values.shape)
+        expected = f"expected {len(cell_names)} x 2 numbers; put x and y there"
+        return None, f'obsm["{key}"] is {shape} of {values.dtype}, {expected}', []
+    values = values.astype(np.float64)
+    said = []
+    if values.shape[1] == 3:
+        varies = np.array([len(np.unique(column[np.isfinite(column)])) > 1 for column in values.T])
+        constant = np.flatnonzero(~varies)
+        left_out = constant[-1] if len(constant) else 2
+        values = np.delete(values, left_out, axis=1)
+        what = (
+            f"the constant one (number {left_out + 1}) was left out"
+            if len(constant)
+            else "the first two were used; a slide is flat: give sections one by one (--slide-key)"
+        )
+        said = [f'obsm["{key}"] has three columns: {what}']
+    bad = ~np.isfinite(values).all(axis=1)
+    if bad.any():
+        return (
+            None,
+            (
+                f'obsm["{key}"] is NaN or infinite for {bad.sum()} of {len(values)} cells '
+                f"({some_names(cell_names[bad])}); remove these cells or give them positions"
+            ),
+            said,
+        )
+    return np.ascontiguousarray(values), None, said
+
+
+def flatness(pos: np.ndarray) -> str | None:
+    """``"one point"`` or ``"one line"`` if that is all that positions (n, 2) are."""
+    if len(pos) < 3:
+        return None
+    centred = pos - pos.mean(axis=0)
+    largest = np.abs(centred).max()
+    if largest <= 1e-12 * max(np.abs(pos).max(), 1e-300):
+        return "one point"
+    length, width = np.linalg.svd(centred / largest, compute_uv=False)
+    return "one line" if width <= _FLAT * length else None
+
+
+def stray_cells(pos: np.ndarray) -> np.ndarray:
+    """Cells that are not where the tissue is (n,): few, and far from all others or at one point.
+
+    Args:
+        pos: positions (n, 2).
+    """
+    n = len(pos)
+    stray = np.zeros(n, dtype=bool)
+    if n < 20:
+        return stray
+    centre = np.median(pos, axis=0)
+    reach = np.linalg.norm(pos - centre, axis=1)
+    ordered = np.sort(reach)
+    usual = ordered[int((1 - _FEW) * n) - 1]
+    stray |= reach > _STRETCH * max(usual, 1e-300)
+    _, place, count = np.unique(pos, axis=0, return_inverse=True, return_counts=True)
+    heaped = count[place.ravel()] >= max(5, _SAME * n)
+    if heaped.mean() <= _FEW:  # where many share a place, places are coarse
+        stray |= heaped
+    return stray
+
+
+def stretch(pos: np.ndarray, stray: np.ndarray) -> float:
+    """How many times wider the tissue is with some cells than without them."""
+    return float(np.ptp(pos, axis=0).max() / max(np.ptp(pos[~stray], axis=0).max(), 1e-300))
