@@ -22,7 +22,7 @@ from .data.writers import add_predictions
 from .errors import UserError
 from .evaluation.results import SlideEvaluation, role_of
 from .evaluation.scoring import score_slide
-from .files import check_output_folder, copy_folder
+from .files import check_output_folder
 from .inference.placing import (
     Additions,
     embed_cells,
@@ -36,7 +36,13 @@ from .inference.summary import RunSummary, summarize_run
 from .progress import quiet_stages, setup_logging
 from .report import check_genes, write_evaluation, write_prediction_report
 from .train.fit import fit
-from .train.run_folder import check_resumable, check_run_folder, extend_run, run_folder
+from .train.run_folder import (
+    check_resumable,
+    check_run_folder,
+    copy_run,
+    extend_run,
+    run_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +178,7 @@ class IPAR:
         if folder.exists() and folder.resolve() == self.run.resolve():
             return
         check_run_folder(folder, overwrite)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with run_folder(folder, resume=False):
-            copy_folder(self.run, folder)
+        copy_run(self.run, folder)
         self.predictor.run = folder
 
     def predict(
@@ -416,8 +420,9 @@ def _go_on(out: Path, sources: Sequence[Cells], config: Any, **running: Any) -> 
     if not isinstance(config, Mapping | None):
         raise UserError("resume takes config as a dict of train.epochs and train.patience only")
     train, held = recorded_slides(out, sources, RunConfig.load_request(out))
-    extend_run(out, config or {})
-    fit(train, held, out=out, resume=True, **running)
+    with run_folder(out, resume=True):
+        extend_run(out, config or {})
+        fit(train, held, out=out, resume=True, **running)
 
 
 def _settings(config, *, preset: str | None, **sections: Mapping[str, Any]) -> RunConfig:

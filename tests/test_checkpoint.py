@@ -203,10 +203,16 @@ def test_unwritable_folder_is_the_users_to_mend(tmp_path):
         atomic_write(tmp_path / "missing" / "a.txt", "a")
 
 
-def test_best_checkpoint_is_preferred_and_last_will_do(tmp_path):
-    with pytest.raises(UserError, match="holds no checkpoint"):
+@pytest.mark.parametrize("stage, step", [(None, 0), ("encoder", 9), ("gate", 9), ("model", 0)])
+def test_a_run_without_a_trained_model_says_so(tmp_path, stage, step):
+    if stage is not None:
+        Training().save(tmp_path / LAST, stage=stage, step=step)
+    with pytest.raises(UserError, match="stopped before its model was trained"):
         find_checkpoint(tmp_path)
-    Training().save(tmp_path / LAST)
+
+
+def test_best_checkpoint_is_preferred_and_last_will_do(tmp_path):
+    Training().save(tmp_path / LAST, stage="model", step=1)
     assert find_checkpoint(tmp_path).name == LAST
     Training().save(tmp_path / BEST)
     assert find_checkpoint(tmp_path).name == BEST

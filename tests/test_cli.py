@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from ipar_sparse import cli
 from ipar_sparse.config import MAIN_SETTINGS, RunConfig, describe, load_config
+from ipar_sparse.config.schema import REQUESTED
 from ipar_sparse.data.copies import slide_digest
 from ipar_sparse.data.readers import read_slides
 from ipar_sparse.inference.predictor import Predictor
-from ipar_sparse.inference.run_folder import BEST, LAST, read_meta
+from ipar_sparse.inference.run_folder import BEST, LAST, PREVIOUS, read_meta
 from ipar_sparse.train.history import HISTORY, read_history
 
 FIT = importlib.import_module("ipar_sparse.train.fit")
@@ -341,7 +342,7 @@ def test_a_run_does_not_go_on_with_other_slides(slides, tmp_path, refused, fitte
     assert "none of the files holds this slide" in line
     (run / "inputs.json").write_text("{}")
     assert "inputs.json is missing or damaged" in refused("train", "--out", run, "--resume")
-    (run / LAST).unlink()
+    (run / REQUESTED).unlink()
     assert "holds no run to resume" in refused("train", "--out", run, "--resume")
     assert not fitted
 
@@ -548,12 +549,13 @@ def test_a_damaged_checkpoint_is_named(slides, run, tmp_path, refused, damage):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     data = (copy / BEST).read_bytes()
-    for name in (BEST, LAST):
+    for name in (BEST, LAST, PREVIOUS):
         (copy / name).unlink()
     if damage != "missing":
         (copy / BEST).write_bytes(data[:-100] if damage == "truncated" else b"x" * 500)
     line = refused("predict", copy, slides / "cortex3.h5ad", "--out", tmp_path / "o.h5ad")
-    assert ("holds no checkpoint" if damage == "missing" else "truncated or not") in line
+    said = "before its model was trained" if damage == "missing" else "truncated or not"
+    assert said in line
 
 
 def test_evaluate_leaves_metrics_and_a_report(slides, run, tmp_path):

@@ -155,7 +155,7 @@ def test_a_run_does_not_resume_on_other_genes_or_from_nothing(small_slides, tmp_
     ]
     with pytest.raises(UserError, match="was not started with this slide"):
         fit(fewer, [], out=tmp_path, resume=True)
-    with pytest.raises(UserError, match="stopped before it had fitted its relevant components"):
+    with pytest.raises(UserError, match="stopped before its model was trained"):
         Predictor.load(tmp_path)
     with pytest.raises(UserError, match="requested.yaml cannot be read"):
         fit(small_slides[:2], [], out=tmp_path / "new", resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -65,7 +66,12 @@ def _options(
 
 
 def main() -> NoReturn:
-    """Entry point of the ``ipar-sparse`` command."""
+    """Entry point of the ``ipar-sparse`` command; a polite kill is ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if "--debug" not in sys.argv:
+        # h5py prints what it cannot raise, as when a full disk keeps a file from being closed
+        sys.unraisablehook = lambda _: None
+        sys.excepthook = _without_closing_errors
     sys.exit(run_command(sys.argv[1:]))
 
 
@@ -97,6 +103,11 @@ def run_command(argv: list[str]) -> int:
     if code == 130:
         say("stopped; nothing half-written was left", stream=sys.stderr)
     return code or 0
+
+
+def _without_closing_errors(kind, error, trace) -> None:
+    if not issubclass(kind, OSError | RuntimeError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _quiet_libraries() -> None:

@@ -48,12 +48,14 @@ def removed_on_failure(folder: Path, paths: Iterable[Path] = ()) -> Iterator[Non
 
 def what_is_left(out: Path) -> str:
     """What a run that was stopped leaves behind, and how to go on with it."""
-    from ..inference.run_folder import BEST, LAST
+    from ..inference.run_folder import BEST, last_checkpoint
+    from ..train.run_folder import is_resumable
 
-    if not (out / LAST).is_file():
-        return "stopped before the first checkpoint; nothing was left behind"
+    if not is_resumable(out):
+        return "stopped before anything was computed; nothing was left behind"
     use = ", or predict with it as it is" if (out / BEST).is_file() else ""
+    where = "" if last_checkpoint(out) else " in its cross-validation"
     return (
-        f"stopped; {out} holds all that was done so far: "
+        f"stopped{where}; {out} holds all that was done so far: "
         f"go on with `ipar-sparse train --out {out} --resume`{use}"
     )

@@ -11,6 +11,7 @@ _EXTRAS = {
     "anndata": "cli",
     "bokeh": "cli",
     "distributed": "cli",
+    "filelock": "cli",
     "jinja2": "cli",
     "matplotlib": "cli",
     "pydantic": "cli",

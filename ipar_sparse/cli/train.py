@@ -117,9 +117,9 @@ def train(
 ) -> None:
     """Train on slides whose positions are known."""
     from ..config.loading import parse_overrides
-    from ..train.run_folder import EXTENDABLE, extend_run
+    from ..train.run_folder import EXTENDABLE
 
-    slides, val = slides or [], val or []
+    slides, val, more = slides or [], val or [], {}
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
     data |= given(spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers)
     donor_options = given(key=donor_key, pattern=donor_pattern, table=donor_map)
@@ -154,21 +154,23 @@ def train(
     if resume:
         recorded = recorded_slides(out, [*slides, *val], settings)
         members = Members(*recorded, donors=None)  # the run has them on record
-        extend_run(out, more)
     else:
         members = _new_members(slides, val, settings, donor_options)
 
-    _fit(members, settings, out, resume=resume, device=device, minutes=max_minutes)
+    _fit(members, settings, out, more, resume=resume, device=device, minutes=max_minutes)
 
 
-def _fit(members: Members, settings: RunConfig, out: Path, *, minutes, **running: Any) -> None:
+def _fit(
+    members: Members, settings: RunConfig, out: Path, more: dict, *, minutes, **running: Any
+) -> None:
     """Trains, and says what came of it."""
     with loading():  # what is refused before does not wait for torch
         from ..train.fit import fit
-        from ..train.run_folder import run_folder
+        from ..train.run_folder import extend_run, run_folder
 
-    with run_folder(out, running["resume"]):
-        try:
+    try:
+        with run_folder(out, running["resume"]):
+            extend_run(out, more)
             result = fit(
                 members.train,
                 members.val,
@@ -178,8 +180,8 @@ def _fit(members: Members, settings: RunConfig, out: Path, *, minutes, **running
                 max_minutes=minutes_left(minutes),
                 **running,
             )
-        except KeyboardInterrupt:
-            raise Stopped(what_is_left(out)) from None
+    except KeyboardInterrupt as stop:
+        raise Stopped(str(stop) or what_is_left(out)) from None
     if "model" in result.metadata.get("cut_short", []):
         say(f"time is up: `ipar-sparse train --out {out} --resume` goes on")
     say(f"trained: {out}\nnext: ipar-sparse evaluate {out} SLIDE.h5ad --out DIR")

@@ -20,9 +20,9 @@ from ..data.slide import Slide
 from ..errors import UserError
 from ..files import atomic_write
 from ..inference.predictor import Predictor
-from ..inference.run_folder import LAST
 from ..progress import console, log_to
 from ..train.fit import fit, fit_encoder
+from ..train.run_folder import is_resumable
 from .jobs import run_jobs
 from .scoring import score_slide
 from .study_plan import (
@@ -181,7 +181,7 @@ def _train_encoder(study: Study, out: Path, task: Task, stop: threading.Event | 
         study.config(task.variant, task.seed),
         folder,
         donors=cv_groups(study, fold),
-        resume=(folder / LAST).is_file(),
+        resume=is_resumable(folder),
         stop=stop,
     )
 
@@ -197,7 +197,7 @@ def _run(study: Study, out: Path, task: Task, stop: threading.Event | None) -> N
         config,
         out=folder,
         donors=cv_groups(study, fold),
-        resume=(folder / LAST).is_file(),
+        resume=is_resumable(folder),
         encoder=shared and out / shared.folder,
         stop=stop,
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import atomic_write
-from .run_folder import FORMAT, LAST, VERSION, open_header
+from .run_folder import FORMAT, LAST, PREVIOUS, VERSION, last_checkpoint, open_header
+
+logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
@@ -97,6 +101,29 @@ def load_checkpoint(
     for name, state in states.items():
         modules[name].load_state_dict(state)
     return document["meta"]
+
+
+def settle_checkpoints(run: Path) -> dict[str, Any] | None:
+    """Makes the last checkpoint that is sound the last one of a run.
+
+    Returns:
+        Its ``meta``; None where the run has no checkpoint yet.
+
+    Raises:
+        UserError: there are checkpoints, but all are damaged.
+    """
+    last, previous = Path(run) / LAST, Path(run) / PREVIOUS
+    try:
+        if last_checkpoint(run) in (last, None):
+            return load_checkpoint(last) if last.is_file() else None
+        meta = load_checkpoint(previous)
+    except UserError as error:
+        if not previous.is_file():
+            raise
+        meta = load_checkpoint(previous)
+        logger.warning("%s: the checkpoint before it is taken", str(error).partition(";")[0])
+    os.replace(previous, last)
+    return meta
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

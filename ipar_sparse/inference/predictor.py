@@ -117,12 +117,6 @@ class Predictor:
             modules["encoder"] = build_encoder(config, len(meta["genes"]))
         if config.model.init == "atlas":
             modules["atlas"] = Atlas(dim, cells=meta["metadata"].get("atlas_cells", 0))
-        lacking = [name for name in modules if name not in meta["modules"]]
-        if lacking:
-            raise UserError(
-                f"{run} was stopped before it had fitted its {lacking[0].replace('_', ' ')}; go on "
-                f"with it first: ipar-sparse train --resume --out {run}"
-            )
         load_checkpoint(path, modules)
         for module in modules.values():
             module.to(device).eval().requires_grad_(False)

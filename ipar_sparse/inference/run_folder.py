@@ -17,7 +17,9 @@ from ..errors import UserError
 BEST = "model.safetensors"
 """Weights of the best validated epoch: what prediction uses."""
 LAST = "last.safetensors"
-"""Weights and trainer state of the last finished epoch: what ``--resume`` uses."""
+"""Weights and trainer state of a minute ago at most: what ``--resume`` uses."""
+PREVIOUS = "previous.safetensors"
+"""The checkpoint before the last one, for the case that this is damaged."""
 STAGES = ("encoder", "gate", "model")
 """Stages of a training, in order."""
 FORMAT = "ipar_sparse.checkpoint"
@@ -52,20 +54,33 @@ def count_parameters(path: Path) -> dict[str, int]:
     return counts
 
 
+def last_checkpoint(run: Path) -> Path | None:
+    """The last checkpoint of a run, or the one before where it is missing; None before any."""
+    paths = (Path(run) / name for name in (LAST, PREVIOUS))
+    return next((path for path in paths if path.is_file()), None)
+
+
 def find_checkpoint(run: Path) -> Path:
     """The checkpoint to predict with: the best one, or the last if none was validated yet.
 
     Raises:
-        UserError: the run has no checkpoint.
+        UserError: the run was stopped before its model was trained.
     """
     if (best := Path(run) / BEST).is_file():
         return best
-    if (last := Path(run) / LAST).is_file():
-        logger.warning("%s was stopped before any weights were validated: not fully trained", run)
-        return last
-    raise UserError(
-        f"{run} holds no checkpoint ({BEST}); give the --out folder of a training run, "
-        "or train it first"
+    last = last_checkpoint(run)
+    meta = None if last is None else read_meta(last)
+    if last is None or (meta["stage"], meta["step"] > 0) != (STAGES[-1], True):
+        raise UserError(stopped_before_the_model(run))
+    logger.warning("%s was stopped before any weights were validated: not fully trained", run)
+    return last
+
+
+def stopped_before_the_model(run: Path) -> str:
+    """The line for a run that cannot predict yet."""
+    return (
+        f"{run} was stopped before its model was trained; go on with it first: "
+        f"ipar-sparse train --resume --out {run}"
     )
 
 

@@ -11,7 +11,7 @@ from ..config import RunConfig, describe
 from ..config.schema import SELECTION
 from ..data.records import recorded_inputs
 from ..errors import UserError
-from .run_folder import LAST, count_parameters, find_checkpoint, read_meta
+from .run_folder import BEST, count_parameters, find_checkpoint, last_checkpoint, read_meta
 
 
 class RunSummary(dict[str, str]):
@@ -39,8 +39,9 @@ def summarize_run(run: Path) -> RunSummary:
     """
     config = RunConfig.load(run)
     request = RunConfig.load_request(run)
-    weights = find_checkpoint(run)
-    meta = read_meta(run / LAST if (run / LAST).is_file() else weights)
+    last = last_checkpoint(run)
+    weights = last if last is not None and not (run / BEST).is_file() else find_checkpoint(run)
+    meta = read_meta(last or weights)
     recorded, rows = recorded_inputs(run), RunSummary()
     for role, label in (("train", "trained on"), ("val", "validated on")):
         slides = [f"{one['path'] or one['name']}, {one['cells']:,} cells" for one in recorded[role]]

@@ -8,6 +8,8 @@ are held out of the run take no part.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,15 +25,15 @@ from ..estimators import Atlas, EmbeddingScaler, RelevantComponents
 from ..estimators.regression import ridge_layout
 from ..graph import knn
 from ..inference import steps
-from ..inference.embedding import embed_slide
+from ..inference.embedding import embed_slide, read_expression
 from ..inference.modules import build_encoder, build_gate_and_model
 from ..layout.uncertainty import square_errors
 from ..metrics.diagnostics import candidate_recall
 from ..metrics.layout import distance_metrics
 from .atlas import place_training_slides
 from .batches import Batches, EmbeddedSlide
+from .brief import BriefTrainings
 from .encoder import append_components, train_encoder
-from .loop import Loop
 from .model import Trained, train_gate, train_model
 
 NEIGHBORS = 15
@@ -117,31 +119,44 @@ class DonorFold:
     """Slides to learn from, those of the left-out donors, and what settings reach on these.
 
     Args:
+        name: of the fold, under which its trainings and scores are kept.
         train: slides of the other donors.
         test: slides of the left-out donors.
         donors: slide name to donor.
         genes: of the encoder; None where embeddings are brought along.
         config: settings of the run, those of the data decided.
         budget: how much this may cost.
-        loop: of short trainings.
+        brief: where they are kept.
     """
 
     def __init__(
         self,
+        name: str,
         train: Sequence[Slide],
         test: Sequence[Slide],
         donors: Mapping[str, str],
         genes: Sequence[str] | None,
         config: RunConfig,
         budget: Budget,
-        loop: Loop,
+        brief: BriefTrainings,
     ):
         self.train = [_sample(slide, budget.cells) for slide in train]
         self.test = [_sample(slide, budget.cells) for slide in test]
-        self.donors, self.genes, self.budget, self.loop = donors, genes, budget, loop
+        self.donors, self.genes, self.budget, self.brief = donors, genes, budget, brief
         self.config = _brief(config, budget, self.train)
         self.batch_kind = config.train.batch_kind
         self._memory: dict[Any, Any] = {}
+        # settings that are extended before selection ends make other trainings
+        self.name = f"{name}-{_digest(self.config, genes)}"
+        self._kept = brief.results(self.name)
+        for one in self._kept:
+            scores = Scores(tuple(one["distance"]), tuple(one["hit"]))
+            self._memory["scores", _key(one["values"])] = scores
+
+    @property
+    def known(self) -> int:
+        """How many candidates are scored."""
+        return len(self._kept)
 
     def scores(self, values: Mapping[str, Any]) -> Scores:
         """What a choice of settings reaches on the left-out donors.
@@ -168,7 +183,7 @@ class DonorFold:
 
     def _scores(self, values: Mapping[str, Any]) -> Scores:
         by_donor: dict[str, list[tuple[float, float]]] = {}
-        self.loop.after_step()  # nothing may have to be trained: here, too, a run can be stopped
+        self.brief.run.stop_if_asked()  # there may be nothing to train, where a run can be stopped
         for number, slide in enumerate(self._fitted(values).test):
             layout = self._layout(number, values).double().cpu()
             near = candidate_recall(knn(layout, NEIGHBORS), slide.pos, NEIGHBORS)
@@ -177,7 +192,10 @@ class DonorFold:
             pair = (distance, near[f"candidate_recall@{NEIGHBORS}"])
             by_donor.setdefault(slide.donor, []).append(pair)
         means = [np.mean(pairs, axis=0) for pairs in by_donor.values()]
-        return Scores(tuple(float(m[0]) for m in means), tuple(float(m[1]) for m in means))
+        found = Scores(tuple(float(m[0]) for m in means), tuple(float(m[1]) for m in means))
+        self._kept.append({"values": dict(values), "distance": found.distance, "hit": found.hit})
+        self.brief.keep(self.name, self._kept)
+        return found
 
     def _layout(self, number: int, values: Mapping[str, Any]) -> Tensor:
         """The final layout of a left-out slide."""
@@ -226,19 +244,22 @@ class DonorFold:
         """Gate and model, trained briefly on the slides that are learned from."""
 
         def make():
-            config, fitted, loop = self.config.with_values(chosen), self._fitted(chosen), self.loop
+            config, fitted = self.config.with_values(chosen), self._fitted(chosen)
             torch.manual_seed(config.train.seed)
             modules = build_gate_and_model(config, fitted.train[0].h.size(1))
-            gate, model = (module.to(loop.device) for module in modules)
-            slides = [replace(slide, initial=None) for slide in fitted.train]
-            if config.model.init == "atlas":
-                place_training_slides(fitted.atlas, slides, [], config, loop)
-            with torch.enable_grad():
-                parts = Trained(gate, model, config, loop.device)
-                brief = Loop(loop.seed, loop.device, loop.after_step)
+            gate, model = (module.to(self.brief.device) for module in modules)
+            parts = Trained(gate, model, config, self.brief.device)
+            name = f"{self.name}-{_digest(chosen)}"
+            loop = self.brief.loop(name, "gate", {"gate": gate, "model": model})
+            if loop.state.step < config.train.steps_per_epoch or not loop.finished("gate"):
+                slides = [replace(slide, initial=None) for slide in fitted.train]
+                if config.model.init == "atlas":
+                    place_training_slides(fitted.atlas, slides, [], config, loop)
                 batches = Batches(slides, [], config, loop.device)
-                train_gate(parts, batches, brief)
-                train_model(parts, batches, brief)
+                with torch.enable_grad():
+                    if not loop.finished("gate"):
+                        train_gate(parts, batches, loop)
+                    train_model(parts, batches, loop)
             gate.eval(), model.eval()
             return parts
 
@@ -249,7 +270,7 @@ class DonorFold:
         return self._once(("fitted", kind), lambda: self._fit(kind))
 
     def _fit(self, kind: str) -> FoldModel:
-        device = self.loop.device
+        device = self.brief.device
         encoder = self._encoder(kind) if self.genes is not None else None
         slides = [*self.train, *self.test]
         raw = [embed_slide(slide, encoder, self.genes, device).to(device) for slide in slides]
@@ -278,10 +299,12 @@ class DonorFold:
         return encoder.eval().requires_grad_(False)
 
     def _train_encoder(self):
-        config, loop = self.config, Loop(self.loop.seed, self.loop.device, self.loop.after_step)
-        torch.manual_seed(config.train.seed)
-        encoder = build_encoder(config, len(self.genes or [])).to(loop.device)
-        alone = config.replace(encoder={"component_weight": 0.0})
+        torch.manual_seed(self.config.train.seed)
+        encoder = build_encoder(self.config, len(self.genes or [])).to(self.brief.device)
+        loop = self.brief.loop(f"{self.name}-encoder", "encoder", {"encoder": encoder})
+        if loop.finished("encoder"):
+            return encoder, [read_expression(slide, self.genes, encoder) for slide in self.train]
+        alone = self.config.replace(encoder={"component_weight": 0.0})
         with torch.enable_grad():
             read = train_encoder(encoder, self.train, self.genes, alone, loop)
         return encoder, read
@@ -349,6 +372,12 @@ def donor_folds(
 
 def _key(values: Mapping[str, Any]) -> tuple:
     return tuple(sorted(values.items()))
+
+
+def _digest(*values: Any) -> str:
+    """A short name for values."""
+    plain = [v.model_dump(mode="json") if isinstance(v, RunConfig) else v for v in values]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _spread_out(items: list, count: int) -> list:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from .batches import Batches, EmbeddedSlide
 from .encoder import train_encoder
 from .loop import Loop, TrainingLoop
 from .model import Trained, train_gate, train_model
+from .run_folder import PARTS
 from .selection import select_settings
 
 logger = logging.getLogger(__name__)
@@ -111,7 +113,7 @@ def fit(
     loop = _loop(out, request, resume, stop, max_minutes)
     with quiet_stages(quiet), loop:
         train, val, genes = _prepare(train, val, request, donors, loop, resume)
-        if encoder is not None and not resume:
+        if encoder is not None and not (out / CONFIG).is_file():
             settings = _take_settings(encoder, genes, out)
         else:
             settings = _decide(train, request, donors, genes, loop, resume)
@@ -258,7 +260,7 @@ def _prepare(
         The slides in common terms, without cells that hold nothing, and the genes of the encoder,
         if there is one.
     """
-    if not resume and any((loop.out / name).exists() for name in (BEST, LAST)):
+    if not resume and any((loop.out / name).exists() for name in (BEST, LAST, PARTS)):
         raise UserError(f"{loop.out} holds a run; resume it, or choose another folder")
     inputs: dict[str, Any] = {"train": _inputs(train), "val": _inputs(val)}
     genes = None
@@ -277,9 +279,9 @@ def _prepare(
             level = logging.WARNING if isinstance(note, Warned) else logging.INFO
             logger.log(level, "%s: %s", slide.name, note)
     if not resume:
-        request.save_request(loop.out)
         inputs["donors"] = donors and dict(donors)
         atomic_write(loop.out / INPUTS, json.dumps(inputs, indent=2) + "\n")
+        request.save_request(loop.out)
     loop.state.metadata = {
         "genes": len(genes or []),
         "train_cells": sum(slide.num_cells for slide in train),
@@ -323,12 +325,13 @@ def _decide(
 ) -> RunConfig:
     """The settings of the run: those it has saved, or what cross-validation selects now."""
     if resume and (loop.out / CONFIG).is_file():
-        device = request.train.device
-        return RunConfig.load(loop.out).replace(train={"device": device})
-    config, found = select_settings(slides, donors, request, genes, loop)
-    text = json.dumps(found.as_dict(), indent=1)
-    atomic_write(loop.out / SELECTION, text + "\n")
-    config.save(loop.out)
+        config = RunConfig.load(loop.out).replace(train={"device": request.train.device})
+    else:
+        config, found = select_settings(slides, donors, request, genes, loop)
+        text = json.dumps(found.as_dict(), indent=1)
+        atomic_write(loop.out / SELECTION, text + "\n")
+        config.save(loop.out)
+    shutil.rmtree(loop.out / PARTS, ignore_errors=True)
     return config
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,30 @@ from ..files import atomic_write
 
 HISTORY = "history.csv"
 """Name of the CSV history in a run directory."""
+TERM_COLUMNS = {
+    "rw_kl": "l_rw",
+    "stress_log": "l_stress",
+    "multiscale": "l_multiscale",
+    "gram": "l_gram",
+    "long_range": "l_long",
+    "repulsion": "l_rep",
+    "entropy_reg": "l_ent",
+}
+"""Terms of the supervision, and the columns of the history that hold them."""
+SCORES = ("e_geo", "l_rw", "l_stress", "lambda_ratio", "median_distance")
+"""What a validation measures of a layout."""
+_STEP_COLUMNS = "step stage epoch seconds lr w_rw grad_norm loss".split()
+_ENCODER_COLUMNS = "infonce distance invariance variance covariance".split()
+COLUMNS = (
+    *_STEP_COLUMNS,
+    *TERM_COLUMNS.values(),
+    "l_gate",
+    *_ENCODER_COLUMNS,
+    *(f"val_{graph}_{name}" for graph in ("tedge", "hgate") for name in SCORES),
+    "val_e_geo_floor",
+    "best",
+)
+"""Columns of the history."""
 
 
 class History:
@@ -79,6 +104,37 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class RunLog:
+    """The history of a run and its TensorBoard curves, opened when something is first written.
+
+    Args:
+        out: the run directory.
+        resumed: whether they go on where a checkpoint left them.
+    """
+
+    def __init__(self, out: Path, resumed: bool):
+        self.out, self.resumed = out, resumed and (out / HISTORY).exists()
+        self._began = time.monotonic()
+        self._writers: tuple[History, TensorBoard] | None = None
+
+    def write(self, stage: str, values: Mapping[str, Any], step: int) -> None:
+        """Adds a row, numbered by the finished steps of all stages."""
+        if self._writers is None:
+            start = step if self.resumed else None
+            history = History(self.out / HISTORY, COLUMNS, resume_step=start)
+            self._writers = history, TensorBoard(self.out / "tensorboard", resume_step=start)
+        history, board = self._writers
+        seconds = round(time.monotonic() - self._began, 3)
+        row = {"step": step, "stage": stage, "seconds": seconds, **values}
+        history.write({name: value for name, value in row.items() if name in COLUMNS})
+        board.write(step, {f"{stage}/{name}": value for name, value in values.items()})
+
+    def close(self) -> None:
+        """Closes the files."""
+        for writer in self._writers or ():
+            writer.close()
 
 
 def _number(text: str) -> int | float | str:

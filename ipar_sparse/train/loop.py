@@ -25,46 +25,23 @@ from torch.optim import Optimizer
 
 from .. import __version__
 from ..errors import UserError
-from ..inference.checkpoint import load_checkpoint, save_checkpoint
+from ..inference.checkpoint import load_checkpoint, save_checkpoint, settle_checkpoints
 from ..inference.run_folder import BEST, LAST, STAGES, read_meta
 from ..progress import Task, stage
 from .batches import step_generator
-from .history import HISTORY, History, TensorBoard
+from .history import RunLog
+from .run_folder import keep_previous, lock_run, remove_unfinished
 
 logger = logging.getLogger(__name__)
 
 _LOG_EVERY = 10  # steps
-_SAVE_EVERY = 60.0  # seconds
+SAVE_EVERY = 60.0
+"""Seconds between two checkpoints of a stage."""
 
 CUT_SHORT = "cut_short"
 """Key of the metadata that lists the parts which a limit of time cut short."""
 # of the time a run may take, when a part has to be done: what is left is for those after it
 _TIME_SHARES = {"selection": 0.3, "encoder": 0.6, "gate": 0.7, "model": 0.95}
-
-TERM_COLUMNS = {
-    "rw_kl": "l_rw",
-    "stress_log": "l_stress",
-    "multiscale": "l_multiscale",
-    "gram": "l_gram",
-    "long_range": "l_long",
-    "repulsion": "l_rep",
-    "entropy_reg": "l_ent",
-}
-"""Terms of the supervision, and the columns of the history that hold them."""
-SCORES = ("e_geo", "l_rw", "l_stress", "lambda_ratio", "median_distance")
-"""What a validation measures of a layout."""
-_STEP_COLUMNS = "step stage epoch seconds lr w_rw grad_norm loss".split()
-_ENCODER_COLUMNS = "infonce distance invariance variance covariance".split()
-COLUMNS = (
-    *_STEP_COLUMNS,
-    *TERM_COLUMNS.values(),
-    "l_gate",
-    *_ENCODER_COLUMNS,
-    *(f"val_{graph}_{name}" for graph in ("tedge", "hgate") for name in SCORES),
-    "val_e_geo_floor",
-    "best",
-)
-"""Columns of the history."""
 
 
 class TimeUp(Exception):
@@ -208,39 +185,93 @@ class Stage:
             self.display.advance(self._shown - shown, loss=loss)
 
 
-class RunLog:
-    """The history of a run and its TensorBoard curves, opened when something is first written.
+class KeptLoop(Loop):
+    """A loop that keeps its state in a file, and goes on from there.
 
     Args:
-        out: the run directory.
-        resumed: whether they go on where a checkpoint left them.
+        path: of the checkpoint; its folder exists.
+        seed: of everything random.
+        device: where steps are computed.
+        stop: looked at between steps; set, it ends the training after a checkpoint.
+        after_step: called after each step; may raise to stop.
+
+    Attributes:
+        modules: name to module, saved with every checkpoint.
+        meta: what else a checkpoint says.
     """
 
-    def __init__(self, out: Path, resumed: bool):
-        self.out, self.resumed = out, resumed and (out / HISTORY).exists()
-        self._began = time.monotonic()
-        self._writers: tuple[History, TensorBoard] | None = None
+    def __init__(
+        self,
+        path: Path,
+        seed: int,
+        device: torch.device,
+        stop: threading.Event | None = None,
+        after_step: Callable[[], None] = lambda: None,
+    ):
+        super().__init__(seed, device, after_step)
+        self.path, self.stop = path, stop or threading.Event()
+        self.modules: dict[str, nn.Module] = {}
+        self.meta: dict[str, Any] = {}
+        self._resumed: dict[str, Any] | None = None
+        self._saved_at = time.monotonic()
 
-    def write(self, stage: str, values: Mapping[str, Any], step: int) -> None:
-        """Adds a row, numbered by the finished steps of all stages."""
-        if self._writers is None:
-            start = step if self.resumed else None
-            history = History(self.out / HISTORY, COLUMNS, resume_step=start)
-            self._writers = history, TensorBoard(self.out / "tensorboard", resume_step=start)
-        history, board = self._writers
-        seconds = round(time.monotonic() - self._began, 3)
-        row = {"step": step, "stage": stage, "seconds": seconds, **values}
-        history.write({name: value for name, value in row.items() if name in COLUMNS})
-        board.write(step, {f"{stage}/{name}": value for name, value in values.items()})
+    def restore(self) -> None:
+        """Take up the checkpoint, if there is one; optimisers wait for their stage."""
+        if self._resumed is None and self.path.is_file():
+            self._resumed = read_meta(self.path)
+        if self._resumed is not None:
+            load_checkpoint(self.path, self.modules)
+            self.state = TrainState(**{name: self._resumed[name] for name in asdict(self.state)})
 
-    def close(self) -> None:
-        """Closes the files."""
-        for writer in self._writers or ():
-            writer.close()
+    @contextmanager
+    def stage(
+        self, name: str, total: int, optimizer: Optimizer, scaler: GradScaler | None = None
+    ) -> Iterator[Stage]:
+        if self._resumed is not None and self.state.step:
+            load_checkpoint(self.path, optimizer=optimizer)
+            if scaler is not None and self._resumed["scaler"]:
+                scaler.load_state_dict(self._resumed["scaler"])
+        self._resumed = None
+        yield Stage(self, name, total, optimizer, scaler)
+        if name != STAGES[-1]:
+            self.advance(name)
+
+    def advance(self, finished: str) -> None:
+        """Go on to the stage after ``finished``."""
+        self.state.stage, self.state.step = _following(finished), 0
+        self.save()
+
+    def between_steps(self, stage: Stage) -> None:
+        """If asked to stop, leave a checkpoint to resume from; else save one every minute.
+
+        Raises:
+            KeyboardInterrupt: if asked to stop.
+        """
+        if self.stop.is_set():
+            self.save(stage)
+            raise KeyboardInterrupt
+        if time.monotonic() - self._saved_at > SAVE_EVERY:
+            self.save(stage)
+
+    def save(self, stage: Stage | None = None) -> None:
+        self._write(self.path, stage)
+        self._saved_at = time.monotonic()
+
+    def _write(self, path: Path, stage: Stage | None = None) -> None:
+        scaler = None if stage is None else stage.scaler
+        meta = {
+            "ipar_sparse": __version__,
+            **asdict(self.state),
+            **self.meta,
+            "modules": list(self.modules),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        optimizer = None if stage is None else stage.optimizer
+        save_checkpoint(path, self.modules, meta, optimizer=optimizer)
 
 
-class TrainingLoop(Loop):
-    """A loop that keeps a run folder.
+class TrainingLoop(KeptLoop):
+    """A loop that keeps a run folder; no other process can keep the same one meanwhile.
 
     Args:
         out: the run directory; exists.
@@ -249,10 +280,6 @@ class TrainingLoop(Loop):
         resume: whether the run in ``out`` goes on.
         stop: looked at between steps; set, it ends the run after a checkpoint, as ctrl-C does.
         max_minutes: that the run may take; parts that are late are cut short.
-
-    Attributes:
-        modules: name to module, saved with every checkpoint.
-        meta: what else a checkpoint says: ``dim`` and ``genes``.
     """
 
     def __init__(
@@ -264,20 +291,22 @@ class TrainingLoop(Loop):
         stop: threading.Event | None = None,
         max_minutes: float | None = None,
     ):
-        super().__init__(seed, device)
+        super().__init__(out / LAST, seed, device, stop)
         self._began = time.monotonic()
         self._seconds = math.inf if max_minutes is None else 60 * max_minutes
-        self.out, self.stop = out, stop or threading.Event()
-        self.modules: dict[str, nn.Module] = {}
-        self.meta: dict[str, Any] = {}
-        self._resumed = read_meta(out / LAST) if resume and (out / LAST).is_file() else None
-        self._log = RunLog(out, self._resumed is not None)
-        self._saved_at = time.monotonic()
+        self.out, self.resume = out, resume
         self._open = ExitStack()
 
     def __enter__(self) -> TrainingLoop:
-        self._open.enter_context(_interrupts(self.stop))
-        self._open.callback(self._log.close)
+        with ExitStack() as entered:
+            entered.enter_context(lock_run(self.out))
+            remove_unfinished(self.out)
+            if self.resume:
+                self._resumed = settle_checkpoints(self.out)
+            self._log = RunLog(self.out, self._resumed is not None)
+            entered.enter_context(_interrupts(self.stop))
+            entered.callback(self._log.close)
+            self._open = entered.pop_all()
         return self
 
     def __exit__(self, *exception) -> None:
@@ -297,8 +326,7 @@ class TrainingLoop(Loop):
                 f"{self.out} was trained on {len(meta['genes'] or [])} genes that these slides do "
                 "not give; resume with the slides the run was started with"
             )
-        load_checkpoint(self.out / LAST, self.modules)
-        self.state = TrainState(**{name: meta[name] for name in asdict(self.state)})
+        super().restore()
         if cut := self.state.metadata.get(CUT_SHORT):
             self.state.metadata[CUT_SHORT] = [part for part in cut if part != STAGES[-1]]
         logger.info("resuming the %s at step %d", self.state.stage, self.state.step)
@@ -307,23 +335,14 @@ class TrainingLoop(Loop):
     def stage(
         self, name: str, total: int, optimizer: Optimizer, scaler: GradScaler | None = None
     ) -> Iterator[Stage]:
-        if self._resumed is not None and self.state.step:
-            load_checkpoint(self.out / LAST, optimizer=optimizer)
-            if scaler is not None and self._resumed["scaler"]:
-                scaler.load_state_dict(self._resumed["scaler"])
-        self._resumed = None
-        with stage(f"Training the {name}", total) as display:
-            steps = Stage(self, name, total, optimizer, scaler, display)
+        with (
+            stage(f"Training the {name}", total) as display,
+            super().stage(name, total, optimizer, scaler) as steps,
+        ):
+            steps.display = display
             if self.state.step:
                 display.advance(self.state.step)
             yield steps
-        if name != STAGES[-1]:
-            self.advance(name)
-
-    def advance(self, finished: str) -> None:
-        """Go on to the stage after ``finished``."""
-        self.state.stage, self.state.step = _following(finished), 0
-        self.save()
 
     def count(self, stage: Stage, losses: Mapping[str, Any] | None) -> None:
         state = self.state
@@ -343,21 +362,13 @@ class TrainingLoop(Loop):
         stage.show(values["loss"])
 
     def between_steps(self, stage: Stage) -> None:
-        """If asked to stop, leave a checkpoint to resume from; else save one every minute.
-
-        Raises:
-            KeyboardInterrupt: if asked to stop.
-        """
-        if self.stop.is_set():
-            self.save(stage)
-            if stage.name == STAGES[-1] and not (self.out / BEST).exists():
-                self.save_best()
-            raise KeyboardInterrupt
-        if time.monotonic() - self._saved_at > _SAVE_EVERY:
-            self.save(stage)
+        stopping = self.stop.is_set() and stage.name == STAGES[-1]
+        if stopping and not (self.out / BEST).exists():
+            self.save_best()
+        super().between_steps(stage)
 
     def stop_if_asked(self) -> None:
-        """Stop where there is nothing to save yet.
+        """Stop where there is nothing to save.
 
         Raises:
             KeyboardInterrupt: if asked to stop.
@@ -365,6 +376,14 @@ class TrainingLoop(Loop):
         """
         if self.stop.is_set():
             raise KeyboardInterrupt
+        self.stop_if_late()
+
+    def stop_if_late(self) -> None:
+        """End the selection where its time is up.
+
+        Raises:
+            TimeUp: so it is.
+        """
         if self.late("selection"):
             raise TimeUp
 
@@ -384,20 +403,8 @@ class TrainingLoop(Loop):
         self._write(self.out / BEST)
 
     def save(self, stage: Stage | None = None) -> None:
-        self._write(self.out / LAST, stage)
-        self._saved_at = time.monotonic()
-
-    def _write(self, path: Path, stage: Stage | None = None) -> None:
-        scaler = None if stage is None else stage.scaler
-        meta = {
-            "ipar_sparse": __version__,
-            **asdict(self.state),
-            **self.meta,
-            "modules": list(self.modules),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
-        optimizer = None if stage is None else stage.optimizer
-        save_checkpoint(path, self.modules, meta, optimizer=optimizer)
+        keep_previous(self.out)
+        super().save(stage)
 
 
 def _following(stage: str) -> str:

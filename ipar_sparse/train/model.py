@@ -18,7 +18,8 @@ from ..metrics.diagnostics import collapse_diagnostics, health_warnings
 from ..nn import EdgeGateSoft, IPALiteModel
 from ..supervision import e_geo, gate_loss, geometry_terms, target_graph
 from .batches import Batches, GraphBatch, subsample_edges
-from .loop import SCORES, TERM_COLUMNS, Loop, cosine, set_lr
+from .history import SCORES, TERM_COLUMNS
+from .loop import Loop, cosine, set_lr
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,9 @@ from ..data.slide import Slide
 from ..layout.uncertainty import fit_error_model
 from ..progress import Task, stage
 from .batches import SLIDE_STEPS
+from .brief import BriefTrainings
 from .cross_validation import FULL, QUICK, DonorFold, Scores, donor_folds
-from .loop import Loop, TimeUp, TrainingLoop
+from .loop import TimeUp, TrainingLoop
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def select_settings(
         donors: slide name to donor; every slide is its own donor if left out.
         request: what was asked for; what it sets is not tried.
         genes: of the encoder; None where embeddings are brought along.
-        loop: progress, interruption and device.
+        loop: progress, interruption and device; in its folder is kept what is computed.
 
     Returns:
         A configuration without open values, and the table behind it.
@@ -256,9 +257,10 @@ def _folds(
 ) -> list[DonorFold]:
     """A fold for each group of donors; what follows from data follows from its own slides."""
     budget = (FULL if request.selection.mode == "full" else QUICK).per_fold(len(groups))
-    brief = Loop(request.train.seed, loop.device, loop.stop_if_asked)
-    return [
+    brief = BriefTrainings(loop)
+    folds = [
         DonorFold(
+            f"fold{number}",
             train,
             test,
             {slide.name: (donors or {}).get(slide.name, slide.name) for slide in test},
@@ -267,8 +269,11 @@ def _folds(
             budget,
             brief,
         )
-        for train, test in groups
+        for number, (train, test) in enumerate(groups)
     ]
+    if known := sum(fold.known for fold in folds):
+        logger.info("resuming the cross-validation with %d scores", known)
+    return folds
 
 
 def _untried(values: Mapping[str, Any]) -> dict[str, Any]:
