@@ -1,6 +1,7 @@
 # make demo          simulate slides, train, predict a held-out slide, write a report
 # make test          the tests; EXT=1 also builds torch-scatter and torch-cluster and tests against them
 # make trust         what a user may rely on: bad inputs, kills, attacks (5 minutes)
+# make docs          the documentation, its tutorials executed; docs/_build/html/index.html
 # make lint          ruff, layers of imports, types, words that were given up
 # make clean         remove what the targets above made, except the environment
 #
@@ -25,10 +26,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ipar-ready
 EXT_READY := $(VENV)/.ipar-ext-ready
+DOCS_READY := $(VENV)/.ipar-docs-ready
 # Whatever torch was installed first is what every later install has to live with.
 PINNED := $(VENV)/torch-constraint.txt
 
-.PHONY: env ext demo test trust lint clean
+.PHONY: env ext docs demo test trust lint clean
 
 env: $(READY)
 
@@ -49,6 +51,13 @@ $(EXT_READY): $(READY)
 	  --cache-dir "$$($(PIP) cache dir)/ipar_sparse-$$(cat $(PINNED))" \
 	  torch-scatter==2.1.2 torch-cluster==1.6.3
 	$(BIN)/python -c "import torch_scatter, torch_cluster"
+	@touch $@
+
+docs: $(DOCS_READY)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+$(DOCS_READY): $(READY)
+	$(PIP) install -q -c $(PINNED) -e ".[docs]"
 	@touch $@
 
 test: $(READY) $(if $(EXT),$(EXT_READY))
@@ -79,5 +88,5 @@ lint: $(READY)
 	$(BIN)/python tests/lint_words.py
 
 clean:
-	rm -rf $(DEMO_DIR) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache \
+	rm -rf $(DEMO_DIR) docs/_build build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache \
 	  .pytest_cache .ruff_cache

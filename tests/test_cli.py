@@ -583,6 +583,22 @@ def test_a_prediction_comes_with_a_page_where_asked(slides, run, tmp_path, capfd
     assert "another --report" in refused(*argv)
 
 
+def test_shells_complete_commands_and_options():
+    for words, offered in (
+        ("ipar-sparse pre", "predict"),
+        ("ipar-sparse predict --rep", "--report"),
+    ):
+        env = {"_IPAR_SPARSE_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        env |= {"COMP_CWORD": str(words.count(" "))}
+        done = subprocess.run(
+            [sys.executable, "-m", "ipar_sparse"],
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.split() == [offered]
+
+
 def test_evaluate_refuses_what_it_cannot_score(slides, run, tmp_path, refused):
     blind = broken(slides, tmp_path / "blind.h5ad", drop_positions)
     assert "spatial" in refused("evaluate", run, blind, "--out", tmp_path / "report")

@@ -26,7 +26,6 @@ from .messages import explain, say
 from .watched import watched
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -13,7 +13,7 @@ from .anndata_store import some_names
 from .positions import flatness, stray_cells, stretch
 from .slide import Slide, Warned
 
-MAX_CATEGORIES = 64  # a column of more distinct labels identifies cells, it does not group them
+MAX_CATEGORIES = 250  # a column of more distinct labels identifies cells, it does not group them
 _SECTION = re.compile(
     r"slide|section|sample|library|batch|donor|animal|mouse|patient|subject|specimen|puck|bregma",
     re.IGNORECASE,

@@ -28,7 +28,7 @@ from .sources import Opened, open_source, pick_rows
 from .values import interpret
 
 BLOCK = 1 << 22  # stored values read, converted or checked at a time
-MAX_COLUMNS = 16  # obs columns kept with a slide
+MAX_COLUMNS = 64  # obs columns kept with a slide
 
 
 def read_file(
@@ -415,7 +415,9 @@ def _label_columns(obs: pd.DataFrame) -> dict[str, np.ndarray]:
                 **({} if plain else {"dtype": float, "na_value": np.nan})
             )
         elif isinstance(column.dtype, pd.CategoricalDtype) or column.dtype.kind in "OU":
-            codes, labels = pd.factorize(column.astype(str))
-            if len(labels) <= MAX_CATEGORIES:
-                columns[str(key)] = labels.to_numpy(dtype=str)[codes]
+            codes, labels = pd.factorize(column)
+            if len(labels) <= MAX_CATEGORIES and len(labels) < len(column):
+                # shared strings: an array of fixed width would take their longest for each cell
+                known = np.array([*map(str, labels), np.nan], dtype=object)
+                columns[str(key)] = known[codes]  # code -1 is no label
     return columns
