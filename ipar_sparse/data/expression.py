@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -297,6 +299,7 @@ class Expression:
         filled = max(int((~self.empty).sum()), 1)
         self.mean = (_column_sums(self.matrix) / filled).astype(np.float32)
         self.mix = mix
+        self.resident: dict[Any, Any] = {}  # by device, see :mod:`ipar_sparse.data.resident`
 
     @classmethod
     def from_slide(
@@ -334,7 +337,9 @@ class Expression:
         values = np.concatenate([own, share], axis=1)
         starts = np.arange(n + 1) * columns.shape[1]
         mix = sparse.csr_matrix((values.ravel(), columns.ravel(), starts), shape=(n, n))
-        return Expression(self.matrix, self.genes, self.empty, mix)
+        smoothed = copy(self)
+        smoothed.mix, smoothed.resident = mix, {}
+        return smoothed
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -374,7 +374,7 @@ def _plane_and_bumps(x: Tensor, centres: Tensor, width: float) -> Tensor:
 
 
 def _fit_sample(x: Tensor | np.ndarray) -> Tensor:
-    return _sample(torch.as_tensor(x).cpu(), _FIT_CELLS).double()
+    return _sample(torch.as_tensor(x), _FIT_CELLS).cpu().double()
 
 
 def _sample(x: Tensor, count: int) -> Tensor:
@@ -382,4 +382,4 @@ def _sample(x: Tensor, count: int) -> Tensor:
     if len(x) <= count:
         return x
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return x[rows[: max(1, count)]]
+    return x[rows[: max(1, count)].to(x.device)]

@@ -13,6 +13,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from ..data.expression import Expression
+from ..data.resident import resident
 from ..geometry.gauge import svd_flip
 from ..graph import knn
 
@@ -29,6 +30,7 @@ def spatial_axes(
     *,
     neighbors: int = 15,
     ridge: float = 0.5,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, float]:
     r"""Directions of expression in which a cell resembles its spatial neighbours.
 
@@ -50,23 +52,26 @@ def spatial_axes(
         count: number of components, at most G.
         neighbors: k.
         ridge: :math:`\lambda`, relative to the mean variance of the principal components.
+        device: where cells are projected.
 
     Returns:
         Axes (G, count), largest :math:`\mu` first, the largest loading of each positive; and the
         factor that brings the total variance of a cell's components to 1.
     """
-    axes = principal_axes(slides, count)[0].double().numpy()
+    device = torch.device(device)
+    axes = principal_axes(slides, count, device)[0].double().numpy()
     size = axes.shape[1]
     variance, shared = np.zeros((size, size)), np.zeros((size, size))
     for number, (slide, pos) in enumerate(zip(slides, positions, strict=True)):
         n = slide.shape[0]
         if n < 2:
             continue
-        graph = knn(torch.from_numpy(np.asarray(pos, dtype=np.float64)), min(neighbors, n - 1))
+        place = torch.from_numpy(np.asarray(pos, dtype=np.float64)).to(device)
         cells = np.sort(np.random.default_rng([number, 7]).permutation(n)[:_CELLS])
-        near = graph.index.numpy()[cells]
+        near = knn(place, min(neighbors, n - 1)).index[torch.from_numpy(cells).to(device)]
+        near = near.cpu().numpy()
         needed = np.unique(np.concatenate([cells, near.ravel()]))
-        scores = project(slide, axes, needed)
+        scores = project(slide, axes, needed, device)
         own, around = scores[np.searchsorted(needed, cells)], np.zeros((len(cells), size))
         for column in near.T:
             around += scores[np.searchsorted(needed, column)] / near.shape[1]
@@ -82,12 +87,15 @@ def spatial_axes(
     return _fixed_signs(axes @ directions), _to_unit_variance(total)
 
 
-def principal_axes(slides: Sequence[Expression], count: int) -> tuple[Tensor, float]:
+def principal_axes(
+    slides: Sequence[Expression], count: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, float]:
     """Principal components of the expression of several slides, which have equal weight.
 
     Args:
         slides: mean-centred expression of the same G genes.
         count: number of components, at most G.
+        device: where products of expression are formed.
 
     Returns:
         Axes (G, count), largest variance first, the largest loading of each positive; and the
@@ -101,7 +109,8 @@ def principal_axes(slides: Sequence[Expression], count: int) -> tuple[Tensor, fl
     count = min(count, genes)
     if genes <= DENSE_GENES or count > genes // 4:
         last = genes - count, genes - 1
-        variance, axes = scipy.linalg.eigh(_covariance_matrix(samples), subset_by_index=last)
+        matrix = _covariance_matrix(samples, torch.device(device))
+        variance, axes = scipy.linalg.eigh(matrix, subset_by_index=last)
     else:
         operator = LinearOperator(
             (genes, genes), matvec=lambda v: _covariance_product(samples, v), dtype=np.float64
@@ -112,7 +121,10 @@ def principal_axes(slides: Sequence[Expression], count: int) -> tuple[Tensor, fl
 
 
 def project(
-    expression: Expression, axes: Tensor | ArrayLike, rows: np.ndarray | None = None
+    expression: Expression,
+    axes: Tensor | ArrayLike,
+    rows: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """Scores of cells along axes (m, r), computed in blocks of dense expression.
 
@@ -120,11 +132,16 @@ def project(
         expression: n cells of G genes.
         axes: (G, r).
         rows: row numbers (m,); all n if left out.
+        device: where they are computed.
     """
-    axes = np.asarray(axes)
+    axes, device = np.asarray(axes), torch.device(device)
     rows = np.arange(expression.shape[0]) if rows is None else rows
     blocks = np.array_split(rows, len(rows) // _ROWS + 1)
-    return np.concatenate([expression.rows(block) @ axes for block in blocks])
+    if device.type != "cuda":
+        return np.concatenate([expression.rows(block) @ axes for block in blocks])
+    there, along = resident(expression, device), torch.from_numpy(axes).to(device)
+    parts = (there.rows(torch.from_numpy(block).to(device)).to(along) for block in blocks)
+    return torch.cat([part @ along for part in parts]).cpu().numpy()
 
 
 def _fixed_signs(axes: np.ndarray) -> Tensor:
@@ -135,13 +152,19 @@ def _to_unit_variance(total: float) -> float:
     return 1.0 / math.sqrt(total) if total > 0 else 1.0
 
 
-def _covariance_matrix(samples: list[tuple[Expression, np.ndarray]]) -> np.ndarray:
+def _covariance_matrix(
+    samples: list[tuple[Expression, np.ndarray]], device: torch.device
+) -> np.ndarray:
     genes = samples[0][0].shape[1]
     total = np.zeros((genes, genes))
     for slide, cells in samples:
         for rows in np.array_split(cells, max(1, len(cells) // _ROWS)):
-            x = slide.rows(rows).astype(np.float64)
-            total = total + x.T @ x / len(cells)
+            if device.type == "cuda":
+                x = resident(slide, device).rows(torch.from_numpy(rows).to(device)).double()
+                total = total + (x.T @ x).cpu().numpy() / len(cells)
+            else:
+                x = slide.rows(rows).astype(np.float64)
+                total = total + x.T @ x / len(cells)
     return total / len(samples)
 
 

@@ -54,7 +54,7 @@ class RelevantComponents(nn.Module):
         Raises:
             ValueError: without slides, or with embeddings of another width.
         """
-        pairs = [(torch.as_tensor(h).cpu(), torch.as_tensor(pos).cpu()) for h, pos in slides]
+        pairs = [(torch.as_tensor(h), torch.as_tensor(pos)) for h, pos in slides]
         if not pairs or any(h.size(1) != self.channels for h, _ in pairs):
             raise ValueError(
                 f"relevant components are fitted on slides of embeddings (n, {self.channels})"
@@ -63,11 +63,12 @@ class RelevantComponents(nn.Module):
         for h, pos in pairs:
             if len(h) < 2:
                 continue
-            near = knn(pos.double(), min(self.neighbors, len(h) - 1)).index.long()
+            near = knn(pos.to(h.device).double(), min(self.neighbors, len(h) - 1)).index
             cells = torch.randperm(len(h), generator=torch.Generator().manual_seed(0))[:_CELLS]
-            for part in cells.split(_PAIR_ROWS):
-                gap = (h[part, None] - h[near[part]]).flatten(0, 1).double()
-                total += gap.T @ gap / (2 * len(cells) * near.size(1) * len(pairs))
+            for part in cells.to(h.device).split(_PAIR_ROWS):
+                gap = (h[part, None] - h[near[part].long()]).flatten(0, 1).double()
+                product = gap.T @ gap / (2 * len(cells) * near.size(1) * len(pairs))
+                total += product.cpu()
         self.covariance.copy_(total)
         return self
 

@@ -84,6 +84,22 @@ def align(
     return transform(x), transform
 
 
+def square_displacement(moved: Tensor, pos: Tensor) -> Tensor:
+    """Squared distance (n,) of every cell from another layout, once :func:`align` has moved it.
+
+    Args:
+        moved: the layout to move (n, 2), in any gauge.
+        pos: the layout to move it onto (n, 2), on the same device.
+
+    Returns:
+        float64, on the device.
+    """
+    x, y = (layout.double() - layout.double().mean(0) for layout in (moved, pos))
+    u, singular, vt = torch.linalg.svd(x.T @ y)
+    scale = singular.sum() / x.square().sum().clamp(min=1e-300)
+    return (scale * x @ (u @ vt) - y).square().sum(1)
+
+
 def two_layouts(
     pred: Tensor | ArrayLike, true: Tensor | ArrayLike, min_points: int = 3
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 # Relative. Distances this close count as equal: float32 positions, spots on a regular grid.
 _TIE = 1e-6
 _QUERY_ROWS = 1 << 17  # points whose neighbours are held in memory at once
+_PAIRS = 1 << 26  # distances held at once on a GPU
 
 
 def as_layout(pos: Tensor | ArrayLike, what: str = "positions", min_points: int = 1) -> np.ndarray:
@@ -169,16 +171,72 @@ class TrueNeighborhoods:
         return float(self.size[k].mean() / (n - 1)) if n > 1 else 1.0
 
 
-def rolled(values: Sequence[Tensor] | Tensor, shifts: list[int]) -> Tensor:
+def nearest_among(pos: Tensor, rows: Tensor, k: int) -> Tensor:
+    """The k points nearest to some of them, each of which is among its own (m, k), int64.
+
+    Args:
+        pos: points (n, 2).
+        rows: numbers of the points asked about (m,).
+        k: at most n are found.
+    """
+    k = min(k, len(pos))
+    if not pos.is_cuda:
+        array = pos.numpy()
+        found = cKDTree(array).query(array[rows.numpy()], k, workers=-1)[1]
+        return torch.from_numpy(np.asarray(found).reshape(len(rows), k))
+    parts = [
+        torch.cdist(pos[part], pos, compute_mode="donot_use_mm_for_euclid_dist")
+        .topk(k, dim=1, largest=False)
+        .indices
+        for part in rows.split(max(1, _PAIRS // len(pos)))
+    ]
+    return torch.cat(parts)
+
+
+class Shifts:
+    """The shifts of one step of many, at a place that stays the same on a GPU.
+
+    Args:
+        values: of all steps (steps, m), int64.
+        device: where they are needed.
+        as_list: on the host, give numbers rather than a tensor.
+    """
+
+    def __init__(self, values: Tensor, device: torch.device, as_list: bool = True) -> None:
+        self._host = values.tolist() if as_list and device.type != "cuda" else None
+        self._values = values.to(device)
+        self.now: Any = self._values[0].clone()
+
+    def take(self, step: int) -> None:
+        """Go to a step."""
+        if self._host is not None:
+            self.now = self._host[step]
+        else:
+            self.now.copy_(self._values[step])
+
+
+def opposite(shifts: list[int] | Tensor, n: int) -> list[int] | Tensor:
+    """The shifts of n points that undo these."""
+    return n - shifts if isinstance(shifts, Tensor) else [n - s for s in shifts]
+
+
+def rolled(values: Sequence[Tensor] | Tensor, shifts: list[int] | Tensor) -> Tensor:
     """Values of points, each set rolled by its own shift, in one copy.
 
     Args:
         values: as many tensors (n, ...) as shifts, or one tensor (shifts, n, ...).
-        shifts: numbers of points, each 1 to n - 1.
+        shifts: numbers of points, each 1 to n - 1; a list, or a tensor that is read on its device.
 
     Returns:
         (shifts, n, ...).
     """
+    if isinstance(shifts, Tensor):
+        n = values[0].size(0)
+        source = (torch.arange(n, device=shifts.device) - shifts.unsqueeze(1)).remainder_(n)
+        if not isinstance(values, Tensor):
+            return values[0][source]  # the same values for every shift
+        first = n * torch.arange(len(shifts), device=shifts.device)
+        return values.flatten(0, 1)[source + first.unsqueeze(1)]
     parts = [(x[-s:], x[:-s]) for x, s in zip(values, shifts, strict=True)]
     flat = torch.cat([part for pair in parts for part in pair])
     return flat.view(len(shifts), -1, *flat.shape[1:])

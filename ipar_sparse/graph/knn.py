@@ -21,6 +21,7 @@ _FAISS_PROBES = 32  # lists searched: recall@100 0.9993 at 300,000 cells, 0.986 
 _FAISS_ROUNDS = 10  # of k-means, whose cost grows as n^1.5: recall@100 0.998 at 10^6 points
 _FAISS_SAMPLE = 40  # points a list on which k-means is trained; faiss warns below 39
 _TRITON_FROM = 6_000  # points; below, launches take longer than the exact search in torch
+_BOXES_FROM = 2_000  # points in the plane; below, exact search on a GPU takes fewer launches
 _CUDA_CLUSTER_LIMIT = 100  # torch_cluster's CUDA kernel keeps its neighbours in local memory
 
 
@@ -39,7 +40,8 @@ def knn(
         k: neighbours a point; min(k, n - 1) are found.
         metric: ``"euclidean"`` or ``"cosine"``.
         backend: ``"exact"`` (blocked matrix product and top-k, CPU and GPU), ``"triton"``
-            (exact, fused, CUDA), ``"kdtree"`` (SciPy, d <= 3), ``"faiss"``,
+            (exact, fused, CUDA), ``"kdtree"`` (SciPy, d <= 3), ``"boxes"`` (exact, d <= 3, any
+            device), ``"faiss"``,
             ``"torch_cluster"``, or ``"auto"``.
         recall_sample: queries on which an approximate backend is checked against exact search.
 
@@ -83,6 +85,20 @@ def knn(
         table.recall = _sampled_recall(points, table, recall_sample)
         logger.info("knn backend %s: sampled recall@%d %.4f", backend, k, table.recall)
     return table
+
+
+def nearest_of(points: Tensor, rows: Tensor, k: int, *, metric: str = "euclidean") -> Tensor:
+    """The k nearest neighbours of some points among all others, by exact search (m, k), int32.
+
+    Args:
+        points: (n, d), finite.
+        rows: numbers of the points asked about (m,), on the same device.
+        k: neighbours a point; min(k, n - 1) are found, nearest first.
+        metric: ``"euclidean"`` or ``"cosine"``.
+    """
+    if metric == "cosine":
+        points = torch.nn.functional.normalize(points, dim=-1)
+    return _exact(points.detach(), min(k, len(points) - 1), rows)[0]
 
 
 def knn_candidates(
@@ -170,12 +186,23 @@ def pooled_candidates(
         points = torch.nn.functional.normalize(points, dim=-1)
     k = min(k, pool - 1)
     index = torch.empty(n, k, dtype=torch.int32, device=h.device)
-    for rows in counted(torch.randperm(n, generator=generator).split(_POOL_ROWS)):
-        sample = _sample(n, pool, generator).to(h.device)
-        rows = rows.to(h.device)
-        distance = torch.cdist(points[rows], points[sample])
-        distance.masked_fill_(rows.unsqueeze(1) == sample, math.inf)
-        index[rows] = sample[distance.topk(k, dim=1, largest=False).indices].int()
+    order = torch.randperm(n, generator=generator).split(_POOL_ROWS)
+    samples = [_sample(n, pool, generator) for _ in order]
+    # On a GPU, blocks of equal size are searched together.
+    together = max(1, BLOCK_ELEMENTS // (_POOL_ROWS * pool)) if h.is_cuda else 1
+    for start in counted(range(0, len(order), together)):
+        full = [block for block in order[start : start + together] if len(block) == _POOL_ROWS]
+        for blocks in (full, order[start + len(full) : start + together]):
+            if not blocks:
+                continue
+            first = start if blocks is full else start + len(full)
+            rows = torch.stack(list(blocks)).to(h.device)
+            sample = torch.stack(samples[first : first + len(blocks)]).to(h.device)
+            distance = torch.cdist(points[rows], points[sample])
+            distance.masked_fill_(rows.unsqueeze(2) == sample.unsqueeze(1), math.inf)
+            near = distance.topk(k, dim=2, largest=False).indices
+            found = sample.unsqueeze(1).expand(-1, rows.size(1), -1).gather(2, near)
+            index[rows] = found.int()
     return NeighborTable(index, metric=metric, method=f"pool of {pool}")
 
 
@@ -202,6 +229,8 @@ def _sample(n: int, count: int, generator: torch.Generator | None) -> Tensor:
 
 def _choose_backend(points: Tensor, k: int) -> str:
     if points.is_cuda:
+        if points.size(1) <= 3 and points.size(0) >= _BOXES_FROM:
+            return "boxes"
         return "triton" if points.size(0) >= _TRITON_FROM and _fused(points, k) else "exact"
     if points.size(1) <= 3:
         return "kdtree"
@@ -289,6 +318,14 @@ def _kdtree(points: Tensor, k: int) -> tuple[Tensor, bool]:
     return _drop_self(torch.from_numpy(np.ascontiguousarray(index)), k).to(points.device), True
 
 
+def _boxes(points: Tensor, k: int) -> tuple[Tensor, bool]:
+    if not 1 <= points.size(1) <= 3:
+        raise ValueError(f"knn backend 'boxes' is for d <= 3; given d = {points.size(1)}")
+    from . import plane
+
+    return plane.search(points, k), True
+
+
 def _faiss(points: Tensor, k: int) -> tuple[Tensor, bool]:
     try:
         import faiss
@@ -363,6 +400,7 @@ KNN_BACKENDS: dict[str, Callable[[Tensor, int], tuple[Tensor, bool]]] = {
     "exact": _exact,
     "triton": _triton,
     "kdtree": _kdtree,
+    "boxes": _boxes,
     "faiss": _faiss,
     "torch_cluster": _torch_cluster,
 }

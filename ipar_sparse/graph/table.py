@@ -80,6 +80,16 @@ class NeighborTable:
         return self._cached("has_loops", lambda: bool((self.index == row).any()))
 
     @property
+    def is_simple(self) -> bool:
+        """Whether no row lists a source twice; so in a kNN graph, and not where rows are padded."""
+
+        def check() -> bool:
+            ordered = self.index.sort(dim=-1).values
+            return not bool((ordered[:, 1:] == ordered[:, :-1]).any())
+
+        return not self.padded and self._cached("is_simple", check)
+
+    @property
     def edge_index(self) -> Tensor:
         """PyG's edge list (2, E), int64: sources first, destinations second, row-major."""
         return self._cached("edge_index", self._edge_index)
@@ -88,6 +98,14 @@ class NeighborTable:
     def rowptr(self) -> Tensor:
         """CSR row pointer over destinations (n + 1,), int64."""
         return self._cached("rowptr", self._rowptr)
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """The edges as unordered pairs of nodes.
+
+        Returns:
+            ``pair`` (2, P), int64, each once; ``number`` (E,), int64: the pair of each edge.
+        """
+        return self._cached("pairs", self._pairs)
 
     def reverse(self) -> tuple[Tensor, Tensor, Tensor]:
         """The edges sorted by source, for loops over a node's out-edges.
@@ -233,6 +251,13 @@ class NeighborTable:
             return torch.arange(self.num_nodes + 1, device=self.device) * self.k
         ends = self.mask.sum(-1).cumsum(0)
         return torch.cat([ends.new_zeros(1), ends])
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        src, dst = self.edge_index
+        size = max(self.num_nodes, self.num_src_nodes)
+        key = torch.minimum(src, dst) * size + torch.maximum(src, dst)
+        key, number = key.unique(return_inverse=True)
+        return torch.stack([key.div(size, rounding_mode="floor"), key.remainder(size)]), number
 
     def _reverse(self) -> tuple[Tensor, Tensor, Tensor]:
         src, dst = self.edge_index

@@ -91,13 +91,20 @@ def load_checkpoint(
                 f"{path} holds weights only, so training cannot go on from it; "
                 f"use {LAST} of the run, or train again with --overwrite"
             )
+        rates = [group["lr"] for group in optimizer.param_groups]
+        saved = _unpack_optimizer(document["optimizer"], tensors)
+        for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=False):
+            group["capturable"] = own.get("capturable", False)  # it follows the device, not the run
         try:
-            optimizer.load_state_dict(_unpack_optimizer(document["optimizer"], tensors))
+            optimizer.load_state_dict(saved)
         except ValueError as error:
             raise UserError(
                 f"{path} does not fit the configuration: {error}; "
                 "use the config.json it was trained with"
             ) from None
+        for rate, group in zip(rates, optimizer.param_groups, strict=True):
+            if isinstance(rate, Tensor):  # it stays where recorded steps read it
+                group["lr"] = rate.fill_(group["lr"])
     for name, state in states.items():
         modules[name].load_state_dict(state)
     return document["meta"]
@@ -177,7 +184,11 @@ def _pack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
                 tensors[f"optimizer/{index}/{key}"] = value
             else:
                 scalars.setdefault(str(index), {})[key] = value
-    return {"scalars": scalars, "param_groups": state["param_groups"]}
+    groups = [
+        {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items()}
+        for group in state["param_groups"]
+    ]
+    return {"scalars": scalars, "param_groups": groups}
 
 
 def _unpack_optimizer(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict:

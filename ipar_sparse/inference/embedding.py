@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..data.expression import Expression
+from ..data.resident import resident
 from ..data.slide import Slide
 from ..errors import UserError
 from ..estimators.components import project
 from ..graph import knn
 from ..nn import SharedEncoder
-
-_ROWS = 8192  # cells of dense expression at once
 
 
 def normalize_expression(slide: Slide, genes: Sequence[str], encoder: SharedEncoder) -> Expression:
@@ -32,7 +30,12 @@ def normalize_expression(slide: Slide, genes: Sequence[str], encoder: SharedEnco
     return Expression.from_slide(slide, genes, float(encoder.target_sum), weight)
 
 
-def read_expression(slide: Slide, genes: Sequence[str], encoder: SharedEncoder) -> Expression:
+def read_expression(
+    slide: Slide,
+    genes: Sequence[str],
+    encoder: SharedEncoder,
+    expression: Expression | None = None,
+) -> Expression:
     """A slide's expression as the encoder takes it, each cell averaged with its neighbours.
 
     Args:
@@ -40,21 +43,27 @@ def read_expression(slide: Slide, genes: Sequence[str], encoder: SharedEncoder) 
         genes: G genes of the encoder.
         encoder: says how genes are weighted, how many nearest cells a cell is averaged with, and
             in which components nearest is meant.
+        expression: the result of :func:`normalize_expression`, if there is one already.
 
     Raises:
         UserError: if the slide has none of the genes, or no expression.
     """
-    expression = normalize_expression(slide, genes, encoder)
+    if expression is None:
+        expression = normalize_expression(slide, genes, encoder)
     if not encoder.smooth or expression.shape[0] < 2:
         return expression
-    place = project(expression, encoder.axes.cpu())
-    neighbors = knn(torch.from_numpy(place).to(encoder.axes.device), encoder.smooth).index
-    return expression.smoothed(neighbors.cpu().numpy())
+    axes = encoder.axes
+    if axes.is_cuda:
+        there = resident(expression, axes.device)
+        place = torch.cat([there.rows(part) @ axes for part in there.blocks()])
+    else:
+        place = torch.from_numpy(project(expression, axes))
+    return expression.smoothed(knn(place, encoder.smooth).index.cpu().numpy())
 
 
 @torch.no_grad()
 def encode(encoder: nn.Module, expression: Expression, device: torch.device) -> Tensor:
-    """Embeddings (n, d) on the CPU, computed in blocks of rows in evaluation mode.
+    """Embeddings (n, d) on the device, computed in blocks of rows in evaluation mode.
 
     Args:
         encoder: genes to embedding.
@@ -63,19 +72,27 @@ def encode(encoder: nn.Module, expression: Expression, device: torch.device) -> 
     """
     training = encoder.training
     encoder.eval()
-    n = expression.shape[0]
-    blocks = [
-        encoder(torch.from_numpy(expression.rows(np.arange(a, min(a + _ROWS, n)))).to(device)).cpu()
-        for a in range(0, n, _ROWS)
-    ]
+    there = resident(expression, device)
+    blocks = [encoder(there.rows(part)) for part in there.blocks()]
     encoder.train(training)
     return torch.cat(blocks)
 
 
 def embed_slide(
-    slide: Slide, encoder: SharedEncoder | None, genes: Sequence[str] | None, device: torch.device
+    slide: Slide,
+    encoder: SharedEncoder | None,
+    genes: Sequence[str] | None,
+    device: torch.device,
+    read: Expression | None = None,
 ) -> Tensor:
-    """Embeddings (n, d) of a slide before scaling: the encoder's, or those the user brought.
+    """Embeddings (n, d) of a slide before scaling, on the device: the encoder's or the user's.
+
+    Args:
+        slide: n cells.
+        encoder: on the device; None where users bring their embedding.
+        genes: of the encoder.
+        device: where embeddings are wanted.
+        read: the slide's expression as :func:`read_expression` gives it, if it is known.
 
     Raises:
         UserError: if the run uses the user's embedding and the slide has none.
@@ -83,7 +100,8 @@ def embed_slide(
     if encoder is not None and genes is not None:
         if slide.expression is None:
             raise UserError(f"{slide.name}: no expression to embed; give X or --layer")
-        return encode(encoder, read_expression(slide, genes, encoder), device)
+        read = read_expression(slide, genes, encoder) if read is None else read
+        return encode(encoder, read, device)
     if slide.embedding is None:
         raise UserError(f"{slide.name}: this run uses an embedding; give --embedding obsm:KEY")
-    return torch.from_numpy(slide.embedding).float()
+    return torch.from_numpy(slide.embedding).float().to(device)

@@ -171,10 +171,10 @@ def _empty_cells(slides: Sequence[Slide]) -> dict[str, Any]:
 def _graphs_of(
     slides: Sequence[Slide], predictions: Sequence[Prediction]
 ) -> dict[str, dict[str, Any]]:
-    """Slide name to how its candidate graph was found, and its recall (1 = exact)."""
+    """Slide name to how the graph attended to was found, and its recall (1 = exact)."""
     graphs = {}
     for slide, prediction in zip(slides, predictions, strict=True):
-        found = prediction.candidates
+        found = prediction.graph
         graphs[slide.name] = {
             "k": found.k,
             "metric": found.metric,

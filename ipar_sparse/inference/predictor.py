@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from ..data.records import recorded_inputs
 from ..data.slide import Slide, Warned
 from ..errors import UserError
 from ..estimators import Atlas, EmbeddingScaler, RelevantComponents
-from ..geometry.alignment import align
+from ..geometry.alignment import square_displacement
 from ..graph import NeighborTable
 from ..layout.uncertainty import predict_rmse
 from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
@@ -38,7 +40,6 @@ class Prediction:
     Args:
         pos: positions (n, 2), unit-RMS gauge, of the cells that hold information.
         embedding: (n, d), what the model was given.
-        candidates: nearest neighbours in the embedding.
         refinement_graph: nearest cells that the refinement pulled each cell towards.
         graph: what the model attended to: the candidates, or on a slide larger than a miniset the
             nearest in a random sample.
@@ -53,7 +54,6 @@ class Prediction:
 
     pos: np.ndarray
     embedding: np.ndarray
-    candidates: NeighborTable
     refinement_graph: NeighborTable
     graph: NeighborTable
     gate_logits: Tensor | None = None
@@ -61,6 +61,13 @@ class Prediction:
     trajectory: list[np.ndarray] = field(default_factory=list)
     uncertainty: np.ndarray | None = None
     cautions: list[str] = field(default_factory=list)
+    _candidates: Callable[[], NeighborTable] | None = None
+
+    @cached_property
+    def candidates(self) -> NeighborTable:
+        """Nearest neighbours in the embedding; sought now, where placing the cells needed none."""
+        assert self._candidates is not None
+        return self._candidates()
 
 
 @dataclass
@@ -163,6 +170,11 @@ class Predictor:
         Raises:
             UserError: if the slide shares no gene with the run, or lacks its embedding.
         """
+        return self._embedding(slide).cpu().numpy()
+
+    @torch.no_grad()
+    def _embedding(self, slide: Slide) -> Tensor:
+        """The same on the device."""
         slide = self._prepared(slide)
         h = embed_slide(slide, self.encoder, self.meta["genes"], self.device)
         if h.size(1) != self.meta["dim"]:
@@ -170,7 +182,7 @@ class Predictor:
                 f"{slide.name}: the embedding has {h.size(1)} dimensions, the run was trained on "
                 f"{self.meta['dim']}; give the embedding of the same model"
             )
-        return self.scaler(h.to(self.device)).cpu().numpy()
+        return self.scaler(h)
 
     @torch.no_grad()
     def predict(self, slide: Slide, noise_samples: int = 1) -> Prediction:
@@ -186,9 +198,9 @@ class Predictor:
         """
         config = self.config
         with stage("Embedding"):
-            h = torch.from_numpy(self.embed(slide)).to(self.device)
+            h = self._embedding(slide)
+        candidates = cache(lambda: steps.candidate_graph(h, config))
         with stage("Candidates"):
-            candidates = steps.candidate_graph(h, config)
             graph = steps.attention_graph(h, candidates, config)
         with stage("Initial layout"):
             initial, variance = steps.initial_layout(h, config, self.atlas)
@@ -204,12 +216,12 @@ class Predictor:
         layouts = [layout.double().cpu().numpy() for layout in trajectory]
         displacement = None
         if noise_samples > 1:
-            displacement = self._displacement(h, initial, layouts[-1], noise_samples)
+            displacement = self._displacement(h, initial, trajectory[-1], noise_samples)
         law = config.uncertainty
         return Prediction(
             pos=pos.double().cpu().numpy(),
             embedding=h.cpu().numpy(),
-            candidates=candidates,
+            _candidates=candidates,
             refinement_graph=nearest,
             graph=graph,
             gate_logits=logits,
@@ -224,14 +236,14 @@ class Predictor:
         )
 
     def _displacement(
-        self, h: Tensor, initial: Tensor | None, pos: np.ndarray, samples: int
+        self, h: Tensor, initial: Tensor | None, pos: Tensor, samples: int
     ) -> np.ndarray:
         """Mean squared distance by which training noise moves a cell (n,), layouts aligned.
 
         Before refinement: which cells it draws together differs from draw to draw, and says less
         of how wrong a cell's place is.
         """
-        square = np.zeros(len(pos))
+        square = torch.zeros(len(pos), dtype=torch.float64, device=pos.device)
         # as in training: no dimension takes more noise than it varies
         level = h.std(0, correction=0).clamp(max=self.config.train.noise_h)
         for seed in track(range(samples), "Noise samples"):
@@ -241,6 +253,6 @@ class Predictor:
             if initial is not None:
                 initial = steps.initial_layout(noisy, self.config, self.atlas)[0]
             bias, _ = steps.gate_bias(self.gate, noisy, graph, self.config)
-            moved, _ = align(steps.recycle(self.model, noisy, graph, bias, initial)[-1], pos)
-            square += np.square(moved - pos).sum(-1)
-        return square / samples
+            moved = steps.recycle(self.model, noisy, graph, bias, initial)[-1]
+            square += square_displacement(moved, pos)
+        return (square / samples).cpu().numpy()

@@ -6,6 +6,8 @@ Training, selection, prediction and the ablations of an evaluation all use these
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,11 @@ def candidate_graph(h: Tensor, config: RunConfig) -> NeighborTable:
     return knn_candidates(h, settings.k, metric=settings.metric, backend=settings.backend)
 
 
-def attention_graph(
-    h: Tensor, candidates: NeighborTable | None, config: RunConfig
-) -> NeighborTable:
+Candidates = NeighborTable | Callable[[], NeighborTable]
+"""Candidates of every cell, or a function that seeks them once they are needed."""
+
+
+def attention_graph(h: Tensor, candidates: Candidates | None, config: RunConfig) -> NeighborTable:
     """What the model attends to: all candidates, or the nearest in a random sample of cells.
 
     Args:
@@ -48,7 +52,7 @@ def attention_graph(
         config: pool size and seed of the sample.
     """
     if not uses_sampled_candidates(len(h), config):
-        return candidate_graph(h, config) if candidates is None else candidates
+        return candidate_graph(h, config) if candidates is None else _found(candidates)
     settings = config.graph
     return pooled_candidates(
         h,
@@ -116,7 +120,7 @@ def recycle(
 
 def refinement_graph(
     h: Tensor,
-    candidates: NeighborTable,
+    candidates: Candidates,
     relevant_components: RelevantComponents | None,
     config: RunConfig,
 ) -> NeighborTable:
@@ -130,10 +134,14 @@ def refinement_graph(
     """
     settings = config.refine
     if not settings.steps or not (settings.rca_power or settings.pc_power):
-        return candidates
+        return _found(candidates)
     space = search_space(h, relevant_components, settings.rca_power or 0.0, settings.pc_power)
     k = max(_OVERLAP_NEIGHBORS, settings.neighbors)
     return knn_candidates(space, k, backend=config.graph.backend)
+
+
+def _found(candidates: Candidates) -> NeighborTable:
+    return candidates if isinstance(candidates, NeighborTable) else candidates()
 
 
 def correct_distances(pos: Tensor, h: Tensor, variance: Tensor | None, config: RunConfig) -> Tensor:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..geometry.gauge import gauge_fix
-from ..geometry.neighborhoods import rolled
+from ..geometry.neighborhoods import Shifts, opposite, rolled
+from ..ops.recording import Recorder
 from ..ticks import counted
+from .descent import Descent
 
 _LR = 0.02  # first step size of Adam, in RMS radii of the tissue
 _PARTNERS = 60  # random partners of a cell, in each direction, with an expected rank
@@ -80,13 +82,19 @@ def correct_distances(
         place = torch.cat([place, gauge_fix(h.to(x))[order] * similarity**0.5], dim=1)
     partners = torch.randint(1, n, (_PARTNERS,), generator=generator).tolist()
     wanted = expected_rank(place, v, partners)
-    optimizer = torch.optim.Adam([x])
+    descent, recorder = Descent(x), Recorder(x.device)
+    orders = [torch.randperm(_PARTNERS, generator=generator) for _ in range(steps)]
+    rows = torch.stack(orders)[:, :_STEP_PARTNERS]
+    draws = Shifts(torch.tensor(partners)[rows], x.device)
+    picked = Shifts(rows, x.device, as_list=False)
+
+    def move() -> None:
+        descent.step(_gradient(x, draws.now, wanted[picked.now]))
+
     for step in counted(range(steps)):
-        rows = torch.randperm(_PARTNERS, generator=generator)[:_STEP_PARTNERS]
-        shifts = [partners[row] for row in rows.tolist()]
-        x.grad = _gradient(x, shifts, wanted[rows.to(wanted.device)])
-        optimizer.param_groups[0]["lr"] = _LR * (1 - step / steps)
-        optimizer.step()
+        draws.take(step), picked.take(step)
+        descent.set_lr(_LR * (1 - step / steps))
+        recorder("move", move)
     return gauge_fix(torch.empty_like(x).index_copy_(0, order, x).to(pos.dtype))
 
 
@@ -126,7 +134,7 @@ def expected_rank(place: Tensor, variance: Tensor, shifts: list[int]) -> Tensor:
     return 1 - torch.exp(-q / (2 * w)) / w
 
 
-def _gradient(x: Tensor, shifts: list[int], wanted: Tensor) -> Tensor:
+def _gradient(x: Tensor, shifts: list[int] | Tensor, wanted: Tensor) -> Tensor:
     """Gradient (n, 2) of the negative correlation, up to the factor n, which Adam ignores."""
     n = x.size(0)
     wanted, _ = _standardized(wanted)
@@ -135,7 +143,7 @@ def _gradient(x: Tensor, shifts: list[int], wanted: Tensor) -> Tensor:
     found, std = _standardized(1 - near)
     correlation = (found * wanted).mean()
     gap *= ((found * correlation - wanted) / std * near / len(shifts)).unsqueeze(-1)
-    return gap.sum(0) - rolled(gap, [n - s for s in shifts]).sum(0)
+    return gap.sum(0) - rolled(gap, opposite(shifts, n)).sum(0)
 
 
 def _standardized(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ..geometry.gauge import gauge_fix
-from ..geometry.neighborhoods import rolled
+from ..geometry.neighborhoods import Shifts, nearest_among, opposite, rolled
 from ..graph import NeighborTable, knn
+from ..ops.recording import Recorder
 from ..ticks import counted
+from .descent import Descent
 
 _MIN_CELLS = 4  # per neighbour; with fewer, most cells are neighbours of each other
 _UNIT = 0.5  # scale of the kernel, in sqrt(k / n)
@@ -91,21 +92,30 @@ def refine_layout(
     unit = _UNIT * math.sqrt(k / n)
     anchor = gauge_fix(pos.float())[order]
     x = anchor.clone()
-    optimizer = torch.optim.Adam([x])
-    shifts = torch.randint(1, n, (steps, _SHIFTS), generator=generator).tolist()
-    for step, shift in enumerate(counted(shifts)):
-        if step % _SEARCH_EVERY == 0:
-            near = knn(x, _NEAR).index.long()
-            reach = (x - x[near[:, -1]]).square().sum(1)
+    descent, recorder = Descent(x), Recorder(x.device)
+    draws = Shifts(torch.randint(1, n, (steps, _SHIFTS), generator=generator), x.device)
+    near = reach = None
+
+    def move() -> None:
         gradient = _attraction(x, unit, candidates, source) * (2 / k)
-        gradient -= repulsion(x, unit, near, reach, shift) * (4 / unit**2)
-        x.grad = gradient + 2 * anchor_weight * (x - anchor)
-        optimizer.param_groups[0]["lr"] = _LR * unit * (1 - step / steps)
-        optimizer.step()
+        gradient -= repulsion(x, unit, near, reach, draws.now) * (4 / unit**2)
+        descent.step(gradient + 2 * anchor_weight * (x - anchor))
+
+    for step in counted(range(steps)):
+        if step % _SEARCH_EVERY == 0:
+            found = knn(x, _NEAR).index.long()
+            near = found if near is None else near.copy_(found)
+            span = (x - x[near[:, -1]]).square().sum(1)
+            reach = span if reach is None else reach.copy_(span)
+        draws.take(step)
+        descent.set_lr(_LR * unit * (1 - step / steps))
+        recorder("move", move)
     return gauge_fix(torch.empty_like(x).index_copy_(0, order, x).to(pos.dtype))
 
 
-def repulsion(x: Tensor, unit: float, near: Tensor, reach: Tensor, shifts: list[int]) -> Tensor:
+def repulsion(
+    x: Tensor, unit: float, near: Tensor, reach: Tensor, shifts: list[int] | Tensor
+) -> Tensor:
     r"""The repulsive force on every cell, :math:`-n u^2 / 4` times the gradient of the second term
     of :func:`refine_layout`.
 
@@ -134,7 +144,7 @@ def repulsion(x: Tensor, unit: float, near: Tensor, reach: Tensor, shifts: list[
     factor = (n - 1) / (2 * len(shifts))
     here = q * (square > reach)  # a pair may be beyond the reach of one cell only
     there = q * (square > rolled([reach] * len(shifts), shifts))
-    back = rolled(gap * there.square().unsqueeze(-1), [n - s for s in shifts])
+    back = rolled(gap * there.square().unsqueeze(-1), opposite(shifts, n))
     push += factor * ((gap * here.square().unsqueeze(-1)).sum(0) - back.sum(0))
     return push * (n / (total + factor * (here.sum() + there.sum())))
 
@@ -152,7 +162,7 @@ def _attraction(x: Tensor, unit: float, graph: NeighborTable, source: Tensor) ->
 def _overlap(pos: Tensor, near: Tensor) -> float:
     """Fraction of candidates (n, k), of some cells, that are among the k nearest in a layout."""
     rows = torch.randperm(len(pos), generator=torch.Generator().manual_seed(0))[:_OVERLAP_CELLS]
-    x, wanted = pos.double().cpu().numpy(), near[rows.to(near.device)].cpu().numpy()
-    found = cKDTree(x).query(x[rows.numpy()], near.size(1) + 1)[1]  # and itself
-    hit = (wanted[:, :, None] == found[:, None, :]).any(2)
-    return float(hit.sum() / max(1, (wanted >= 0).sum()))
+    wanted = near[rows.to(near.device)]
+    found = nearest_among(pos.double(), rows.to(pos.device), near.size(1) + 1)  # and itself
+    hit = (wanted.unsqueeze(2) == found.unsqueeze(1)).any(2)
+    return float(hit.sum()) / max(1, int((wanted >= 0).sum()))

@@ -1,9 +1,11 @@
 """How many true neighbours are among a cell's candidates, and which of them the gate prefers."""
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..graph import NeighborTable
+from ..graph.knn import nearest_of
 from .edges import per_edge, top_hits, true_edges, true_neighborhoods
 
 
@@ -34,6 +36,42 @@ def candidate_recall(
     if chance <= 0.25:
         out["candidate_recall_lift"] = recall / chance if chance > 0 else 0.0
     return out
+
+
+def sampled_candidate_recall(
+    h: Tensor,
+    pos: Tensor | np.ndarray,
+    candidates: int,
+    k: int = 15,
+    metric: str = "euclidean",
+    cells: int = 2000,
+) -> dict[str, float]:
+    """:func:`candidate_recall` of some cells of a large slide, whose graph is not needed.
+
+    Args:
+        h: embeddings (n, d).
+        pos: true positions (n, 2).
+        candidates: nearest cells in the embedding that are a cell's candidates.
+        k: spatial neighbours asked for.
+        metric: of the embedding, ``"euclidean"`` or ``"cosine"``.
+        cells: number of cells looked at, drawn at random without replacement.
+
+    Returns:
+        As :func:`candidate_recall`, and ``candidate_recall_se@k``, the standard error of the
+        sample.
+    """
+    n = len(h)
+    rows = torch.from_numpy(np.sort(np.random.default_rng(0).choice(n, min(cells, n), False)))
+    place = torch.as_tensor(pos).to(h.device).double()
+    near = nearest_of(place, rows.to(h.device), k).unsqueeze(1)
+    found = nearest_of(h, rows.to(h.device), candidates, metric=metric).unsqueeze(2)
+    share = (near == found).any(1).sum(1).double() / near.size(2)
+    recall, chance = float(share.mean()), found.size(1) / (n - 1)
+    return {
+        f"candidate_recall@{k}": recall,
+        f"candidate_recall_se@{k}": float(share.std() / len(rows) ** 0.5),
+        f"candidate_recall_chance@{k}": chance,
+    } | ({"candidate_recall_lift": recall / chance} if chance <= 0.25 else {})
 
 
 def gate_precision_recall(

@@ -194,7 +194,7 @@ def repulsion_loss(
     pos: Tensor,
     generator: torch.Generator | None = None,
     num_pairs: int = 256,
-    sizes: tuple[int, ...] | None = None,
+    sizes: tuple[int, ...] | Tensor | None = None,
 ) -> Tensor:
     r"""Mean of :math:`\exp(-\|x_i - x_j\|^2 / 0.01)` over random pairs of distinct nodes.
 
@@ -202,13 +202,15 @@ def repulsion_loss(
         pos: positions (n, 2).
         generator: source of the pairs.
         num_pairs: pairs drawn in each graph.
-        sizes: number of nodes of each graph; one graph if left out.
+        sizes: number of nodes of each graph; one graph if left out. A tensor on the device
+            saves a copy.
     """
     sizes = (pos.size(0),) if sizes is None else sizes
     device = _source(generator, pos.device)
     uniform = torch.rand(2, len(sizes), num_pairs, generator=generator, device=device)
     uniform = uniform.double().to(pos.device, non_blocking=True)
-    size = torch.tensor(sizes, dtype=torch.float64).unsqueeze(-1).to(pos.device, non_blocking=True)
+    size = torch.as_tensor(sizes, dtype=torch.float64).unsqueeze(-1)
+    size = size.to(pos.device, non_blocking=True)
     start = size.cumsum(0) - size
     first = (uniform[0] * size).floor()
     second = (first + 1 + (uniform[1] * (size - 1)).floor()).remainder(size)
@@ -339,7 +341,7 @@ GEOMETRY_TERMS: dict[str, Callable[[Tensor, SlideTarget, dict[str, Any]], Tensor
     "multiscale": lambda x, t, d: _multiscale_loss(x, t, d["stress_pairs"], d["generator"]),
     "gram": lambda x, t, d: gram_loss(x, t),
     "long_range": lambda x, t, d: long_range_loss(x, t, d["generator"]),
-    "repulsion": lambda x, t, d: repulsion_loss(x, d["generator"], sizes=t.sizes),
+    "repulsion": lambda x, t, d: repulsion_loss(x, d["generator"], sizes=t.ptr.diff()),
     "entropy_reg": lambda x, t, d: walk_entropy_loss(x, t.walk),
 }
 """Terms of a layout's supervision by name: of positions, target and the arguments of sampling."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..geometry.gauge import gauge_fix
 from ..graph import knn
 
+_PAIRS = 1 << 25  # distances held at once on a GPU
 EXACT_LIMIT = 4096  # nodes; beyond, all neighbours within 0.15 n would be O(n^2) pairs
 
 
@@ -17,12 +18,12 @@ def default_k(num_nodes: int) -> int:
 
 
 def reference_positions(pos: Tensor | np.ndarray) -> Tensor:
-    """True positions (n, 2) as float64 on the CPU, in the unit-RMS gauge.
+    """True positions (n, 2) as float64 where they are, in the unit-RMS gauge.
 
     Raises:
         ValueError: on positions that are not a finite (n, 2) matrix with n >= 1.
     """
-    pos = torch.as_tensor(pos).detach().to("cpu", torch.float64)
+    pos = torch.as_tensor(pos).detach().double()
     if pos.dim() != 2 or pos.size(1) != 2 or not len(pos):
         raise ValueError(f"positions must be (n, 2) with n >= 1; given {tuple(pos.shape)}")
     if not bool(torch.isfinite(pos).all()):
@@ -40,15 +41,15 @@ def refuse_large(num_nodes: int) -> None:
         )
 
 
-def spatial_neighbors(pos: Tensor, k: int | None = None) -> np.ndarray:
-    """The k nearest of every node (n, k), by default :func:`default_k` of them."""
+def spatial_neighbors(pos: Tensor, k: int | None = None) -> Tensor:
+    """The k nearest of every node (n, k), int64, by default :func:`default_k` of them."""
     k = default_k(len(pos)) if k is None else min(k, len(pos) - 1)
     if k < 1:
-        return np.empty((len(pos), 0), dtype=np.int64)
-    return knn(pos, k, backend="kdtree").index.numpy()
+        return torch.empty(len(pos), 0, dtype=torch.int64, device=pos.device)
+    return knn(pos, k, backend="auto" if pos.is_cuda else "kdtree").index.long()
 
 
-def sketch_neighbors(pos: Tensor, partners: int, seed: int) -> np.ndarray:
+def sketch_neighbors(pos: Tensor, partners: int, seed: int) -> Tensor:
     """A random sample of each node's 0.15 n nearest, about ``partners`` of them.
 
     All of the 0.15 n nearest where n is small.
@@ -57,38 +58,63 @@ def sketch_neighbors(pos: Tensor, partners: int, seed: int) -> np.ndarray:
     groups = 15 * n // (100 * max(partners, 1)) if default_k(n) > 20 else 1
     groups = max(1, groups)
     rng = np.random.default_rng([seed, 1])
-    return sampled_neighbors(pos.numpy(), default_k(n) // groups, groups, rng)
+    return sampled_neighbors(pos, default_k(n) // groups, groups, rng)
 
 
-def sampled_neighbors(xy: np.ndarray, k: int, groups: int, rng: np.random.Generator) -> np.ndarray:
-    """For each node its k nearest in one of ``groups`` random parts of the slide, (n, k).
+def sampled_neighbors(pos: Tensor, k: int, groups: int, rng: np.random.Generator) -> Tensor:
+    """For each node its k nearest in one of ``groups`` random parts of the slide, (n, k), int64.
 
     The k nearest of a random n / groups nodes are a random k of the k * groups nearest.
     """
     if groups == 1:
-        return spatial_neighbors(torch.from_numpy(xy), k)
-    n = len(xy)
-    index = np.empty((n, k), dtype=np.int64)
-    members = np.array_split(rng.permutation(n), groups)
-    queries = np.array_split(rng.permutation(n), groups)
-    for member, query in zip(members, queries, strict=True):
-        found = member[cKDTree(xy[member]).query(xy[query], k + 1)[1]]
+        return spatial_neighbors(pos, k)
+    n = len(pos)
+    members, queries = rng.permutation(n), rng.permutation(n)
+    if pos.is_cuda and (n // groups + 1) ** 2 <= _PAIRS:
+        return _nearest_in_parts(pos, k, groups, members, queries)
+    xy, index = pos.cpu().numpy(), np.empty((n, k), dtype=np.int64)
+    parts = np.array_split(members, groups), np.array_split(queries, groups)
+    for member, query in zip(*parts, strict=True):
+        found = member[cKDTree(xy[member]).query(xy[query], k + 1, workers=-1)[1]]
         own = found == query[:, None]
         own[:, -1] |= ~own.any(-1)
         index[query] = found[~own].reshape(len(query), k)
+    return torch.from_numpy(index).to(pos.device)
+
+
+def _nearest_in_parts(
+    pos: Tensor, k: int, groups: int, members: np.ndarray, queries: np.ndarray
+) -> Tensor:
+    """The k nearest of the queries of each part among its members, parts side by side."""
+    n, device = len(pos), pos.device
+    longer, width = n % groups, -(-n // groups)  # the first parts have one node more
+    part = torch.arange(groups, device=device).unsqueeze(1)
+    slot = torch.arange(width, device=device)
+    real = slot < width - (part >= longer).long() * (longer > 0)
+    place = (part * (n // groups) + part.clamp(max=longer) + slot).clamp(max=n - 1)
+    member, query = (torch.from_numpy(x).to(device)[place] for x in (members, queries))
+    index = torch.empty(n, k, dtype=torch.int64, device=device)
+    for rows in torch.arange(groups, device=device).split(max(1, _PAIRS // width**2)):
+        own, other, valid = query[rows], member[rows], real[rows]
+        square = (pos[own].unsqueeze(2) - pos[other].unsqueeze(1)).square().sum(-1)
+        square.masked_fill_(own.unsqueeze(2) == other.unsqueeze(1), torch.inf)
+        square.masked_fill_(~valid.unsqueeze(1), torch.inf)
+        nearest = square.topk(k, dim=-1, largest=False).indices
+        found = other.unsqueeze(1).expand(-1, width, -1).gather(2, nearest)
+        index[own[valid]] = found[valid]
     return index
 
 
-def directed_pairs(index: np.ndarray) -> np.ndarray:
+def directed_pairs(index: Tensor) -> Tensor:
     """Neighbour lists (n, k) as pairs (2, n k): neighbour, node."""
     n, k = index.shape
-    return np.stack([index.reshape(-1).astype(np.int64), np.repeat(np.arange(n), k)])
+    node = torch.arange(n, device=index.device).unsqueeze(1).expand(n, k)
+    return torch.stack([index.reshape(-1), node.reshape(-1)])
 
 
-def unique_pairs(pairs: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def unique_pairs(pairs: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Undirected pairs low < high, each once in ascending order, and how often each occurred."""
-    key = pairs.min(axis=0) * n + pairs.max(axis=0)
-    key.sort()
-    start = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])[: len(key)])
-    low, high = np.divmod(key[start], max(n, 1))
-    return low, high, np.diff(start, append=len(key))
+    key = torch.minimum(pairs[0], pairs[1]) * n + torch.maximum(pairs[0], pairs[1])
+    key, count = key.sort().values.unique_consecutive(return_counts=True)
+    n = max(n, 1)
+    return key.div(n, rounding_mode="floor"), key.remainder(n), count

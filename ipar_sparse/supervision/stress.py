@@ -78,7 +78,7 @@ def build_stress_target(
 
 def stress_from_neighbors(
     pos: Tensor,
-    neighbors: np.ndarray,
+    neighbors: Tensor,
     seed: int,
     *,
     sampled: bool = False,
@@ -96,12 +96,11 @@ def stress_from_neighbors(
         ring: ring partners a node.
         landmarks: number of landmarks, default max(8, n // 16).
     """
-    xy = pos.numpy()
     if landmarks is None:
         landmarks = max(8, (MINISET_LIMIT if sampled else len(pos)) // 16)
     partners = _sampled_ring_pairs if sampled else _ring_pairs
-    pairs = [directed_pairs(neighbors), partners(xy, ring, seed), _landmark_pairs(xy, landmarks)]
-    return _stress_of_pairs(pos, np.concatenate(pairs, axis=1))
+    pairs = [directed_pairs(neighbors), partners(pos, ring, seed), _landmark_pairs(pos, landmarks)]
+    return _stress_of_pairs(pos, torch.cat(pairs, dim=1))
 
 
 def multiscale_pairs(pos: Tensor, seed: int) -> StressTarget:
@@ -114,14 +113,13 @@ def multiscale_pairs(pos: Tensor, seed: int) -> StressTarget:
     rng = np.random.default_rng([seed, 2])
     lists, groups = [], 1
     while groups == 1 or n // groups >= _SMALLEST_SUBSET:
-        lists.append(sampled_neighbors(pos.numpy(), k, groups, rng))
+        lists.append(sampled_neighbors(pos, k, groups, rng))
         groups *= _SCALE_FACTOR
-    pairs = np.concatenate([directed_pairs(index) for index in lists], axis=1)
+    pairs = torch.cat([directed_pairs(index) for index in lists], dim=1)
     stress = _stress_of_pairs(pos, pairs)
     if not k:
         return stress
-    nearest = torch.from_numpy(lists[0])
-    reach = (pos[nearest] - pos.unsqueeze(1)).square().sum(-1).amax(-1).sqrt()
+    reach = (pos[lists[0]] - pos.unsqueeze(1)).square().sum(-1).amax(-1).sqrt()
     first, second = stress.edge_index
     return replace(stress, softening=_SOFTENING * (reach[first] * reach[second]).sqrt())
 
@@ -139,20 +137,19 @@ def collate_stress(stresses: Sequence[StressTarget], node: Sequence[int]) -> Str
     )
 
 
-def _stress_of_pairs(pos: Tensor, pairs: np.ndarray) -> StressTarget:
+def _stress_of_pairs(pos: Tensor, pairs: Tensor) -> StressTarget:
     low, high, _ = unique_pairs(pairs, len(pos))
-    xy = pos.numpy()
-    dist = np.sqrt(np.square(xy[low] - xy[high]).sum(-1))
+    dist = (pos[low] - pos[high]).square().sum(-1).sqrt()
     keep = dist > 1e-8
-    edge_index = torch.from_numpy(np.stack([low[keep], high[keep]]))
-    edge_batch = torch.zeros(edge_index.size(1), dtype=torch.int64)
-    return StressTarget(edge_index, torch.from_numpy(dist[keep]), edge_batch)
+    edge_index = torch.stack([low[keep], high[keep]])
+    return StressTarget(edge_index, dist[keep], torch.zeros_like(edge_index[0]))
 
 
-def _ring_pairs(xy: np.ndarray, partners: int, seed: int) -> np.ndarray:
-    n = len(xy)
+def _ring_pairs(pos: Tensor, partners: int, seed: int) -> Tensor:
+    """Ring partners from all distances, of a miniset; computed on the host."""
+    n, xy = len(pos), pos.cpu().numpy()
     if n < 3:
-        return np.empty((2, 0), dtype=np.int64)
+        return torch.empty(2, 0, dtype=torch.int64, device=pos.device)
     rng = np.random.default_rng(seed)
     condensed = pdist(xy)
     low, high = np.percentile(condensed, _RING)
@@ -164,38 +161,38 @@ def _ring_pairs(xy: np.ndarray, partners: int, seed: int) -> np.ndarray:
     chosen = np.argpartition(order, take - 1, axis=1)[:, :take]
     src, dst = chosen.reshape(-1), np.repeat(np.arange(n), take)
     keep = inside[dst, src]
-    return np.stack([src[keep], dst[keep]])
+    return torch.from_numpy(np.stack([src[keep], dst[keep]])).to(pos.device)
 
 
-def _sampled_ring_pairs(xy: np.ndarray, partners: int, seed: int) -> np.ndarray:
+def _sampled_ring_pairs(pos: Tensor, partners: int, seed: int) -> Tensor:
     """Ring partners by rejection: the first so many of random draws that lie in the ring."""
-    n = len(xy)
+    n, device = len(pos), pos.device
     rng = np.random.default_rng([seed, 3])
-    first, second = rng.integers(0, n, (2, 200_000))
-    sample = np.sqrt(np.square(xy[first] - xy[second]).sum(-1))[first != second]
-    low, high = np.percentile(sample, _RING)
+    first, second = torch.from_numpy(rng.integers(0, n, (2, 200_000))).to(device)
+    sample = (pos[first] - pos[second]).square().sum(-1).sqrt()[first != second]
+    low, high = np.percentile(sample.cpu().numpy(), _RING)
     pairs = []
     for start in range(0, n, _ROWS):
-        dst = np.arange(start, min(n, start + _ROWS))
-        src = rng.integers(0, n, (len(dst), 6 * partners))
-        distance = np.sqrt(np.square(xy[src] - xy[dst, None]).sum(-1))
+        dst = torch.arange(start, min(n, start + _ROWS), device=device)
+        src = torch.from_numpy(rng.integers(0, n, (len(dst), 6 * partners))).to(device)
+        distance = (pos[src] - pos[dst].unsqueeze(1)).square().sum(-1).sqrt()
         inside = (distance >= low) & (distance <= high)
-        row, slot = np.nonzero(inside & (inside.cumsum(1) <= partners))
-        pairs.append(np.stack([src[row, slot], dst[row]]))
-    return np.concatenate(pairs, axis=1)
+        row, slot = (inside & (inside.cumsum(1) <= partners)).nonzero().T
+        pairs.append(torch.stack([src[row, slot], dst[row]]))
+    return torch.cat(pairs, dim=1)
 
 
-def _landmark_pairs(xy: np.ndarray, count: int) -> np.ndarray:
+def _landmark_pairs(pos: Tensor, count: int) -> Tensor:
     """Every node with its nearest landmark; the first is the node farthest from the centre."""
-    n = len(xy)
-    nearest = np.zeros(n, dtype=np.int64)
-    best = np.full(n, np.inf)
-    landmark = int(np.square(xy).sum(-1).argmax())
+    n = len(pos)
+    nearest = torch.zeros(n, dtype=torch.int64, device=pos.device)
+    best = torch.full_like(pos[:, 0], torch.inf)
+    landmark = pos.square().sum(-1).argmax()
     for _ in range(min(count, n)):
-        square = np.square(xy - xy[landmark]).sum(-1)
-        nearest = np.where(square < best, landmark, nearest)
-        best = np.minimum(best, square)
-        landmark = int(best.argmax())
-    node = np.arange(n)
+        square = (pos - pos[landmark]).square().sum(-1)
+        nearest = torch.where(square < best, landmark, nearest)
+        best = torch.minimum(best, square)
+        landmark = best.argmax()
+    node = torch.arange(n, device=pos.device)
     keep = nearest != node
-    return np.stack([nearest[keep], node[keep]])
+    return torch.stack([nearest[keep], node[keep]])

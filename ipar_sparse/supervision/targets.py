@@ -101,7 +101,7 @@ def build_target(
     exact up to 384 nodes.
 
     Args:
-        pos: positions (n, 2), any units, finite.
+        pos: positions (n, 2), any units, finite. The targets are built where they are.
         seed: of every random choice.
         mode: ``"auto"``, ``"exact"`` or ``"sketch"``.
         partners: neighbours a node in a sketch.
@@ -114,14 +114,14 @@ def build_target(
     pos = reference_positions(pos)
     n = len(pos)
     neighbors, sketch = _neighbor_lists(pos, mode, partners, seed)
-    sampled = neighbors.shape[1] < default_k(n)
+    sampled = neighbors.size(1) < default_k(n)
     multiscale = sketch if multiscale is None else multiscale
     return SlideTarget(
         pos=pos,
         walk=walk_from_neighbors(pos, neighbors, sampled=sampled),
         stress=stress_from_neighbors(pos, neighbors, seed, sampled=sampled),
-        batch=torch.zeros(n, dtype=torch.int64),
-        ptr=torch.tensor([0, n]),
+        batch=torch.zeros(n, dtype=torch.int64, device=pos.device),
+        ptr=torch.tensor([0, n], device=pos.device),
         sizes=(n,),
         multiscale=multiscale_pairs(pos, seed) if multiscale else None,
     )
@@ -141,7 +141,7 @@ def target_graph(
     pos = reference_positions(pos)
     neighbors, sketch = _neighbor_lists(pos, mode, partners, seed)
     method = "sketch" if sketch else "kdtree"
-    return NeighborTable(torch.from_numpy(neighbors).int(), metric="euclidean", method=method)
+    return NeighborTable(neighbors.int(), metric="euclidean", method=method)
 
 
 def collate(targets: Sequence[SlideTarget]) -> SlideTarget:
@@ -172,7 +172,7 @@ def collate(targets: Sequence[SlideTarget]) -> SlideTarget:
     )
 
 
-def _neighbor_lists(pos: Tensor, mode: str, partners: int, seed: int) -> tuple[np.ndarray, bool]:
+def _neighbor_lists(pos: Tensor, mode: str, partners: int, seed: int) -> tuple[Tensor, bool]:
     """Neighbours (n, k) in one of the modes of :func:`build_target`, and whether it is a sketch."""
     if mode not in ("auto", "exact", "sketch"):
         raise ValueError(f"unknown mode {mode!r}; choose 'auto', 'exact' or 'sketch'")

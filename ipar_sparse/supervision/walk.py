@@ -166,7 +166,7 @@ def build_walk_target(
 
 
 def walk_from_neighbors(
-    pos: Tensor, index: np.ndarray, steps: int | None = None, sampled: bool = False
+    pos: Tensor, index: Tensor, steps: int | None = None, sampled: bool = False
 ) -> WalkTarget:
     """The random walk on given directed neighbour lists.
 
@@ -177,29 +177,28 @@ def walk_from_neighbors(
         sampled: whether the lists are a sample of the nodes within sigma.
     """
     n = len(pos)
-    sigma = _sigma(pos.numpy(), index)
+    sigma = _sigma(pos, index)
     low, high, count = unique_pairs(directed_pairs(index), n)
     num_pairs = len(low)
-    row, col = np.concatenate([low, high]), np.concatenate([high, low])
-    order = np.argsort(row * n + col)
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(2 * num_pairs)
-    rowptr = np.zeros(n + 1, dtype=np.int64)
-    np.cumsum(np.bincount(row, minlength=n), out=rowptr[1:])
+    row, col = torch.cat([low, high]), torch.cat([high, low])
+    order = (row * n + col).argsort()
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(2 * num_pairs, device=pos.device)
+    rowptr = torch.zeros(n + 1, dtype=torch.int64, device=pos.device)
+    torch.cumsum(torch.bincount(row, minlength=n), 0, out=rowptr[1:])
     steps = default_steps(n) if steps is None else steps
-    tensor = torch.from_numpy
     return WalkTarget(
         pos=pos,
-        pair=tensor(np.stack([low, high])),
-        log_multiplicity=tensor(np.log(count / 2)),
-        precision=tensor(1 / (sigma[low] * sigma[high] + 1e-10)),
-        row=tensor(row[order]),
-        col=tensor(col[order]),
-        rowptr=tensor(rowptr),
-        entry_pair=tensor(order % max(num_pairs, 1)),
-        transposed=tensor(inverse[(order + num_pairs) % max(2 * num_pairs, 1)]),
-        sigma=tensor(sigma),
-        row_steps=tensor(np.full(n, steps)),
+        pair=torch.stack([low, high]),
+        log_multiplicity=(count.double() / 2).log(),
+        precision=1 / (sigma[low] * sigma[high] + 1e-10),
+        row=row[order],
+        col=col[order],
+        rowptr=rowptr,
+        entry_pair=order % max(num_pairs, 1),
+        transposed=inverse[(order + num_pairs) % max(2 * num_pairs, 1)],
+        sigma=sigma,
+        row_steps=torch.full((n,), steps, device=pos.device),
         steps=steps,
         sizes=(n,),
         sampled=sampled,
@@ -267,14 +266,14 @@ def gate_target(graph: NeighborTable, walk: WalkTarget, step: int = 1) -> Tensor
     return weight / torch.where(total > 0, total, torch.ones_like(total))[dst]
 
 
-def _sigma(xy: np.ndarray, index: np.ndarray) -> np.ndarray:
+def _sigma(pos: Tensor, index: Tensor) -> Tensor:
     """Distance of each node to the farthest of its neighbours (n,), clamped at 1e-8."""
-    sigma = np.full(len(xy), 1e-8)
-    if index.shape[1]:
-        for start in range(0, len(xy), _ROWS):
+    sigma = torch.full_like(pos[:, 0], 1e-8)
+    if index.size(1):
+        for start in range(0, len(pos), _ROWS):
             rows = slice(start, start + _ROWS)
-            span = xy[index[rows]] - xy[rows, None]
-            sigma[rows] = np.sqrt(np.square(span).sum(-1).max(-1)).clip(1e-8)
+            span = pos[index[rows]] - pos[rows].unsqueeze(1)
+            sigma[rows] = span.square().sum(-1).amax(-1).sqrt().clamp(min=1e-8)
     return sigma
 
 

@@ -48,8 +48,8 @@ def place_training_slides(
     spread = torch.stack([slide.h.std(0, correction=0) for slide in train]).mean(0)
     level = spread.clamp(max=config.train.noise_h)
     for number, slide in enumerate((*train, *others)):
-        generator = loop.generator("atlas", number, "cpu")
-        seen = number < len(train)
-        noise = torch.randn(slide.h.shape, generator=generator) * seen
-        h = slide.h + level * noise
-        slide.initial = gauge_fix(atlas(h.to(loop.device), nearest=not seen).cpu())
+        seen, h = number < len(train), slide.h
+        if seen:
+            generator = loop.generator("atlas", number, h.device)
+            h = h + level * torch.randn(h.shape, generator=generator, device=h.device)
+        slide.initial = gauge_fix(atlas(h, nearest=not seen))

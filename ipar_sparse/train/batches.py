@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from ..supervision import collate as collate_targets
 SLIDE_STEPS = 100
 """Steps per epoch on whole slides, where none are asked for."""
 _BYTES_A_CELL = 10_000  # of a whole slide: embedding, graph both ways, targets, k = 100
+_AHEAD = 15  # minisets built together with the one that is asked for
 _KEEP_CELLS = 500_000  # over all kept minisets; about 4 kB each
 
 
@@ -29,8 +31,8 @@ class EmbeddedSlide:
 
     Args:
         name: of the slide.
-        h: frozen embeddings (n, d), on the CPU.
-        pos: positions (n, 2), float64.
+        h: frozen embeddings (n, d).
+        pos: positions (n, 2), float64, on the same device.
         initial: initial layout (n, 2) by the atlas of the run, if it has one.
     """
 
@@ -44,6 +46,11 @@ class EmbeddedSlide:
         initial = None if self.initial is None else self.initial[rows]
         return EmbeddedSlide(self.name, self.h[rows], self.pos[rows], initial)
 
+    def to(self, device: torch.device | str) -> EmbeddedSlide:
+        """The same slide on another device."""
+        initial = None if self.initial is None else self.initial.to(device)
+        return EmbeddedSlide(self.name, self.h.to(device), self.pos.to(device), initial)
+
 
 @dataclass
 class GraphBatch:
@@ -56,6 +63,7 @@ class GraphBatch:
         gate_target: what the gate learns (E,): the reference walk on the edges, rows sum to 1.
         whole: whether this is a whole slide, whose walk is compared by probe rows.
         initial: layout (n, 2) that the recycles begin from; None leaves it to the model.
+        stays: whether later steps get this very batch again.
     """
 
     h: Tensor
@@ -64,11 +72,15 @@ class GraphBatch:
     gate_target: Tensor
     whole: bool = False
     initial: Tensor | None = None
+    stays: bool = False
 
     def to(self, device: torch.device | str) -> GraphBatch:
-        """The same batch on another device."""
+        """The same batch on another device; itself where it is there already."""
+        h = self.h.to(device)
+        if h is self.h:
+            return self
         return GraphBatch(
-            h=self.h.to(device),
+            h=h,
             graph=self.graph.to(device),
             target=self.target.to(device),
             gate_target=self.gate_target.to(device),
@@ -206,6 +218,8 @@ def sample_minisets(
 class MinisetPool:
     """Minisets built when first asked for and kept, or built again where they are too many.
 
+    They are built on the host, a few at a time side by side, and kept on the device.
+
     Args:
         slides: where the cells come from.
         count: minisets in the pool.
@@ -213,6 +227,7 @@ class MinisetPool:
         seed: of the choice of cells.
         oracle: attend on the true neighbours in place of candidates.
         keep_cells: cells over all kept minisets.
+        device: where minisets are wanted.
     """
 
     def __init__(
@@ -223,25 +238,48 @@ class MinisetPool:
         seed: int,
         oracle: bool = False,
         keep_cells: int = _KEEP_CELLS,
+        device: torch.device | str = "cpu",
     ):
         self.slides, self.config, self.seed, self.oracle = slides, config, seed, oracle
+        self.device = torch.device(device)
         self.sets = sample_minisets(slides, count, config.train, seed)
-        self._room = keep_cells
+        kept = torch.tensor([len(rows) for _, rows in self.sets]).cumsum(0) <= keep_cells
+        self._missing = [number for number in range(count) if kept[number]]
         self._kept: dict[int, GraphBatch] = {}
 
     def __len__(self) -> int:
         return len(self.sets)
 
     def __getitem__(self, number: int) -> GraphBatch:
+        if number in self._missing:
+            self._missing.remove(number)
+            ahead, self._missing = self._missing[:_AHEAD], self._missing[_AHEAD:]
+            numbers = [number, *ahead]
+            cells = [self._cells(one) for one in numbers]
+            for one, batch in zip(numbers, _side_by_side(self._build, numbers, cells), strict=True):
+                self._kept[one] = batch.to(self.device)
+                self._kept[one].stays = True
         if number in self._kept:
             return self._kept[number]
+        return self._build(number, self._cells(number)).to(self.device)
+
+    def _cells(self, number: int) -> EmbeddedSlide:
         which, rows = self.sets[number]
-        seed = self.seed + number
-        batch = build_batch(self.slides[which].take(rows), self.config, seed, oracle=self.oracle)
-        if len(rows) <= self._room:
-            self._room -= len(rows)
-            self._kept[number] = batch
-        return batch
+        return self.slides[which].take(rows).to("cpu")
+
+    def _build(self, number: int, cells: EmbeddedSlide) -> GraphBatch:
+        return build_batch(cells, self.config, self.seed + number, oracle=self.oracle)
+
+
+def _side_by_side(build: Callable[..., GraphBatch], *given: Sequence) -> list[GraphBatch]:
+    """The results of a function on the host, on all cores, one thread of torch each."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return list(map(build, *given))
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        results = list(pool.map(build, *given))
+    torch.set_num_threads(threads)
+    return results
 
 
 class Batches:
@@ -264,15 +302,17 @@ class Batches:
         settings = config.train
         self.config, self.device, kind = config, device, settings.batch_kind
         oracle = settings.attention_graph == "target"
-        self.pool = MinisetPool(train, settings.minisets, config, settings.seed, oracle=oracle)
+        self.pool = MinisetPool(
+            train, settings.minisets, config, settings.seed, oracle=oracle, device=device
+        )
         self.whole: list[GraphBatch] = []
         if kind in ("slide", "mixed"):
             self.whole = [build_batch(s, config, settings.seed, True, oracle) for s in train]
-            self.whole = _resident(self.whole, device)
             self.val = [build_batch(s, config, settings.seed, True) for s in val]
+            _make_room(self.whole, self.val, device)
         else:
             count = settings.val_minisets if val else 0
-            minisets = MinisetPool(val, count, config, settings.seed + 1)
+            minisets = MinisetPool(val, count, config, settings.seed + 1, device=device)
             self.val = [minisets[number] for number in range(len(minisets))]
 
     def at(self, stage: str, step: int) -> GraphBatch:
@@ -297,14 +337,22 @@ def step_generator(
     seed: int, stage: str, step: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
     """The source of all random numbers of one step of a stage."""
+    return torch.Generator(device).manual_seed(step_seed(seed, stage, step))
+
+
+def step_seed(seed: int, stage: str, step: int) -> int:
+    """The seed of :func:`step_generator`."""
     digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    return int.from_bytes(digest[:7], "little")
 
 
-def _resident(batches: list[GraphBatch], device: torch.device) -> list[GraphBatch]:
-    """Batches on the device, with all that a step finds out about their graphs, if they fit."""
+def _make_room(train: list[GraphBatch], val: list[GraphBatch], device: torch.device) -> None:
+    """Whole slides stay on the device if they fit; else only the one in use is there."""
     if device.type != "cuda":
-        return batches
-    needed = _BYTES_A_CELL * sum(len(batch.h) for batch in batches)
+        return
     room = torch.cuda.get_device_properties(device).total_memory // 4
-    return [batch.to(device) for batch in batches] if needed <= room else batches
+    for batches in (train, val):
+        for number, batch in enumerate(batches):
+            room -= _BYTES_A_CELL * len(batch.h)
+            batches[number] = batch.to(device if room >= 0 else "cpu")
+            batches[number].stays = room >= 0

@@ -13,13 +13,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import RunConfig
+from ..data.expression import Expression
 from ..data.slide import Slide
 from ..estimators import Atlas, EmbeddingScaler, RelevantComponents
 from ..estimators.regression import ridge_layout
@@ -30,6 +32,7 @@ from ..inference.modules import build_encoder, build_gate_and_model
 from ..layout.uncertainty import square_errors
 from ..metrics.diagnostics import candidate_recall
 from ..metrics.layout import distance_metrics
+from ..nn import SharedEncoder
 from .atlas import place_training_slides
 from .batches import Batches, EmbeddedSlide
 from .brief import BriefTrainings
@@ -271,13 +274,18 @@ class DonorFold:
 
     def _fit(self, kind: str) -> FoldModel:
         device = self.brief.device
-        encoder = self._encoder(kind) if self.genes is not None else None
-        slides = [*self.train, *self.test]
-        raw = [embed_slide(slide, encoder, self.genes, device).to(device) for slide in slides]
+        encoder, read = None, []
+        if self.genes is not None:
+            encoder = self._encoder(kind)
+            read = self._expressions(encoder)
+        raw = [
+            embed_slide(slide, encoder, self.genes, device, known)
+            for slide, known in zip_longest([*self.train, *self.test], read)
+        ]
         scaler = EmbeddingScaler(raw[0].size(1)).to(device).fit(raw[: len(self.train)])
         h = [scaler(values).detach() for values in raw]
         train = [
-            EmbeddedSlide(slide.name, own.cpu(), torch.from_numpy(slide.pos))
+            EmbeddedSlide(slide.name, own, torch.from_numpy(slide.pos).to(device))
             for slide, own in zip(self.train, h, strict=False)
         ]
         test = [
@@ -289,7 +297,15 @@ class DonorFold:
         relevant = RelevantComponents(width).fit(known).to(device)
         return FoldModel(train, test, relevant, Atlas(width).fit(known).to(device))
 
-    def _encoder(self, kind: str) -> nn.Module:
+    def _expressions(self, encoder: SharedEncoder) -> list[Expression]:
+        """Expression of all slides as the encoder takes it, which its components do not change."""
+
+        def make() -> list[Expression]:
+            return [read_expression(slide, self.genes or [], encoder) for slide in self.test]
+
+        return [*self._once("encoder", self._train_encoder)[1], *self._once("read", make)]
+
+    def _encoder(self, kind: str) -> SharedEncoder:
         """The encoder with components of one kind appended to what it has learned."""
         trained, read = self._once("encoder", self._train_encoder)
         encoder = copy.deepcopy(trained)

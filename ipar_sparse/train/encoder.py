@@ -5,8 +5,11 @@ cells far from it. A distance loss makes distances in the embedding proportional
 tissue. VICReg keeps two noisy views of a cell together, and every dimension in use.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch.nn import functional as F
 from .. import progress
 from ..config import EncoderConfig, RunConfig
 from ..data.expression import Expression, gene_weights, morans_i
+from ..data.resident import resident
 from ..data.slide import Slide
 from ..estimators.components import principal_axes, spatial_axes
 from ..geometry.gauge import gauge_fix
@@ -24,10 +28,10 @@ from ..graph import knn
 from ..inference.embedding import normalize_expression, read_expression
 from ..nn import SharedEncoder
 from ..nn.encoder import SMOOTH_CHANNELS
-from .loop import Loop, cosine, set_lr
+from ..ops.recording import Recorder
+from .loop import Loop, adamw, cosine, set_lr
 
 _ROWS = 8192  # cells of dense expression at once
-_TABLE = 1 << 26  # expression values of a training slide that are kept dense: 256 MiB
 _AXES_CELLS = 20_000  # a slide; more do not move the leading components
 _AROUND = 15  # nearest cells that a gene is compared with for Moran's I
 _NEAREST = 0.02  # of the slide's radius; log distances below it say nothing of the layout
@@ -41,24 +45,27 @@ class ContrastiveSlide:
         pos: positions (n, 2).
         neighbors: spatial neighbours that are positives.
         far_quantile: quantile of the pairwise distances beyond which cells are negatives.
+        device: where all of it is kept.
     """
 
-    def __init__(self, expression: Expression, pos, neighbors: int, far_quantile: float):
-        self.expression = expression
-        small = math.prod(expression.shape) <= _TABLE
-        self._table = torch.from_numpy(expression.rows()) if small else None
-        self.pos = gauge_fix(torch.from_numpy(np.asarray(pos, dtype=np.float64)))
-        self.neighbors = knn(self.pos, neighbors).index.long()
+    def __init__(
+        self,
+        expression: Expression,
+        pos,
+        neighbors: int,
+        far_quantile: float,
+        device: torch.device | str = "cpu",
+    ):
+        device = torch.device(device)
+        self.expression = resident(expression, device).keep_dense()
+        self.rows = self.expression.rows
+        place = gauge_fix(torch.from_numpy(np.asarray(pos, dtype=np.float64)))
         generator = torch.Generator().manual_seed(0)
-        sample = torch.randint(0, len(self.pos), (2, 20_000), generator=generator)
-        distance = (self.pos[sample[0]] - self.pos[sample[1]]).norm(dim=-1)
+        sample = torch.randint(0, len(place), (2, 20_000), generator=generator)
+        distance = (place[sample[0]] - place[sample[1]]).norm(dim=-1)
         self.far = float(distance.quantile(far_quantile))
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Expression (m, genes) of some cells."""
-        if self._table is not None:
-            return self._table[index]
-        return torch.from_numpy(self.expression.rows(index.numpy()))
+        self.pos = place.to(device)
+        self.neighbors = knn(self.pos, neighbors).index.long()
 
 
 def encoder_loss(
@@ -89,33 +96,33 @@ def encoder_loss(
         encoder: genes to embedding.
         slide: where the batch is drawn.
         settings: weights, temperature, noise.
-        generator: CPU generator of the batch and its views.
+        generator: of the batch and its views, on the slide's device.
         device: where the encoder lies.
 
     Returns:
         Scalars ``loss`` and, of those with weight, ``infonce``, ``invariance``, ``variance``,
         ``covariance``, ``distance``.
     """
-    n = slide.expression.shape[0]
-    anchor = torch.randperm(n, generator=generator)[: settings.batch_size]
-    pick = torch.randint(0, slide.neighbors.size(1), (anchor.numel(),), generator=generator)
+    n, draw = slide.expression.shape[0], {"generator": generator, "device": device}
+    anchor = torch.randperm(n, **draw)[: settings.batch_size]
+    pick = torch.randint(0, slide.neighbors.size(1), (anchor.numel(),), **draw)
     positive = slide.neighbors[anchor, pick]
 
     def view(rows: Tensor) -> Tensor:
-        return encoder(_view(slide.rows(rows).to(device), settings, generator))
+        return encoder(_view(slide.rows(rows), settings, generator))
 
     weights = settings.weights()
     first, losses = view(anchor), {}
     if "infonce" in weights:
         far = torch.cdist(slide.pos[anchor], slide.pos[positive]) > slide.far
-        losses["infonce"] = _infonce(first, view(positive), far.to(device), settings)
+        losses["infonce"] = _infonce(first, view(positive), far, settings)
     if weights.keys() & {"invariance", "variance", "covariance"}:
         second = view(anchor)
         losses["invariance"] = F.mse_loss(first, second)
         losses["variance"] = (_variance(first) + _variance(second)) / 2
         losses["covariance"] = _covariance(first) + _covariance(second)
     if "distance" in weights:
-        losses["distance"] = _distance(first, slide.pos[anchor].to(device))
+        losses["distance"] = _distance(first, slide.pos[anchor])
     losses = {name: losses[name] for name in weights}
     total: Any = sum(weights[name] * loss for name, loss in losses.items())
     return {"loss": total, **losses}
@@ -140,35 +147,42 @@ def train_encoder(
     Returns:
         The expression of each slide as the encoder takes it.
     """
-    settings, total = config.encoder, config.encoder.steps
+    settings, total, device = config.encoder, config.encoder.steps, loop.device
+    plain: Sequence[Expression | None] = [None] * len(slides)
     if loop.state.step == 0:
         with progress.stage("Gene weights and components"):
-            initialize_encoder(encoder, slides, genes, config)
+            plain = initialize_encoder(encoder, slides, genes, config)
     read = [
-        read_expression(slide, genes, encoder)
-        for slide in progress.track(slides, "Smoothing expression")
+        read_expression(slide, genes, encoder, known)
+        for slide, known in zip(progress.track(slides, "Smoothing expression"), plain, strict=True)
     ]
     batches = [
-        ContrastiveSlide(expression, slide.pos, settings.neighbors, settings.far_quantile)
+        ContrastiveSlide(expression, slide.pos, settings.neighbors, settings.far_quantile, device)
         for expression, slide in zip(
             progress.track(read, "Neighbours in space"), slides, strict=True
         )
     ]
-    optimizer = torch.optim.AdamW(
-        encoder.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-    )
+    optimizer = adamw(encoder.parameters(), settings.lr, settings.weight_decay, device)
+    generator = torch.Generator(device)
+    dense = all(slide.expression.is_dense for slide in batches)
+    recorder = Recorder(device, generator, enabled=dense)
     encoder.train()
+
+    def learn(slide: ContrastiveSlide) -> dict[str, Tensor]:
+        losses = encoder_loss(encoder, slide, settings, generator, device)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        optimizer.step()
+        return {name: loss.detach() for name, loss in losses.items()}
+
     with loop.stage("encoder", total, optimizer) as stage:
         for step in stage:
-            generator = loop.generator("encoder", step, "cpu")
-            torch.manual_seed(generator.initial_seed())  # dropout draws from the global one
+            seed = loop.seed_of("encoder", step)
+            generator.manual_seed(seed)
+            torch.manual_seed(seed)  # dropout draws from the global one
             set_lr(optimizer, cosine(step, total, settings.lr, settings.lr * 0.01))
-            slide = batches[step % len(batches)]
-            losses = encoder_loss(encoder, slide, settings, generator, loop.device)
-            optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
-            optimizer.step()
-            stage.record(losses)
+            number = step % len(batches)
+            stage.record(recorder(number, partial(learn, batches[number])))
         if total:
             with progress.stage("Appending components"):
                 append_components(encoder, read, [slide.pos for slide in slides], settings)
@@ -179,8 +193,10 @@ def train_encoder(
 @torch.no_grad()
 def initialize_encoder(
     encoder: SharedEncoder, slides: Sequence[Slide], genes: Sequence[str], config: RunConfig
-) -> None:
+) -> list[Expression]:
     """Set what an encoder has before its first step: gene weights, and principal components.
+
+    Returns the expression of each slide, weighted so.
 
     Args:
         encoder: untrained.
@@ -188,23 +204,28 @@ def initialize_encoder(
         genes: G genes of the encoder.
         config: ``data.target_sum`` and ``encoder``.
     """
-    settings = config.encoder
+    settings, device = config.encoder, next(encoder.parameters()).device
     if encoder.gene_weight is not None:
         encoder.target_sum.fill_(config.data.target_sum)
-        weight = _gene_weights(slides, genes, float(encoder.target_sum), settings)
+        weight = _gene_weights(slides, genes, float(encoder.target_sum), settings, device)
         encoder.gene_weight.copy_(torch.from_numpy(weight))
+    plain = [normalize_expression(slide, genes, encoder) for slide in slides]
     if settings.skip or settings.knn_smoothing:
-        plain = [normalize_expression(slide, genes, encoder) for slide in slides]
-        encoder.init_linear(*principal_axes(plain, max(settings.out, SMOOTH_CHANNELS)))
+        encoder.init_linear(*principal_axes(plain, max(settings.out, SMOOTH_CHANNELS), device))
+    return plain
 
 
 def _gene_weights(
-    slides: Sequence[Slide], genes: Sequence[str], total: float, settings: EncoderConfig
+    slides: Sequence[Slide],
+    genes: Sequence[str],
+    total: float,
+    settings: EncoderConfig,
+    device: torch.device,
 ) -> np.ndarray:
     plain = [Expression.from_slide(slide, genes, total) for slide in slides]
     morans = None
     if settings.morans_i_power > 0:
-        found = [_morans(e, slide.pos) for e, slide in zip(plain, slides, strict=True)]
+        found = [_morans(e, slide.pos, device) for e, slide in zip(plain, slides, strict=True)]
         morans = np.mean(found, axis=0)
     return gene_weights(plain, settings.scale_power, morans, settings.morans_i_power)
 
@@ -235,19 +256,19 @@ def append_components(
     weight = settings.component_weight
     if not weight or encoder.linear is None:
         return
-    if settings.component_kind == "spatial":
-        axes, _ = spatial_axes(slides, positions, encoder.out_channels)
-    else:
-        axes, _ = principal_axes(slides, encoder.out_channels)
-    encoder.eval()
     width, device = encoder.out_channels, next(encoder.parameters()).device
+    if settings.component_kind == "spatial":
+        axes, _ = spatial_axes(slides, positions, encoder.out_channels, device=device)
+    else:
+        axes, _ = principal_axes(slides, encoder.out_channels, device)
+    encoder.eval()
     axes = axes.to(device)
     total = torch.zeros(width + axes.size(1), width + axes.size(1)).double()
     for number, slide in enumerate(slides):
         cells = np.random.default_rng([number, 7]).permutation(slide.shape[0])[:_AXES_CELLS]
-        parts = []
+        parts, there = [], resident(slide, device)
         for rows in np.array_split(cells, len(cells) // _ROWS + 1):
-            x = torch.from_numpy(slide.rows(rows)).to(device)
+            x = there.rows(torch.from_numpy(rows).to(device))
             parts.append(torch.cat([encoder(x), x @ axes], dim=1).double().cpu())
         values = torch.cat(parts)
         values = values - values.mean(0)
@@ -261,19 +282,33 @@ def append_components(
     encoder.rotate_output(rotation[:width], axes @ rotation[width:])
 
 
-def _morans(expression: Expression, pos) -> np.ndarray:
-    neighbors = knn(torch.from_numpy(np.asarray(pos, dtype=np.float64)), _AROUND).index.numpy()
+def _morans(expression: Expression, pos, device: torch.device) -> np.ndarray:
+    place = torch.from_numpy(np.asarray(pos, dtype=np.float64)).to(device)
+    neighbors = knn(place, _AROUND).index
     rows = np.random.default_rng(0).permutation(len(neighbors))[:_AXES_CELLS]
-    return morans_i(expression.matrix, neighbors, rows)
+    if device.type != "cuda":
+        return morans_i(expression.matrix, neighbors.numpy(), rows)
+    there, genes = resident(expression, device), expression.shape[1]
+    sums = torch.zeros(4, genes, dtype=torch.float64, device=device)
+    for part in torch.from_numpy(rows).to(device).split(_ROWS // _AROUND):
+        own = there.rows(part).double()
+        near = there.rows(neighbors[part].flatten().long()).view(len(part), -1, genes)
+        around = near.double().mean(1)
+        sums += torch.stack([own.sum(0), around.sum(0), (own * around).sum(0), own.square().sum(0)])
+    own, around, product, square = (sums / len(rows)).cpu().numpy()
+    variance = square - own**2
+    varies = variance > 1e-12 * max(variance.max(initial=0.0), 1e-300)
+    return np.where(varies, (product - own * around) / np.where(varies, variance, 1.0), 0.0)
 
 
 def _view(x: Tensor, settings: EncoderConfig, generator: torch.Generator) -> Tensor:
     """A noisy view of cells: some genes at their mean, the others shaken, and every gene as
     strong as another batch might measure it."""
-    keep = torch.rand(x.shape, generator=generator) >= settings.gene_dropout
-    noise = torch.randn(x.shape, generator=generator)
-    strength = torch.exp(settings.gene_log_std * torch.randn(x.size(1), generator=generator))
-    return (x * keep.to(x.device) + settings.noise * noise.to(x.device)) * strength.to(x.device)
+    draw = {"generator": generator, "device": x.device}
+    keep = torch.rand(x.shape, **draw) >= settings.gene_dropout
+    noise = torch.randn(x.shape, **draw)
+    strength = torch.exp(settings.gene_log_std * torch.randn(x.size(1), **draw))
+    return (x * keep + settings.noise * noise) * strength
 
 
 def _infonce(anchor: Tensor, positive: Tensor, far: Tensor, settings: EncoderConfig) -> Tensor:

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from ..config import RunConfig, resolve_device
 from ..config.schema import CONFIG, INPUTS, SELECTION
 from ..data.copies import find_copies, sketch, slide_digest
+from ..data.expression import Expression
 from ..data.input_profile import conform, informative, profile_inputs
 from ..data.slide import Slide, Warned
 from ..data.splits import choose_validation
@@ -29,7 +31,7 @@ from ..inference.checkpoint import load_checkpoint
 from ..inference.embedding import embed_slide
 from ..inference.modules import build_encoder, build_gate_and_model
 from ..inference.run_folder import BEST, LAST, read_meta
-from ..metrics.diagnostics import candidate_recall
+from ..metrics.candidates import candidate_recall, sampled_candidate_recall
 from ..progress import quiet_stages, stage, track
 from .atlas import fit_atlas
 from .batches import Batches, EmbeddedSlide
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 REFERENCE = "reference.safetensors"
 """Embeddings and positions of (at most 5,000 cells of) each training slide, for baselines."""
 _REFERENCE_CELLS = 5000
+_RECALL_CELLS = 20_000  # of a slide, whose candidates are all looked at; of more, a sample
 
 
 @dataclass
@@ -119,12 +122,14 @@ def fit(
             settings = _decide(train, request, donors, genes, loop, resume)
         parts = _build(settings, genes, loop, [*train, *val])
         loop.restore()
+        read: list[Expression] = []
         if genes is not None and not loop.finished("encoder"):
             if encoder is None:
-                train_encoder(loop.modules["encoder"], train, genes, settings, loop)
+                read = train_encoder(loop.modules["encoder"], train, genes, settings, loop)
             else:
                 _take_encoder(encoder, loop)
-        embedded = embed_slides([*train, *val], loop.modules, genes, len(train), loop)
+        embedded = embed_slides([*train, *val], loop.modules, genes, len(train), loop, read)
+        del read
         known, unseen = embedded[: len(train)], embedded[len(train) :]
         with stage("Relevant components"):
             loop.modules["relevant_components"] = RelevantComponents(loop.meta["dim"]).fit(
@@ -386,8 +391,11 @@ def embed_slides(
     genes: Sequence[str] | None,
     fitted: int,
     loop: Loop,
+    read: Sequence[Expression] = (),
 ) -> list[EmbeddedSlide]:
     """Embed slides once; from here on the encoder is not used.
+
+    Embeddings and positions stay on the device.
 
     Args:
         slides: of the run.
@@ -395,14 +403,18 @@ def embed_slides(
         genes: of the encoder.
         fitted: the scaler is fitted on so many of them, the first.
         loop: device.
+        read: expression of the first of the slides as the encoder takes it, where it is known.
     """
     encoder, scaler, device = modules.get("encoder"), modules["scaler"], loop.device
     if encoder is not None:
         encoder.eval().requires_grad_(False)
-    raw = [embed_slide(slide, encoder, genes, device) for slide in track(slides, "Embedding")]
-    scaler.fit([h.to(device) for h in raw[:fitted]])
+    raw = [
+        embed_slide(slide, encoder, genes, device, known)
+        for slide, known in zip_longest(track(slides, "Embedding"), read)
+    ]
+    scaler.fit(raw[:fitted])
     return [
-        EmbeddedSlide(slide.name, scaler(h.to(device)).detach().cpu(), torch.from_numpy(slide.pos))
+        EmbeddedSlide(slide.name, scaler(h).detach(), torch.from_numpy(slide.pos).to(device))
         for slide, h in zip(slides, raw, strict=True)
     ]
 
@@ -414,8 +426,7 @@ def _measure_candidates(train, unseen, config: RunConfig, loop: TrainingLoop) ->
     found = {}
     for role, slides in (("train", train), ("val", unseen)):
         for slide in slides:
-            graph = knn_candidates(slide.h, config.graph.k, metric=config.graph.metric)
-            recall = candidate_recall(graph, slide.pos, k=15)
+            recall = _recall(slide, config)
             found[f"{role}:{slide.name}"] = recall
             if role == "val":
                 logger.info(
@@ -428,13 +439,21 @@ def _measure_candidates(train, unseen, config: RunConfig, loop: TrainingLoop) ->
     loop.state.metadata["candidate_recall"] = found
 
 
+def _recall(slide: EmbeddedSlide, config: RunConfig) -> dict[str, float]:
+    """How many of the 15 nearest in the tissue are candidates; of a large slide on a sample."""
+    k, metric = config.graph.k, config.graph.metric
+    if len(slide.h) <= _RECALL_CELLS:
+        return candidate_recall(knn_candidates(slide.h, k, metric=metric), slide.pos, k=15)
+    return sampled_candidate_recall(slide.h, slide.pos, k, k=15, metric=metric)
+
+
 def _save_reference(slides: Sequence[EmbeddedSlide], out: Path) -> None:
     tensors = {}
     for number, slide in enumerate(slides):
         generator = torch.Generator().manual_seed(0)
         rows = torch.randperm(len(slide.h), generator=generator)[:_REFERENCE_CELLS]
-        tensors[f"{number}.h"] = slide.h[rows].contiguous()
-        tensors[f"{number}.pos"] = slide.pos[rows].contiguous()
+        kept = slide.take(rows.to(slide.h.device))
+        tensors[f"{number}.h"], tensors[f"{number}.pos"] = kept.h.cpu(), kept.pos.cpu()
     atomic_write(out / REFERENCE, save(tensors))
 
 

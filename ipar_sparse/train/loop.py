@@ -12,14 +12,14 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..inference.checkpoint import load_checkpoint, save_checkpoint, settle_checkpoints
 from ..inference.run_folder import BEST, LAST, STAGES, read_meta
 from ..progress import Task, stage
-from .batches import step_generator
+from .batches import step_generator, step_seed
 from .history import RunLog
 from .run_folder import keep_previous, lock_run, remove_unfinished
 
@@ -89,6 +89,10 @@ class Loop:
     def generator(self, stage: str, step: int, device=None) -> torch.Generator:
         """The source of all random numbers of one step."""
         return step_generator(self.seed, stage, step, device or self.device)
+
+    def seed_of(self, stage: str, step: int) -> int:
+        """The seed of that source."""
+        return step_seed(self.seed, stage, step)
 
     @contextmanager
     def stage(
@@ -357,7 +361,7 @@ class TrainingLoop(KeptLoop):
                 f"the loss became {values['loss']} at step {state.step} of the {stage.name}; "
                 + ("lower encoder.lr" if stage.name == "encoder" else advice)
             )
-        values["lr"] = stage.optimizer.param_groups[0]["lr"]
+        values["lr"] = float(stage.optimizer.param_groups[0]["lr"])
         self.log(stage.name, values)
         stage.show(values["loss"])
 
@@ -416,10 +420,23 @@ def cosine(step: int, total: int, high: float, low: float) -> float:
     return low + 0.5 * (high - low) * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def adamw(
+    parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, device: torch.device
+) -> Optimizer:
+    """AdamW; on a GPU it keeps step and learning rate there, so that steps can be recorded."""
+    if device.type != "cuda":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    rate = torch.tensor(lr, device=device)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay, capturable=True)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Sets the learning rate of all parameters."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 @contextmanager

@@ -16,12 +16,15 @@ from ..config import RunConfig, TrainConfig
 from ..inference import steps
 from ..metrics.diagnostics import collapse_diagnostics, health_warnings
 from ..nn import EdgeGateSoft, IPALiteModel
+from ..ops.recording import Recorder
 from ..supervision import e_geo, gate_loss, geometry_terms, target_graph
 from .batches import Batches, GraphBatch, subsample_edges
 from .history import SCORES, TERM_COLUMNS
-from .loop import Loop, cosine, set_lr
+from .loop import Loop, adamw, cosine, set_lr
 
 logger = logging.getLogger(__name__)
+
+_RECORD_CELLS = 50_000  # of a batch; larger ones take longer than their launches
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Trained:
         """AdamW on the parameters of some modules."""
         settings = self.config.train
         parameters = [p for module in modules for p in module.parameters()]
-        return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        return adamw(parameters, settings.lr, settings.weight_decay, self.device)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Scales the loss, for float16 on a GPU alone."""
@@ -85,16 +88,14 @@ def train_model(parts: Trained, batches: Batches, loop: Loop) -> None:
     optimizer = parts.optimizer(parts.gate, parts.model)
     scaler = parts.grad_scaler()
     parts.gate.train(), parts.model.train()
+    recorded = RecordedSteps(parts, optimizer, scaler)
     with loop.stage("model", total, optimizer, scaler) as stage:
         while loop.state.step < total and loop.state.stale < settings.patience:
             epoch = loop.state.step // per_epoch
             for step in stage.until((epoch + 1) * per_epoch):
-                generator = loop.generator("joint", step)
-                batch = subsample_edges(batches.at("joint", step), settings, generator)
                 set_lr(optimizer, cosine(step, total, settings.lr, settings.lr_min))
-                stage.record(
-                    training_step(parts, batch, generator, step / per_epoch, optimizer, scaler)
-                )
+                batch = batches.at("joint", step)
+                stage.record(recorded(batch, loop.seed_of("joint", step), step / per_epoch))
             whole = loop.state.step == (epoch + 1) * per_epoch
             if not whole:  # time is up: resuming goes on here, whatever the validation finds
                 loop.save(stage)
@@ -114,6 +115,58 @@ def train_model(parts: Trained, batches: Batches, loop: Loop) -> None:
         loop.save_best()
 
 
+class RecordedSteps:
+    """Steps of gate and model, which a GPU replays where it has seen their batch before.
+
+    Args:
+        parts: gate, model and settings.
+        optimizer: of both.
+        scaler: of gradients.
+    """
+
+    def __init__(
+        self, parts: Trained, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ):
+        self.parts, self.optimizer, self.scaler = parts, optimizer, scaler
+        settings = parts.config.train
+        self.generator = torch.Generator(parts.device)
+        # what is drawn on the host, and what a float16 scale decides there, cannot be replayed
+        varies = settings.k_fraction_range is not None or settings.mutual_prob > 0
+        self.record = Recorder(
+            parts.device, self.generator, enabled=not (varies or scaler.is_enabled())
+        )
+        self.walk_weight: Tensor | None = None
+        if self.record.enabled and settings.rw_cap > 0:
+            self.walk_weight = torch.zeros((), device=parts.device)
+
+    def __call__(self, batch: GraphBatch, seed: int, epoch: float) -> dict[str, Any]:
+        """One step on a batch; returns its losses, see :func:`losses_of`."""
+        settings = self.parts.config.train
+        self.generator.manual_seed(seed)
+        if self.walk_weight is not None:
+            self.walk_weight.fill_(walk_weight(epoch, settings))
+
+        def step() -> dict[str, Any]:
+            drawn = subsample_edges(batch, settings, self.generator)
+            losses = training_step(
+                self.parts,
+                drawn,
+                self.generator,
+                epoch,
+                self.optimizer,
+                self.scaler,
+                self.walk_weight,
+            )
+            return {
+                name: value.detach() if isinstance(value, Tensor) else value
+                for name, value in losses.items()
+            }
+
+        if not batch.stays or len(batch.h) > _RECORD_CELLS:
+            return step()
+        return self.record(id(batch), step)
+
+
 def training_step(
     parts: Trained,
     batch: GraphBatch,
@@ -121,12 +174,13 @@ def training_step(
     epoch: float,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    rw_weight: Tensor | None = None,
 ) -> dict[str, Any]:
     """One step of gate and model; returns its losses, see :func:`losses_of`.
 
     On a GPU it never waits for the device, but for float16's scale.
     """
-    losses = losses_of(parts, batch, generator, epoch)
+    losses = losses_of(parts, batch, generator, epoch, rw_weight)
     parameters = [*parts.gate.parameters(), *parts.model.parameters()]
     clip = parts.config.train.grad_clip
     losses["grad_norm"] = update(losses["loss"], parameters, optimizer, scaler, clip)
@@ -134,7 +188,11 @@ def training_step(
 
 
 def losses_of(
-    parts: Trained, batch: GraphBatch, generator: torch.Generator, epoch: float
+    parts: Trained,
+    batch: GraphBatch,
+    generator: torch.Generator,
+    epoch: float,
+    rw_weight: Tensor | None = None,
 ) -> dict[str, Any]:
     """The losses of one training step, by the columns of the history.
 
@@ -143,6 +201,7 @@ def losses_of(
         batch: on the device.
         generator: source of augmentation, dropped edges and sampled pairs.
         epoch: time in epochs, which decides the weight of the random-walk loss.
+        rw_weight: that weight on the device, where it changes between replays of a recorded step.
     """
     config, settings, target = parts.config, parts.config.train, batch.target
     h, dropped = augment(batch, settings, generator)
@@ -165,7 +224,7 @@ def losses_of(
         )
     if config.model.gated:
         l_gate = gate_loss(logits.float(), batch.graph, probability=batch.gate_target)
-    weights = term_weights(epoch, settings)
+    weights = term_weights(epoch, settings, rw_weight)
     terms = geometry_terms(
         pos,
         target,
@@ -196,9 +255,10 @@ def update(
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, clip)
+    bad = ~norm.isfinite()
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad.masked_fill_(~norm.isfinite(), 0.0)
+            parameter.grad.masked_fill_(bad, 0.0)
     scaler.step(optimizer)
     scaler.update()
     return norm
@@ -292,9 +352,14 @@ def score(parts: Trained, batches: Sequence[GraphBatch], loop: Loop) -> dict[str
     return {name: float(value) / len(batches) for name, value in sums.items()}
 
 
-def term_weights(epoch: float, settings: TrainConfig) -> dict[str, float]:
-    """Weights of the geometry terms at a time in epochs; terms of weight 0 are not computed."""
-    weights = {
+def term_weights(
+    epoch: float, settings: TrainConfig, rw_weight: Tensor | None = None
+) -> dict[str, Any]:
+    """Weights of the geometry terms at a time in epochs; terms of weight 0 are not computed.
+
+    A weight of the random walk that lies on the device is taken as it is.
+    """
+    weights: dict[str, Any] = {
         "rw_kl": walk_weight(epoch, settings),
         "stress_log": settings.lambda_stress,
         "multiscale": settings.lambda_multiscale,
@@ -303,7 +368,8 @@ def term_weights(epoch: float, settings: TrainConfig) -> dict[str, float]:
         "repulsion": settings.lambda_rep,
         "entropy_reg": settings.lambda_ent,
     }
-    return {name: weight for name, weight in weights.items() if weight > 0}
+    found = {name: weight for name, weight in weights.items() if weight > 0}
+    return found if rw_weight is None else found | {"rw_kl": rw_weight}
 
 
 def walk_weight(epoch: float, settings: TrainConfig) -> float:
