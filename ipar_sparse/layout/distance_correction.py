@@ -92,7 +92,8 @@ def correct_distances(
         descent.step(_gradient(x, draws.now, wanted[picked.now]))
 
     for step in counted(range(steps)):
-        draws.take(step), picked.take(step)
+        draws.take(step)
+        picked.take(step)
         descent.set_lr(_LR * (1 - step / steps))
         recorder("move", move)
     return gauge_fix(torch.empty_like(x).index_copy_(0, order, x).to(pos.dtype))

@@ -103,14 +103,20 @@ def refine_layout(
 
     for step in counted(range(steps)):
         if step % _SEARCH_EVERY == 0:
-            found = knn(x, _NEAR).index.long()
-            near = found if near is None else near.copy_(found)
-            span = (x - x[near[:, -1]]).square().sum(1)
-            reach = span if reach is None else reach.copy_(span)
+            near, reach = _surroundings(x, near, reach)
         draws.take(step)
         descent.set_lr(_LR * unit * (1 - step / steps))
         recorder("move", move)
     return gauge_fix(torch.empty_like(x).index_copy_(0, order, x).to(pos.dtype))
+
+
+def _surroundings(x: Tensor, near: Tensor | None, reach: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The nearest cells in the layout, and how far they reach, in place of what was known."""
+    found = knn(x, _NEAR).index.long()
+    span = (x - x[found[:, -1]]).square().sum(1)
+    if near is None or reach is None:
+        return found, span
+    return near.copy_(found), reach.copy_(span)
 
 
 def repulsion(

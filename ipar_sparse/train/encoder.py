@@ -103,7 +103,8 @@ def encoder_loss(
         Scalars ``loss`` and, of those with weight, ``infonce``, ``invariance``, ``variance``,
         ``covariance``, ``distance``.
     """
-    n, draw = slide.expression.shape[0], {"generator": generator, "device": device}
+    n = slide.expression.shape[0]
+    draw: dict[str, Any] = {"generator": generator, "device": device}
     anchor = torch.randperm(n, **draw)[: settings.batch_size]
     pick = torch.randint(0, slide.neighbors.size(1), (anchor.numel(),), **draw)
     positive = slide.neighbors[anchor, pick]
@@ -304,7 +305,7 @@ def _morans(expression: Expression, pos, device: torch.device) -> np.ndarray:
 def _view(x: Tensor, settings: EncoderConfig, generator: torch.Generator) -> Tensor:
     """A noisy view of cells: some genes at their mean, the others shaken, and every gene as
     strong as another batch might measure it."""
-    draw = {"generator": generator, "device": x.device}
+    draw: dict[str, Any] = {"generator": generator, "device": x.device}
     keep = torch.rand(x.shape, **draw) >= settings.gene_dropout
     noise = torch.randn(x.shape, **draw)
     strength = torch.exp(settings.gene_log_std * torch.randn(x.size(1), **draw))
