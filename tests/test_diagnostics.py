@@ -15,7 +15,11 @@ from ipar_sparse.metrics.attention import (
     head_diversity,
     logit_std,
 )
-from ipar_sparse.metrics.candidates import candidate_recall, gate_precision_recall
+from ipar_sparse.metrics.candidates import (
+    candidate_recall,
+    gate_precision_recall,
+    sampled_candidate_recall,
+)
 from ipar_sparse.metrics.diagnostics import HEALTHY, RecycleRecord, diagnose, health_warnings
 from ipar_sparse.metrics.shape import (
     boundary_mass,
@@ -265,3 +269,15 @@ def test_attention_of_another_graph_is_refused():
         attention_entropy(torch.rand(39, 2), graph)
     with pytest.raises(ValueError, match="10 cells; given 9"):
         attn_recall(torch.rand(40, 2), graph, torch.rand(9, 2))
+
+
+def test_recall_of_a_sample_is_that_of_all_cells_within_its_error():
+    generator = torch.Generator().manual_seed(4)
+    pos = torch.randn(900, 2, generator=generator).double()
+    h = torch.cat([pos, pos.sin()], 1).float() + 0.3 * torch.randn(900, 4, generator=generator)
+    whole = candidate_recall(knn(h, 30), pos)
+    same = sampled_candidate_recall(h, pos, 30, cells=900)
+    assert {name: same[name] for name in whole} == pytest.approx(whole)
+    some = sampled_candidate_recall(h, pos, 30, cells=200)
+    gap = abs(some["candidate_recall@15"] - whole["candidate_recall@15"])
+    assert 0 < gap < 4 * some["candidate_recall_se@15"]

@@ -70,6 +70,35 @@ def test_exact_search_on_odd_sizes_and_ties(n, k, d, grid):
     torch.testing.assert_close(found, nearest, rtol=1e-5, atol=1e-6)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(2, 400),
+    k=st.integers(1, 90),
+    d=st.integers(1, 3),
+    kind=st.sampled_from(["even", "grid", "clumps", "outlier"]),
+)
+def test_search_in_boxes_is_exact(n, k, d, kind):
+    points = torch.randn(n, d, generator=torch.Generator().manual_seed(n * 91 + k)).double()
+    if kind == "grid":
+        points = points.mul(2).round()
+    if kind == "clumps":
+        points = points * torch.linspace(0, 1, n).unsqueeze(1).double() ** 6
+    if kind == "outlier":
+        points[0] = 1e5
+    table = knn(points, k, backend="boxes")
+    distance, nearest = plain_knn(points, table.k)
+    found = distance.gather(-1, table.index.long())
+    torch.testing.assert_close(found, nearest, rtol=1e-9, atol=1e-9)
+
+
+def test_unordered_pairs_are_each_once_and_every_edge_has_its_own():
+    table = knn(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), 6)
+    pair, number = table.pairs()
+    assert bool((pair[0] < pair[1]).all())
+    assert len(set(map(tuple, pair.T.tolist()))) == pair.size(1) < table.num_edges
+    assert torch.equal(pair[:, number], table.edge_index.sort(dim=0).values)
+
+
 def test_exact_search_in_blocks_is_the_search_in_one(monkeypatch):
     import sys
 
