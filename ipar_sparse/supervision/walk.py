@@ -181,7 +181,8 @@ def walk_from_neighbors(
     low, high, count = unique_pairs(directed_pairs(index), n)
     num_pairs = len(low)
     row, col = torch.cat([low, high]), torch.cat([high, low])
-    order = (row * n + col).argsort()
+    key = row * n + col
+    order = key.argsort() if key.is_cuda else torch.from_numpy(np.argsort(key.numpy()))
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(2 * num_pairs, device=pos.device)
     rowptr = torch.zeros(n + 1, dtype=torch.int64, device=pos.device)

@@ -21,6 +21,7 @@ from ..supervision import collate as collate_targets
 SLIDE_STEPS = 100
 """Steps per epoch on whole slides, where none are asked for."""
 _BYTES_A_CELL = 10_000  # of a whole slide: embedding, graph both ways, targets, k = 100
+_POWERS = 1 << 26  # entries of walks that are kept with minisets: 256 MiB
 _AHEAD = 15  # minisets built together with the one that is asked for
 _KEEP_CELLS = 500_000  # over all kept minisets; about 4 kB each
 
@@ -246,6 +247,7 @@ class MinisetPool:
         kept = torch.tensor([len(rows) for _, rows in self.sets]).cumsum(0) <= keep_cells
         self._missing = [number for number in range(count) if kept[number]]
         self._kept: dict[int, GraphBatch] = {}
+        self._room = _POWERS
 
     def __len__(self) -> int:
         return len(self.sets)
@@ -259,9 +261,17 @@ class MinisetPool:
             for one, batch in zip(numbers, _side_by_side(self._build, numbers, cells), strict=True):
                 self._kept[one] = batch.to(self.device)
                 self._kept[one].stays = True
+                self._keep_powers(self._kept[one].target)
         if number in self._kept:
             return self._kept[number]
         return self._build(number, self._cells(number)).to(self.device)
+
+    def _keep_powers(self, target: SlideTarget) -> None:
+        """Keep the powers of the reference walk, which every step compares with, if they fit."""
+        needed = target.walk.steps * len(target.pos) ** 2
+        if needed <= self._room:
+            self._room -= needed
+            target.walk.cache_reference()
 
     def _cells(self, number: int) -> EmbeddedSlide:
         which, rows = self.sets[number]
