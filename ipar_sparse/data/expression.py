@@ -320,6 +320,10 @@ class Expression:
         match_genes([slide], genes)
         return cls(_weighted(matrix, weight), genes, slide.empty)
 
+    def weighted(self, weight: ArrayLike) -> Expression:
+        """The same cells, each gene multiplied by its weight (G,)."""
+        return Expression(_weighted(self.matrix, weight), self.genes, self.empty)
+
     def smoothed(self, neighbors: np.ndarray) -> Expression:
         """The same slide, every cell averaged with its neighbours.
 

@@ -20,7 +20,7 @@ _POOL_ROWS = 256  # cells that share a sample
 _FAISS_PROBES = 32  # lists searched: recall@100 0.9993 at 300,000 cells, 0.986 with half as many
 _FAISS_ROUNDS = 10  # of k-means, whose cost grows as n^1.5: recall@100 0.998 at 10^6 points
 _FAISS_SAMPLE = 40  # points a list on which k-means is trained; faiss warns below 39
-_TRITON_FROM = 6_000  # points; below, launches take longer than the exact search in torch
+_TRITON_FROM = 20_000  # points; below, the search in torch takes less than loading the kernels
 _BOXES_FROM = 2_000  # points in the plane; below, exact search on a GPU takes fewer launches
 _CUDA_CLUSTER_LIMIT = 100  # torch_cluster's CUDA kernel keeps its neighbours in local memory
 

@@ -208,22 +208,24 @@ def initialize_encoder(
     settings, device = config.encoder, next(encoder.parameters()).device
     if encoder.gene_weight is not None:
         encoder.target_sum.fill_(config.data.target_sum)
-        weight = _gene_weights(slides, genes, float(encoder.target_sum), settings, device)
+        total = float(encoder.target_sum)
+        plain = [Expression.from_slide(slide, genes, total) for slide in slides]
+        weight = _gene_weights(plain, slides, settings, device)
         encoder.gene_weight.copy_(torch.from_numpy(weight))
-    plain = [normalize_expression(slide, genes, encoder) for slide in slides]
+        plain = [expression.weighted(weight) for expression in plain]
+    else:
+        plain = [normalize_expression(slide, genes, encoder) for slide in slides]
     if settings.skip or settings.knn_smoothing:
         encoder.init_linear(*principal_axes(plain, max(settings.out, SMOOTH_CHANNELS), device))
     return plain
 
 
 def _gene_weights(
+    plain: Sequence[Expression],
     slides: Sequence[Slide],
-    genes: Sequence[str],
-    total: float,
     settings: EncoderConfig,
     device: torch.device,
 ) -> np.ndarray:
-    plain = [Expression.from_slide(slide, genes, total) for slide in slides]
     morans = None
     if settings.morans_i_power > 0:
         found = [_morans(e, slide.pos, device) for e, slide in zip(plain, slides, strict=True)]
