@@ -523,6 +523,36 @@ def test_empty_cells_are_flagged_and_get_no_place_unless_asked_for(slides, run, 
     )
 
 
+def test_check_says_what_to_expect_and_writes_nothing(slides, run, tmp_path, capfd):
+    def half_and_logs(adata):
+        x = adata.X.toarray()
+        adata.X = np.log1p(x / np.maximum(x.sum(1, keepdims=True), 1) * 1e4)
+        return adata[:, : adata.n_vars // 2].copy()
+
+    logs = broken(slides, tmp_path / "logs.h5ad", half_and_logs)
+    foreign = broken(slides, tmp_path / "foreign.h5ad", other_genes)
+    before = listing(tmp_path), listing(run)
+    assert cli.run_command(["check", str(run), f"{slides}/cortex3.h5ad"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "cortex3: can be placed"
+    told = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[1:]}
+    assert told["cells"] == "120" and told["values"] == "counts"
+    assert told["genes"].endswith("that the run reads") and "of memory" in told["takes"]
+    argv = ["check", str(run), f"{slides}/cortex1.h5ad", str(logs), str(foreign), "no.h5ad"]
+    assert cli.run_command(argv) == 2
+    out, err = capfd.readouterr()
+    assert "cortex1: can be placed, but see the warnings" in out
+    assert "warning   was trained on" in out
+    assert "note      logarithms turned back" in out and "lacks" in out
+    assert "foreign: cannot be placed" in out and "why       foreign: shares no gene" in out
+    assert "no.h5ad: cannot be placed" in out and "no such file" in out
+    assert err.count("error: ") == 1 and "2 of the slides cannot be placed" in err
+    assert before == (listing(tmp_path), listing(run))
+    assert cli.run_command(["info", str(run)]) == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "values counts, scaled to" in shown and "gene names symbols" in shown
+
+
 def test_embed_writes_the_embedding_alone(slides, run, tmp_path):
     argv = ["embed", str(run), str(slides / "cortex3.h5ad"), "--out", str(tmp_path / "out.h5ad")]
     assert cli.run_command(argv) == 0

@@ -337,7 +337,7 @@ def test_plans_that_cannot_be_run_are_refused(files, plan, slides, tmp_path):
         plan_study([*files, files[0]], {"base": base})
     again = tmp_path / "again.h5ad"
     shutil.copy(files[0], again)
-    with pytest.raises(UserError, match="A1 and again are the same cells"):
+    with pytest.raises(UserError, match="A1 and again hold the same cells"):
         plan_study([*files, again], {"base": base})
 
 

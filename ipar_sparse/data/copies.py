@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,25 +17,38 @@ SOME, MOST = 0.05, 0.5
 """Shares of cells in common that are told, and that make a slide a copy."""
 
 
-def slide_digest(slide: Slide) -> str:
-    """A digest of what the cells of a slide hold, in no order: expression by gene, and position.
+def identified(slide: Slide) -> Slide:
+    """A slide with what it and its cells are known by, whatever is changed of them later."""
+    if slide.digest is not None:
+        return slide
+    rows = _cell_signatures(slide)
+    telling = rows
+    if slide.expression is not None:
+        telling = rows[np.diff(slide.expression.indptr) >= _GENES]
+    if slide.pos is not None:
+        for column in np.ascontiguousarray(slide.pos, dtype=np.float64).T:
+            rows = _mixed(rows ^ _mixed(np.ascontiguousarray(column).view(np.uint64)))
+    digest = hashlib.sha256(np.sort(rows).tobytes()).hexdigest()[:16]
+    return replace(slide, digest=digest, signatures=np.unique(telling))
 
-    Args:
-        slide: n cells; of one that was put into the terms of a run, as it was read.
+
+def slide_digest(slide: Slide) -> str:
+    """A digest of what the cells of a slide held when it was read: expression by gene, position.
+
+    Neither names nor the order of cells and genes matter.
 
     Returns:
         16 hexadecimal digits.
     """
-    if slide.digest is not None:
-        return slide.digest
-    rows = cell_signatures(slide)
-    if slide.pos is not None:
-        for column in np.ascontiguousarray(slide.pos, dtype=np.float64).T:
-            rows = _mixed(rows ^ _mixed(np.ascontiguousarray(column).view(np.uint64)))
-    return hashlib.sha256(np.sort(rows).tobytes()).hexdigest()[:16]
+    return identified(slide).digest
 
 
-def cell_signatures(slide: Slide) -> np.ndarray:
+def telling_cells(slide: Slide) -> np.ndarray:
+    """Numbers of the cells that held enough to be told apart when they were read, sorted."""
+    return identified(slide).signatures
+
+
+def _cell_signatures(slide: Slide) -> np.ndarray:
     """A number for what each cell holds (n,), uint64: of its expression, or of its embedding."""
     rows = np.zeros(slide.num_cells, dtype=np.uint64)
     matrix = slide.expression
@@ -79,16 +93,6 @@ def find_copies(slides: Sequence[Slide]) -> list[tuple[int, int]]:
             if digests[i] == digests[j] or (least and common >= MOST * least):
                 found.append((i, j))
     return found
-
-
-def telling_cells(slide: Slide) -> np.ndarray:
-    """Signatures of the cells that held enough to be told apart when they were read, sorted."""
-    if slide.signatures is not None:
-        return slide.signatures
-    rows = cell_signatures(slide)
-    if slide.expression is not None:
-        rows = rows[np.diff(slide.expression.indptr) >= _GENES]
-    return np.unique(rows)
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

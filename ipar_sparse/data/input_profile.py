@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from ..config.schema import DataConfig
 from ..errors import UserError
 from .anndata_store import some_names
-from .copies import slide_digest, telling_cells
+from .copies import identified
 from .expression import log_normalize, match_genes, mean_and_variance, median_total, select_genes
 from .gene_names import FEW_GENES, check_shared, kind_of_names, rename_genes
 from .slide import Slide, Warned
@@ -92,7 +92,7 @@ def profile_inputs(
     Raises:
         UserError: two slides share too few genes, or one holds nothing.
     """
-    first, *others = (_known(slide) for slide in slides)
+    first, *others = map(identified, slides)
     known = [first]
     for slide in others:
         renamed, said = rename_genes(slide, list(first.genes), first.name, data.ignore_case)
@@ -138,6 +138,10 @@ def _scaling(
     transforms = {one.transform for one in values}
     logs = all(one.logged for one in values) and len(transforms) == 1
     if data.normalized is True and not logs:
+        kinds = dict.fromkeys(str(one) for one in values)
+        if len({one.split(" scaled")[0] for one in kinds}) > 1:
+            said = Warned(f"slides hold different values, used as they are: {'; '.join(kinds)}")
+            slides[0].notes = [*slides[0].notes, said]
         return "as given", False
     if data.normalized is True and all(one.scale == "counts" for one in values):
         return "unscaled", True
@@ -177,7 +181,7 @@ def conform(slide: Slide, profile: InputProfile, ignore_case: bool | None = None
     Raises:
         UserError: the slide cannot be used with the run; the line says why.
     """
-    slide = _known(slide)
+    slide = identified(slide)
     wanted = list(profile.shared) or list(profile.genes)
     ignore_case = profile.ignore_case if ignore_case is None else ignore_case
     slide, said = rename_genes(slide, wanted, "the trained model", ignore_case)
@@ -218,11 +222,6 @@ def informative(slide: Slide) -> Slide:
             "(--layer), or leave the slide out"
         )
     return slide.take(np.flatnonzero(~slide.empty))
-
-
-def _known(slide: Slide) -> Slide:
-    """With what its cells are known by, which does not follow what is changed of them."""
-    return replace(slide, digest=slide_digest(slide), signatures=telling_cells(slide))
 
 
 def _scaled_alike(slide: Slide, profile: InputProfile) -> Slide:

@@ -117,11 +117,10 @@ def read_slides(
     slide_key_optional: bool = False,
     drop_outliers: bool = False,
 ) -> list[Slide]:
-    """Reads the slides of one AnnData file in blocks, and only what is asked for.
+    """Reads the slides of one source in blocks, and only what is asked for.
 
     Args:
-        source: an AnnData object, an .h5ad file, a zarr folder of AnnData or SpatialData, or what
-            a vendor's software wrote; ``PATH::C`` is slide C of a file. See docs/files.md.
+        source: an AnnData object, or a file or folder that docs/files.md tells of.
         slide_key: obs column that names the slide of each cell; slides come in order of appearance.
         layer: of the expression; X if left out. "raw" is `adata.raw`, unless a layer has that name.
         normalized: True for log-normalised values, False for counts; None recognises them.
@@ -156,8 +155,9 @@ def read_slides(
         if group is not None:
             expression = _read_matrix(group, (len(obs), len(genes)), where)
             part = f"{where}, X" if layer is None else f"{where}, layer {layer!r}"
-            _check_values(expression, normalized, cell_names, genes, part)
-            _refuse_zeros(expression, store, part, optional=vectors is not None)
+            layers = [*store.get("layers", ()), *(["raw"] if "raw" in store else [])]
+            _refuse_zeros(expression, layers, part, optional=vectors is not None)
+            _check_values(expression, normalized, cell_names, genes, part, layers)
             expression, normalized, values, said = interpret(expression, normalized)
             notes += said
         columns = _label_columns(obs)
@@ -335,6 +335,7 @@ def _check_values(
     cell_names: np.ndarray,
     genes: np.ndarray,
     where: str,
+    layers: Sequence[str],
 ) -> None:
     """Refuses impossible values."""
     for start in range(0, len(matrix.data), BLOCK):
@@ -349,7 +350,8 @@ def _check_values(
             remedy = (
                 "remove the cell or the gene"
                 if problem == "not finite"
-                else "choose a layer with raw counts, or pass --normalized to use them as they are"
+                else f"choose a layer with counts, {suggest('', layers)}, or pass --normalized to "
+                "use them as they are"
             )
             raise UserError(
                 f"{where}: values are {problem}, first {matrix.data[at]:g} at cell {cell}, "
@@ -357,11 +359,11 @@ def _check_values(
             )
 
 
-def _refuse_zeros(matrix: sparse.csr_matrix, store: Store, where: str, optional: bool) -> None:
-    if optional or len(matrix.data):
-        return
-    others = [*store.get("layers", ()), *(["raw"] if "raw" in store else [])]
-    raise UserError(f"{where}: all values are zero; choose a layer, {suggest('', others)}")
+def _refuse_zeros(
+    matrix: sparse.csr_matrix, layers: Sequence[str], where: str, optional: bool
+) -> None:
+    if not optional and not len(matrix.data):
+        raise UserError(f"{where}: all values are zero; choose a layer, {suggest('', layers)}")
 
 
 def _read_obsm(store: Store, key: str) -> np.ndarray:

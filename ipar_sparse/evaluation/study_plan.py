@@ -23,7 +23,7 @@ import yaml
 from .. import __version__
 from ..config import PRESETS, RunConfig, load_config
 from ..config.schema import DECIDED_FROM_DATA
-from ..data.copies import slide_digest
+from ..data.copies import find_copies, slide_digest
 from ..data.slide import Slide
 from ..data.splits import SLIDE, Fold, find_donors, plan_folds
 from ..errors import UserError
@@ -329,11 +329,11 @@ def _check_slides(
                 f"{name} has {slides[name].num_cells} cells, fewer than the smallest miniset "
                 f"({smallest}); leave it out or --set train.miniset_min={slides[name].num_cells}"
             )
-    known: dict[str, str] = {}
-    for name, slide in slides.items():
-        other = known.setdefault(slide_digest(slide), name)
-        if other != name:
-            raise UserError(f"{other} and {name} are the same cells; give each slide once")
+    names = list(slides)
+    for one, other in find_copies([slides[name] for name in names]):
+        raise UserError(
+            f"{names[one]} and {names[other]} hold the same cells; give each slide once"
+        )
 
 
 def _read_study_file(path: Path) -> tuple[dict[str, dict], dict[str, Any], dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..config import DataConfig, RunConfig
-from ..data.copies import slide_digest
+from ..data.copies import identified
 from ..data.input_profile import InputProfile, conform
 from ..data.readers import read_files
 from ..data.records import recorded_inputs, role_in_training
@@ -153,4 +153,4 @@ def in_terms_of(
     if slide.embedding is None:
         raise UserError(f"{slide.name}: this run uses an embedding; give --embedding obsm:KEY")
     filled = np.zeros(slide.num_cells, dtype=bool)
-    return replace(slide, digest=slide_digest(slide), empty=filled, fits=str(run))
+    return replace(identified(slide), empty=filled, fits=str(run))

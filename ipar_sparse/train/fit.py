@@ -18,7 +18,7 @@ from torch import nn
 
 from ..config import RunConfig, resolve_device
 from ..config.schema import CONFIG, INPUTS, SELECTION
-from ..data.copies import find_copies, sketch, slide_digest
+from ..data.copies import find_copies, identified, sketch, slide_digest
 from ..data.expression import Expression
 from ..data.input_profile import conform, informative, profile_inputs
 from ..data.slide import Slide, Warned
@@ -200,7 +200,7 @@ def _divide(
     slides: Sequence[Slide], val: Sequence[Slide] | None, donors: Mapping[str, str] | None
 ) -> tuple[list[Slide], list[Slide]]:
     """Slides to train on, and slides that decide when to stop."""
-    slides = list(slides)
+    slides = [identified(slide) for slide in slides]
     if not slides:
         raise UserError("no slide to train on; give one at least")
     if val is None:
@@ -215,8 +215,9 @@ def _divide(
     for slide in (*slides, *val):
         if slide.pos is None:
             raise UserError(f"{slide.name}: no positions to train on; see data/README.md")
+    val = [identified(slide) for slide in val]
     _refuse_copies(slides, val)
-    return slides, list(val)
+    return slides, val
 
 
 def _refuse_copies(slides: Sequence[Slide], val: Sequence[Slide]) -> None:

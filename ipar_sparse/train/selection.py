@@ -298,9 +298,6 @@ def resolve_from_data(request: RunConfig, slides: Sequence[Slide]) -> RunConfig:
     settings = request.train
     if request.data.normalized is None:
         kinds = {slide.normalized for slide in slides if slide.expression is not None}
-        if len(kinds) > 1:
-            logged = ", ".join(slide.name for slide in slides if slide.normalized)
-            logger.warning("%s hold log-normalised values, the other slides counts", logged)
         values["data.normalized"] = kinds == {True}
     if request.data.target_sum is None:
         values["data.target_sum"] = median_total(slides)
