@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import pandas as pd
 from anndata import AnnData
@@ -36,6 +36,7 @@ from .inference.summary import RunSummary, summarize_run
 from .progress import quiet_stages, setup_logging
 from .report import check_genes, write_evaluation, write_prediction_report
 from .train.fit import fit
+from .train.pretrained import Pretrained
 from .train.run_folder import (
     check_resumable,
     check_run_folder,
@@ -50,7 +51,7 @@ Cells: TypeAlias = AnnData | str | os.PathLike
 """Cells in memory, or a file or folder of any known format; ``"multi.h5ad::C"`` is a part."""
 
 
-class IPAR:
+class IPAR(Pretrained):
     """A trained model that places cells by their expression.
 
     Made by :meth:`train` or :meth:`load`. Its run folder is what ``ipar-sparse train`` writes, so
@@ -148,7 +149,7 @@ class IPAR:
         return cls.load(out, device or "auto")
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, device: str = "auto") -> IPAR:
+    def load(cls, folder: str | os.PathLike, device: str = "auto") -> Self:
         """The model of a run folder, from :meth:`save` or ``ipar-sparse train``.
 
         Args:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata_files import make, save
+from scipy import sparse
 from small_run import SMALL
 from vendor_files import CONTROLS, KINDS, write_10x_matrix, write_folder
 
@@ -159,6 +160,31 @@ def test_a_part_of_a_file_is_a_slide(tmp_path):
     refused(f"{path}::s3", "no section 's3'", slide_key="section")
     refused(f"{path}::s1::s2", "pick one part", slide_key="section")
     refused(f"{path}::", "PATH::PART")
+
+
+def test_positions_that_other_sections_lack_do_not_matter(tmp_path):
+    adata = make()
+    adata.obsm["spatial"][(adata.obs["section"] == "s1").to_numpy()] = np.nan
+    path = save(adata, tmp_path / "a.h5ad")
+    (slide,) = read_slides(f"{path}::s2", slide_key="section", require_pos=True)
+    assert np.isfinite(slide.pos).all()
+    refused(f"{path}::s1", "26 of 26 cells", slide_key="section", require_pos=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [("human_breast_st/A1", "Visium"), ("mouse_mpfc_starmap/BZ5", "MERSCOPE")]
+)
+def test_real_slides_are_the_same_as_folders_of_vendors(real_slides, tmp_path, file, kind):
+    (expected,) = read_slides(real_slides / f"{file}.h5ad", require_pos=True)
+    adata = anndata.read_h5ad(real_slides / f"{file}.h5ad")
+    adata.obsm["spatial"] = expected.pos
+    adata.X = sparse.csr_matrix(adata.X)
+    cells = write_folder(tmp_path / "a", kind, adata)
+    (slide,) = read_slides(tmp_path / "a", require_pos=True)
+    at = {cell: row for row, cell in enumerate(slide.cell_names)}
+    order = [at[cell] for cell in cells]
+    assert (slide.expression[order] != expected.expression).nnz == 0
+    np.testing.assert_array_equal(slide.pos[order], expected.pos)
 
 
 def test_a_path_that_holds_the_mark_is_written_with_a_backslash(tmp_path):

@@ -148,9 +148,10 @@ def read_slides(
         cell_names = obs.index.to_numpy(dtype=str)
         _check_cell_names(cell_names, where)
         group, genes, other_names = _select_matrix(store, layer, where, embedding is not None)
-        pos = _read_positions(store, spatial_key, cell_names, require_pos, where, notes)
-        vectors = None if embedding is None else _read_embedding(store, embedding, where)
         groups = pick_rows(obs, slide_key, opened.label, where)
+        of = (spatial_key, cell_names, groups.get(opened.label))
+        pos = _read_positions(store, *of, require_pos, where, notes)
+        vectors = None if embedding is None else _read_embedding(store, embedding, where)
         _check_sizes(groups, min_cells, slide_key, where)
         if group is not None:
             expression = _read_matrix(group, (len(obs), len(genes)), where)
@@ -176,8 +177,7 @@ def read_slides(
         obs=columns,
         path=None if in_memory else str(Source.parse(source)),
     )
-    if expression is not None:
-        whole = merge_duplicates(whole)
+    whole = whole if expression is None else merge_duplicates(whole)
     whole.notes = [*notes, *whole.notes]
     slides = _parts(whole, groups)
     if opened.label is not None:  # what is picked is a source of its own
@@ -374,19 +374,33 @@ def _read_obsm(store: Store, key: str) -> np.ndarray:
 
 
 def _read_positions(
-    store: Store, key: str, cell_names: np.ndarray, required: bool, where: str, notes: list[str]
+    store: Store,
+    key: str,
+    cell_names: np.ndarray,
+    rows: np.ndarray | None,
+    required: bool,
+    where: str,
+    notes: list[str],
 ) -> np.ndarray | None:
-    """Positions (n, 2), float64; None if there are none or, where not required, unusable ones."""
+    """Positions (n, 2), float64; None if there are none or, where not required, unusable ones.
+
+    Rows that are not picked are not looked at, and are NaN.
+    """
     available = list(store["obsm"]) if "obsm" in store else []
     if required:
         check_positions(store, key, where)
     if key not in available:
         return None
-    pos, problem, said = as_positions(_read_obsm(store, key), key, cell_names)
+    value, picked = _read_obsm(store, key), slice(None) if rows is None else rows
+    pos, problem, said = as_positions(value[picked], key, cell_names[picked])
     if problem is not None and required:
         raise UserError(f"{where}: {problem}")
     notes += said if problem is None else [f"{problem.split(';')[0]}: positions were left out"]
-    return pos
+    if pos is None or rows is None:
+        return pos
+    whole = np.full((len(cell_names), 2), np.nan)
+    whole[rows] = pos
+    return whole
 
 
 def _read_embedding(store: Store, spec: str, where: str) -> np.ndarray:

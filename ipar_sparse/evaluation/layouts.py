@@ -20,8 +20,8 @@ from ..estimators.components import principal_axes, project
 from ..graph import NeighborTable, pooled_candidates
 from ..inference import steps
 from ..inference.predictor import Prediction, Predictor
+from ..inference.run_folder import REFERENCE
 from ..supervision.targets import target_graph
-from ..train.fit import REFERENCE
 from .baselines import run_baselines
 from .results import INITIAL, MODEL, NO_CORRECTION, NO_GATE, NO_RECYCLES, NO_REFINEMENT, ORACLE
 

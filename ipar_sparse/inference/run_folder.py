@@ -20,6 +20,8 @@ LAST = "last.safetensors"
 """Weights and trainer state of a minute ago at most: what ``--resume`` uses."""
 PREVIOUS = "previous.safetensors"
 """The checkpoint before the last one, for the case that this is damaged."""
+REFERENCE = "reference.safetensors"
+"""Embeddings and positions of (at most 5,000 cells of) each training slide, for baselines."""
 STAGES = ("encoder", "gate", "model")
 """Stages of a training, in order."""
 FORMAT = "ipar_sparse.checkpoint"

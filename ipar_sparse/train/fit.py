@@ -30,7 +30,7 @@ from ..graph import knn_candidates
 from ..inference.checkpoint import load_checkpoint
 from ..inference.embedding import embed_slide
 from ..inference.modules import build_encoder, build_gate_and_model
-from ..inference.run_folder import BEST, LAST, read_meta
+from ..inference.run_folder import BEST, LAST, REFERENCE, read_meta
 from ..metrics.candidates import candidate_recall, sampled_candidate_recall
 from ..progress import quiet_stages, stage, track
 from .atlas import fit_atlas
@@ -43,8 +43,6 @@ from .selection import select_settings
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = "reference.safetensors"
-"""Embeddings and positions of (at most 5,000 cells of) each training slide, for baselines."""
 _REFERENCE_CELLS = 5000
 _RECALL_CELLS = 20_000  # of a slide, whose candidates are all looked at; of more, a sample
 
