@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..geometry.alignment import align, two_layouts
 from ..geometry.neighborhoods import TrueNeighborhoods, jitter, nearest, sample_pairs, unit_gauge
-from .correlation import pearson, spearman, stress_1
+from .correlation import pearson, rank_correlation, spearman, stress_1
 from .descriptions import METRICS, MetricInfo, metric_info
 from .shape import collapse_diagnostics
 
@@ -88,6 +88,12 @@ def distance_metrics(
         if sampled:
             out[f"{name}_se"] = float(influence.std() / np.sqrt(len(d)))
     return out
+
+
+def distance_spearman(pred: Tensor | np.ndarray, true: Tensor | np.ndarray) -> float:
+    """Spearman correlation of all pairwise distances, as :func:`distance_metrics` has it."""
+    x, y = two_layouts(pred, true)
+    return rank_correlation(*(np.round(pdist(unit_gauge(layout)), 10) for layout in (x, y)))
 
 
 def procrustes_metrics(pred: Tensor | np.ndarray, true: Tensor | np.ndarray) -> dict[str, float]:

@@ -31,7 +31,7 @@ from ..inference.embedding import embed_slide, read_expression
 from ..inference.modules import build_encoder, build_gate_and_model
 from ..layout.uncertainty import square_errors
 from ..metrics.diagnostics import candidate_recall
-from ..metrics.layout import distance_metrics
+from ..metrics.layout import distance_spearman
 from ..nn import SharedEncoder
 from .atlas import place_training_slides
 from .batches import Batches, EmbeddedSlide
@@ -50,21 +50,25 @@ class Budget:
 
     Args:
         cells: of a slide, at most, drawn at random.
+        left_out: slides that a fold leaves out, at most; None for all.
         encoder: share of the encoder steps of the run.
-        model: share of its gate steps and of its model steps.
+        model: share of its minisets, of its gate steps and of its model steps.
+        layout: share of the steps of distance correction and refinement, for each layout.
     """
 
     cells: int
+    left_out: int | None
     encoder: float
     model: float
+    layout: float
 
     def per_fold(self, folds: int) -> Budget:
         """The share of one of so many folds."""
-        return Budget(self.cells, self.encoder / folds, self.model / folds)
+        return replace(self, encoder=self.encoder / folds, model=self.model / folds)
 
 
-QUICK = Budget(cells=1000, encoder=0.1, model=0.1)
-FULL = Budget(cells=3000, encoder=1.5, model=1.5)
+QUICK = Budget(cells=1000, left_out=2, encoder=0.1, model=0.1, layout=0.15)
+FULL = Budget(cells=3000, left_out=None, encoder=1.5, model=1.5, layout=1.0)
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ class DonorFold:
             layout = self._layout(number, values).double().cpu()
             near = candidate_recall(knn(layout, NEIGHBORS), slide.pos, NEIGHBORS)
             some = np.random.default_rng(0).permutation(len(layout))[:_DISTANCE_CELLS]
-            distance = distance_metrics(layout[some], slide.pos[some])["distance_spearman"]
+            distance = distance_spearman(layout[some], slide.pos[some])
             pair = (distance, near[f"candidate_recall@{NEIGHBORS}"])
             by_donor.setdefault(slide.donor, []).append(pair)
         means = [np.mean(pairs, axis=0) for pairs in by_donor.values()]
@@ -203,6 +207,12 @@ class DonorFold:
     def _layout(self, number: int, values: Mapping[str, Any]) -> Tensor:
         """The final layout of a left-out slide."""
         config, fitted = self.config.with_values(values), self._fitted(values)
+        settings, share = config.refine, self.budget.layout
+        brief = {
+            "distance_correction_steps": math.ceil(share * settings.distance_correction_steps),
+            "steps": math.ceil(share * settings.steps),
+        }
+        config = config.replace(refine=brief)
         slide, (layout, variance) = fitted.test[number], self._recycled(number, values)
         layout = steps.correct_distances(layout, slide.h, variance, config)
         if not config.refine.steps:
@@ -335,7 +345,7 @@ def _brief(config: RunConfig, budget: Budget, slides: Sequence[Slide]) -> RunCon
         encoder={"steps": math.ceil(budget.encoder * (config.encoder.steps or 0))},
         train={
             "batch_kind": "miniset",
-            "minisets": min(steps_taken, settings.minisets),
+            "minisets": math.ceil(budget.model * settings.minisets),
             "miniset_min": min(settings.miniset_min, *(slide.num_cells for slide in slides)),
             "batch_size": 1,
             "epochs": 1,
@@ -352,6 +362,7 @@ def donor_folds(
     donors: Mapping[str, str] | None,
     groups: int,
     slides_per_donor: int,
+    left_out: int | None = None,
 ) -> list[tuple[list[Slide], list[Slide]]]:
     """Slides to learn from and slides left out, once for each group of donors.
 
@@ -363,6 +374,7 @@ def donor_folds(
         donors: slide name to donor; every slide is its own donor if left out.
         groups: at most so many.
         slides_per_donor: slides of a donor that take part, at most.
+        left_out: slides that a group leaves out, at most; None for all of its donors.
 
     Returns:
         Nothing where all slides are of one donor.
@@ -380,7 +392,7 @@ def donor_folds(
     return [
         (
             [slide for name in names if name not in out for slide in taken[name]],
-            [slide for name in out for slide in taken[name]],
+            _spread_out([slide for name in out for slide in taken[name]], left_out),
         )
         for out in held
     ]
@@ -396,9 +408,9 @@ def _digest(*values: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _spread_out(items: list, count: int) -> list:
-    """At most so many of them, as far apart in their order as can be."""
-    count = min(len(items), count)
+def _spread_out(items: list, count: int | None) -> list:
+    """At most so many of them, as far apart in their order as can be; None for all."""
+    count = len(items) if count is None else min(len(items), count)
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
 
 

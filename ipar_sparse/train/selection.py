@@ -23,7 +23,7 @@ from ..layout.uncertainty import fit_error_model
 from ..progress import Task, stage
 from .batches import SLIDE_STEPS
 from .brief import BriefTrainings
-from .cross_validation import FULL, QUICK, DonorFold, Scores, donor_folds
+from .cross_validation import FULL, QUICK, Budget, DonorFold, Scores, donor_folds
 from .loop import TimeUp, TrainingLoop
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ GRID = (
                 "atlas", {"model.init": "atlas", _CORRECTION: DEFAULT_SELECTION[_CORRECTION]}
             ),
             Candidate("pca", {"model.init": "pca", _CORRECTION: 0}),
-            Candidate("mlp", {"model.init": "mlp", _CORRECTION: 0}),
+            Candidate("mlp", {"model.init": "mlp", _CORRECTION: 0}, full=True),
         ),
     ),
     Choice(
@@ -109,7 +109,7 @@ GRID = (
             _refinement(0.5, 5.0),
             _refinement(0.5, 2.0),
             _refinement(1.0, 2.0),
-            _refinement(0.0, 2.0),
+            _refinement(0.0, 2.0, full=True),
             _refinement(1.0, 5.0, full=True),
             _refinement(0.0, 5.0, full=True),
             _refinement(0.5, 12.0, full=True),
@@ -183,7 +183,9 @@ def select_settings(
     given = resolve_from_data(request, slides)
     open_keys = set(given.unresolved())
     choices = _open_choices(given, open_keys)
-    groups = donor_folds(slides, donors, given.selection.folds, given.selection.slides_per_donor)
+    settings = given.selection
+    budget = FULL if settings.mode == "full" else QUICK
+    groups = donor_folds(slides, donors, settings.folds, settings.slides_per_donor, budget.left_out)
     result = SelectionResult(given.selection.mode)
     values = {key: given.get(key) for key in DEFAULT_SELECTION}
     values |= {key: DEFAULT_SELECTION[key] for key in open_keys}
@@ -194,7 +196,7 @@ def select_settings(
     else:
         count = len(groups) * sum(len(choice.candidates) for choice in choices)
         with stage("Cross-validation", total=count) as task:
-            folds = _folds(groups, donors, request, values, genes, loop)
+            folds = _folds(groups, donors, request, values, genes, budget, loop)
             result.folds = [
                 {"held_out": [s.name for s in test], "train": [s.name for s in train]}
                 for train, test in groups
@@ -253,10 +255,11 @@ def _folds(
     request: RunConfig,
     values: Mapping[str, Any],
     genes: Sequence[str] | None,
+    budget: Budget,
     loop: TrainingLoop,
 ) -> list[DonorFold]:
     """A fold for each group of donors; what follows from data follows from its own slides."""
-    budget = (FULL if request.selection.mode == "full" else QUICK).per_fold(len(groups))
+    budget = budget.per_fold(len(groups))
     brief = BriefTrainings(loop)
     folds = [
         DonorFold(
