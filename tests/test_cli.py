@@ -727,6 +727,17 @@ def test_without_the_extra_it_says_how_to_get_it():
         assert f"pip install 'ipar_sparse[{extra}]'" in done.stderr
 
 
+def test_results_alone_are_those_of_a_copy(run, slides, tmp_path):
+    cells, copy, alone = f"{slides}/cortex3.h5ad", tmp_path / "copy.h5ad", tmp_path / "alone.h5ad"
+    assert cli.run_command(["predict", str(run), cells, "-o", str(copy)]) == 0
+    assert cli.run_command(["predict", str(run), cells, "-o", str(alone), "--out-obsm-only"]) == 0
+    whole, part = anndata.read_h5ad(copy), anndata.read_h5ad(alone)
+    for key in ("X_ipar", "X_ipar_embedding"):
+        assert np.array_equal(whole.obsm[key], part.obsm[key])
+    assert np.array_equal(whole.obs["ipar_uncertainty"], part.obs["ipar_uncertainty"])
+    assert part.n_vars == 0 and alone.stat().st_size < copy.stat().st_size
+
+
 def test_a_run_whose_time_is_up_predicts_and_goes_on(slides, tmp_path, capfd):
     out, placed = tmp_path / "run", tmp_path / "placed.h5ad"
     assert cli.run_command(train_argv(slides, out, "--max-minutes", "0")) == 0

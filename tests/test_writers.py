@@ -173,3 +173,20 @@ def test_sample_in_the_repository_is_what_the_command_makes():
         assert (back.expression != slide.expression).nnz == 0
         np.testing.assert_allclose(back.pos, slide.pos)
         np.testing.assert_array_equal(back.obs["layer"], slide.obs["layer"])
+
+
+@pytest.mark.parametrize("out_suffix", [".h5ad", ".zarr"])
+def test_results_are_written_without_a_copy_of_what_they_were_made_of(tmp_path, out_suffix):
+    adata = make()
+    adata.obsm[Keys.PREDICTION] = np.zeros((N, 2))  # of an earlier run: stays where it is
+    source, out = save(adata, tmp_path / "a.h5ad"), tmp_path / f"b{out_suffix}"
+    pos, rmse = np.random.default_rng(1).normal(size=(N, 2)), np.ones(N)
+    given = {"pos": pos, "obs": {Keys.UNCERTAINTY: rmse}, "uns": {"version": "1.0"}}
+    write_predictions(source, out, **given, results_alone=True)
+    found = load(out)
+    assert list(found.obs_names) == list(adata.obs_names) and found.n_vars == 0
+    assert list(found.obsm) == [Keys.PREDICTION] and list(found.obs) == [Keys.UNCERTAINTY]
+    np.testing.assert_array_equal(found.obsm[Keys.PREDICTION], pos)
+    assert found.uns[Keys.UNS]["version"] == "1.0"
+    with pytest.raises(UserError, match="exists"):
+        write_predictions(source, out, **given, results_alone=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,8 +14,17 @@ from . import options
 from .folders import removed_on_failure
 from .inputs import check_inputs, load_predictor, tell_notes
 from .messages import say
-from .options import given
+from .options import OUTPUT, flag, given
 from .results import outputs_of, tell_written
+
+ObsmOnly = Annotated[
+    bool,
+    flag(
+        "--out-obsm-only",
+        "Write cell names and the results to --out, and no copy of the input's expression.",
+        OUTPUT,
+    ),
+]
 
 
 def predict(
@@ -44,6 +53,7 @@ def predict(
     device: options.Device = None,
     report: options.Report = None,
     genes: options.Genes = None,
+    obsm_only: ObsmOnly = False,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Place cells: positions go to obsm['X_ipar'] of a copy of the file."""
@@ -57,8 +67,9 @@ def predict(
         check_output_folder(report, overwrite, "--report")
     obsm = (Keys.PREDICTION, Keys.EMBEDDING)
     outputs = outputs_of(cells, out)
+    taken = () if obsm_only else obsm
     for source, path in outputs.items():
-        check_output(source, path, overwrite=overwrite, obsm=obsm)
+        check_output(source, path, overwrite=overwrite, obsm=taken)
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
     reading |= given(ignore_case=ignore_case)
     data = check_inputs(run, cells, require_pos=False, **reading)
@@ -70,8 +81,11 @@ def predict(
 
     columns = uncertainty_columns(predictor, noise_samples)
     optional = slide_key is None
+    added_to_obs = () if obsm_only else (*columns, Keys.EMPTY)
     for source, path in outputs.items():
-        check_output(source, path, overwrite=overwrite, obsm=obsm, obs=(*columns, Keys.EMPTY))
+        check_output(source, path, overwrite=overwrite, obsm=taken, obs=added_to_obs)
+    writing: dict[str, Any] = {"slide_key": data.slide_key, "overwrite": overwrite}
+    writing["results_alone"] = obsm_only
     for source, path in outputs.items():
         slides = read_cells(predictor, source, data, slide_key_optional=optional)
         tell_notes(slides)
@@ -89,9 +103,7 @@ def predict(
                     predictor, slides, added, folder, genes=asked, command=command
                 )
             with stage(f"Writing {path.name}"):
-                write_predictions(
-                    source, path, **vars(added), slide_key=data.slide_key, overwrite=overwrite
-                )
+                write_predictions(source, path, **vars(added), **writing)
         tell_written(slides, path, obsm, columns)
         for page in pages:
             say(f"report: {page}")

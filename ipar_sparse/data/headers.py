@@ -153,12 +153,14 @@ def check_output(
     check_free(found, out, overwrite, table=True)
     if vendor_files(found) or is_table(out):
         return
+    obsm, obs = tuple(obsm), tuple(obs)
     with open_store(found.path, inside=found.group) as store:
         if is_stored(store["obs"]) and not hasattr(store["obs"], "keys"):
             read_frame(store, "obs", str(source))  # of an old version: refused by its line
+        uns = (Keys.UNS,) if obsm or obs else ()
         present = [
             f"{slot}[{key!r}]"
-            for slot, keys in (("obsm", obsm), ("obs", obs), ("uns", (Keys.UNS,)))
+            for slot, keys in (("obsm", obsm), ("obs", obs), ("uns", uns))
             for key in keys
             if slot in store and key in store[slot]
         ]

@@ -96,6 +96,7 @@ def write_predictions(
     obs: Mapping[str, np.ndarray] | None = None,
     uns: Mapping[str, Any] | None = None,
     slide_key: str | None = None,
+    results_alone: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Copies what predictions were made of, and adds them to the copy.
@@ -114,6 +115,7 @@ def write_predictions(
         obs: columns to add, each (n,).
         uns: nested dict of plain values, for uns["ipar"].
         slide_key: obs column that a part of a file was sought in.
+        results_alone: write cell names and what is added, and no copy of the rest.
         overwrite: replace `out`, and keys of the same name in the copy.
 
     Raises:
@@ -124,9 +126,10 @@ def write_predictions(
     given = {Keys.PREDICTION: pos, Keys.EMBEDDING: embedding}
     obsm = {key: np.asarray(value) for key, value in given.items() if value is not None}
     columns = {key: _storable(np.asarray(value)) for key, value in (obs or {}).items()}
-    check_output(source, out, overwrite=overwrite, obsm=obsm, obs=columns)
+    taken: dict[str, Any] = {} if results_alone else {"obsm": obsm, "obs": columns}
+    check_output(source, out, overwrite=overwrite, **taken)
     adata, as_it_is = None, not found.is_foreign and found.label is None
-    if as_it_is and (is_table(out) or found.suffix == out.suffix):
+    if as_it_is and (results_alone or is_table(out) or found.suffix == out.suffix):
         with open_store(found.path, inside=found.group) as store:
             names = read_frame(store, "obs", found.path).index
     else:
@@ -141,7 +144,10 @@ def write_predictions(
         raise ValueError(f"pos has shape {np.shape(pos)}, expected ({len(names)}, 2)")
     if is_table(out):
         _write_table(names, out, obsm, columns, overwrite)
-    elif adata is not None:
+        return
+    if results_alone:
+        adata = anndata.AnnData(obs=pd.DataFrame(index=names))
+    if adata is not None:
         add_predictions(adata, pos=pos, embedding=embedding, obs=obs, uns=uns)
         write_anndata(adata, out, overwrite=overwrite)
     else:
