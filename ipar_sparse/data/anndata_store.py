@@ -75,11 +75,11 @@ def open_store(
 
 def memory_store(adata: anndata.AnnData) -> Store:
     """An AnnData object as a store; its elements are not copied."""
-    if adata.isbacked:
+    if adata.isbacked and adata.is_view:
         adata = adata.to_memory()
     store = {"obs": adata.obs, "var": adata.var, "layers": adata.layers, "obsm": adata.obsm}
     if adata.X is not None:
-        store["X"] = adata.X
+        store["X"] = getattr(adata.X, "group", adata.X) if adata.isbacked else adata.X
     if adata.raw is not None:
         store["raw"] = {"X": adata.raw.X, "var": adata.raw.var}
     return store

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from .on_disk import release
 from .slide import Slide
 
 _BLOCK = 1 << 22  # stored values at a time
@@ -65,6 +66,7 @@ def _cell_signatures(slide: Slide) -> np.ndarray:
         filled = np.flatnonzero(np.diff(ends))
         if len(filled):  # a sum, so that the order of genes does not matter
             rows[start + filled] = np.add.reduceat(values, ends[:-1][filled] - ends[0])
+        release(matrix)
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy import sparse
 from scipy.stats import rankdata
 
 from ..errors import UserError
+from .on_disk import is_on_disk, row_blocks, row_sums, take_columns
 from .slide import Slide
 
 Genes = Sequence[str] | np.ndarray
@@ -100,7 +102,7 @@ def select_genes(slides: Sequence[Slide], genes: Genes, n_top: int) -> list[str]
     """
     if n_top < 1:
         raise ValueError(f"n_top is {n_top}, expected at least 1")
-    ranks = sum(rankdata(-_variance(normalized_expression(s, genes))) for s in slides)
+    ranks = sum(rankdata(-_moments(s, genes)[1]) for s in slides)
     selected = np.argsort(ranks, kind="stable")[:n_top]
     return [str(genes[i]) for i in selected]
 
@@ -146,15 +148,43 @@ def cell_totals(slide: Slide) -> np.ndarray:
     """Counts of each cell (n,) by which it is scaled: `slide.totals`, or those of all its genes."""
     if slide.totals is not None:
         return slide.totals
-    return np.asarray(slide.expression.sum(axis=1), dtype=np.float64).ravel()
+    return row_sums(slide.expression)
 
 
 def mean_and_variance(
     slide: Slide, genes: Genes, target_sum: float = 1e4
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance (G,) of the log-normalised expression of some genes."""
-    matrix = normalized_expression(slide, genes, target_sum)
-    return _column_sums(matrix) / max(matrix.shape[0], 1), np.maximum(_variance(matrix), 0.0)
+    mean, variance = _moments(slide, genes, target_sum)
+    return mean, np.maximum(variance, 0.0)
+
+
+def _moments(slide: Slide, genes: Genes, target_sum: float = 1e4) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance (G,), from blocks of rows."""
+    totals = None if slide.normalized else cell_totals(slide)
+    columns = _columns_of(slide.genes, genes)
+    sums, squares = np.zeros(len(genes)), np.zeros(len(genes))
+    for rows, block in row_blocks(slide.expression):
+        part = _place_columns(block, columns, len(genes))
+        if totals is not None:
+            part = log_normalize(part, target_sum, totals[rows])
+        sums += _column_sums(part)
+        squares += _column_sums(part, power=2)
+    n = max(slide.num_cells, 1)
+    return sums / n, squares / n - (sums / n) ** 2
+
+
+def in_memory(slide: Slide, genes: Genes) -> Slide:
+    """A slide with those of some genes that it has, read from the disk if it lies there.
+
+    Its cells are scaled by the totals of all its genes, as before.
+    """
+    if slide.expression is None or not is_on_disk(slide.expression):
+        return slide
+    keep = np.flatnonzero(np.isin(slide.genes.astype(str), np.asarray(genes, dtype=str)))
+    totals = slide.totals if slide.normalized else cell_totals(slide)
+    taken = take_columns(slide.expression, keep)
+    return replace(slide.with_genes(taken, slide.genes[keep]), totals=totals)
 
 
 def median_total(slides: Sequence[Slide]) -> float:
@@ -246,15 +276,23 @@ def gene_weights(
 
 
 def _take_columns(matrix: sparse.csr_matrix, own: Genes, wanted: Genes) -> sparse.csr_matrix:
+    return _place_columns(matrix, _columns_of(own, wanted), len(wanted))
+
+
+def _columns_of(own: Genes, wanted: Genes) -> np.ndarray:
+    """For each own gene its number among those wanted, or -1."""
     target = {str(g): j for j, g in enumerate(wanted)}
     if len(target) != len(wanted):
         raise ValueError(f"genes has {len(wanted) - len(target)} repeated names, expected unique")
-    column = np.array([target.get(str(g), -1) for g in own], dtype=np.int64)
+    return np.array([target.get(str(g), -1) for g in own], dtype=np.int64)
+
+
+def _place_columns(matrix: sparse.csr_matrix, column: np.ndarray, width: int) -> sparse.csr_matrix:
     present = np.flatnonzero(column >= 0)
-    taken = matrix[:, present]
+    taken = take_columns(matrix, present)
     taken = sparse.csr_matrix(
         (taken.data, column[present].astype(taken.indices.dtype)[taken.indices], taken.indptr),
-        shape=(matrix.shape[0], len(wanted)),
+        shape=(matrix.shape[0], width),
     )
     taken.sort_indices()
     return taken

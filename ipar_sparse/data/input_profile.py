@@ -13,8 +13,16 @@ from ..config.schema import DataConfig
 from ..errors import UserError
 from .anndata_store import some_names
 from .copies import identified
-from .expression import log_normalize, match_genes, mean_and_variance, median_total, select_genes
+from .expression import (
+    in_memory,
+    log_normalize,
+    match_genes,
+    mean_and_variance,
+    median_total,
+    select_genes,
+)
 from .gene_names import FEW_GENES, check_shared, kind_of_names, rename_genes
+from .on_disk import row_blocks, row_sums, smallest_value
 from .slide import Slide, Warned
 from .values import Values, inverted, rescaled
 
@@ -108,7 +116,7 @@ def profile_inputs(
     genes = shared
     if data.max_genes is not None and len(genes) > data.max_genes:
         genes = select_genes(known, genes, data.max_genes)
-    known = [informative(_emptied(slide, genes)) for slide in known]
+    known = [informative(_emptied(in_memory(slide, genes), genes)) for slide in known]
     total = data.target_sum or median_total(known)
     values = first.values or Values("none", "counts")
     profile = InputProfile(
@@ -289,20 +297,24 @@ def _counted(slide: Slide, shared: Sequence[str]) -> Slide:
     inside = np.isin(slide.genes.astype(str), np.asarray(shared, dtype=str))
     if inside.all():
         return slide
-    totals = np.asarray(slide.expression @ inside.astype(np.float64)).ravel()
+    totals = row_sums(slide.expression, inside.astype(np.float64))
     return replace(slide, totals=totals, empty=slide.empty | (totals == 0))
 
 
 def _emptied(slide: Slide, genes: Sequence[str]) -> Slide:
     """With cells flagged that hold nothing in some genes."""
     inside = np.isin(slide.genes.astype(str), np.asarray(genes, dtype=str))
-    held = abs(slide.expression) @ inside.astype(np.float32)
-    return replace(slide, empty=slide.empty | (np.asarray(held).ravel() == 0))
+    stored = [block[:, inside].getnnz(axis=1) for _, block in row_blocks(slide.expression)]
+    return replace(slide, empty=slide.empty | (np.concatenate(stored) == 0))
 
 
 def _differences(slide: Slide, profile: InputProfile, missing: Sequence[str]) -> list[str]:
     """Differences from the training slides that cannot be undone."""
-    if not len(profile.mean) or profile.scaling == "as given" or slide.expression.min() < 0:
+    if (
+        not len(profile.mean)
+        or profile.scaling == "as given"
+        or smallest_value(slide.expression) < 0
+    ):
         return []
     absent = set(missing)
     present = np.array([gene not in absent for gene in profile.genes])

@@ -15,19 +15,19 @@ from scipy import sparse
 from ..config.schema import DataConfig
 from ..errors import UserError
 from ..progress import track
-from .anndata_store import Store, read_element, read_frame, some_names, suggest
+from .anndata_store import Store, is_stored, read_element, read_frame, some_names, suggest
 from .checks import MAX_CATEGORIES, checked
 from .gene_names import merge_duplicates
 from .headers import check_cell_count, check_embedding, check_positions, find_matrix
 from .keys import Keys
 from .names import safe_names, unique_names
+from .on_disk import BLOCK, is_large, read_to_disk, release
 from .paths import Source
 from .positions import as_positions
 from .slide import Slide
 from .sources import Opened, open_source, pick_rows
 from .values import interpret
 
-BLOCK = 1 << 22  # stored values read, converted or checked at a time
 MAX_COLUMNS = 64  # obs columns kept with a slide
 
 
@@ -271,6 +271,8 @@ def _read_matrix(group: Any, shape: tuple[int, int], where: str) -> sparse.csr_m
     """A dense, CSR or CSC matrix as float32 CSR; where it is stored, it is read in blocks."""
     if sparse.issparse(group):
         return _canonical(group)
+    if is_stored(group) and is_large(group):
+        return read_to_disk(group, shape, where)
     if not hasattr(group, "keys"):
         if tuple(group.shape) != shape:
             raise UserError(
@@ -357,6 +359,7 @@ def _check_values(
                 f"{where}: values are {problem}, first {matrix.data[at]:g} at cell {cell}, "
                 f"gene {genes[matrix.indices[at]]}; {remedy}"
             )
+        release(matrix)
 
 
 def _refuse_zeros(

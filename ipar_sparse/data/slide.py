@@ -98,12 +98,14 @@ class Slide:
             cells: row numbers (m,), in the order of the new slide.
         """
 
+        from .on_disk import take_rows
+
         def of(values: Any) -> Any:
             return None if values is None else values[cells]
 
         return replace(
             self,
-            expression=of(self.expression),
+            expression=None if self.expression is None else take_rows(self.expression, cells),
             cell_names=self.cell_names[cells],
             pos=of(self.pos),
             embedding=of(self.embedding),

@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
+from .on_disk import changed_values, take_rows
+
 Scale = Literal["counts", "total", "cells"] | None
 
 _SAMPLE = 1000  # cells that are looked at
@@ -140,7 +142,7 @@ def _sample(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
     most = max(min(_SAMPLE, _VALUES // per_cell), _CELLS)
     if len(filled) > most:
         filled = filled[np.linspace(0, len(filled) - 1, most).astype(np.int64)]
-    return matrix[filled]
+    return take_rows(matrix, filled)
 
 
 def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -233,8 +235,7 @@ def _contradiction(found: Values, normalized: bool) -> list[str]:
 def _changed(
     matrix: sparse.csr_matrix, function: Callable[[np.ndarray], np.ndarray]
 ) -> sparse.csr_matrix:
-    data = function(matrix.data.astype(np.float64)).astype(np.float32)
-    return sparse.csr_matrix((data, matrix.indices, matrix.indptr), shape=matrix.shape)
+    return changed_values(matrix, function)
 
 
 def inverted(matrix: sparse.csr_matrix, values: Values) -> sparse.csr_matrix:

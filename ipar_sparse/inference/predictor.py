@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RunConfig
+from ..data.expression import in_memory
 from ..data.input_profile import InputProfile, informative
 from ..data.records import recorded_inputs
 from ..data.slide import Slide, Warned
@@ -162,7 +163,7 @@ class Predictor:
             for note in found.notes[len(slide.notes) :]:
                 level = logging.WARNING if isinstance(note, Warned) else logging.INFO
                 logger.log(level, "%s: %s", slide.name, note)
-        return informative(found)
+        return informative(in_memory(found, self.meta["genes"] or ()))
 
     def embed(self, slide: Slide) -> np.ndarray:
         """Embeddings (n, d) float32 of those of a slide's cells that hold information.

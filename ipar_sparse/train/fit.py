@@ -19,7 +19,7 @@ from torch import nn
 from ..config import RunConfig, resolve_device
 from ..config.schema import CONFIG, INPUTS, SELECTION
 from ..data.copies import find_copies, identified, sketch, slide_digest
-from ..data.expression import Expression
+from ..data.expression import Expression, in_memory
 from ..data.input_profile import conform, informative, profile_inputs
 from ..data.slide import Slide, Warned
 from ..data.splits import choose_validation
@@ -274,7 +274,7 @@ def _prepare(
                 raise UserError(f"{slide.name}: no expression to train on; give X or --layer")
         with stage("Comparing slides"):
             train, profile, missing = profile_inputs(train, request.data)
-            val = [informative(conform(slide, profile)) for slide in val]
+            val = [informative(in_memory(conform(slide, profile), profile.genes)) for slide in val]
         inputs["profile"], genes = profile.as_dict(), list(profile.genes)
         if missing:
             logger.info("%d genes are not on every training slide: left out", len(missing))
