@@ -142,12 +142,14 @@ class _Shown:
         self.uses: dict[tuple[str, ...], StageUse] = {}
         self.quiet = False
         self.sampler: usage.DeviceSampler | None = None
+        self.failed: tuple[str, ...] = ()  # the innermost stage that an exception ended
         self.began = 0.0  # in seconds of this process; a second command begins later
         self._bars: RichProgress | None = None
         self._ended: threading.Event | None = None
 
     def enter(self, name: str, total: int | None) -> Task:
         self._fold_peaks()
+        self.failed = ()
         path = (*(task.path[-1] for task in self.stack), name)
         task = Task(path, total)
         if not self.stack:
@@ -161,6 +163,8 @@ class _Shown:
     def leave(self, task: Task, failed: bool) -> None:
         self._fold_peaks()
         self.stack.remove(task)
+        if failed and not self.failed:
+            self.failed = task.path
         use = self.uses.setdefault(task.path, StageUse(" / ".join(task.path)))
         seconds, before = task.seconds, use.seconds
         use.times, use.seconds = use.times + 1, before + seconds
@@ -275,6 +279,11 @@ def track(items: Iterable, name: str, total: int | None = None) -> Iterator:
         for item in items:
             yield item
             task.advance()
+
+
+def failed_stage() -> str:
+    """The stage that the last exception ended; empty if there was none."""
+    return " / ".join(_shown.failed)
 
 
 def tell(line: str) -> None:

@@ -50,6 +50,28 @@ def explain(error: Exception) -> tuple[int, str]:
     return code, f"error: {' '.join(text.split())}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the host or of a GPU was missing, however a library says so."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and (
+        "not enough memory" in said or "can't allocate memory" in said or "ALLOC_FAILED" in said
+    )
+
+
+def out_of_memory(left: str) -> str:
+    """The line on missing memory.
+
+    Args:
+        left: what is left behind, and what to do.
+    """
+    from ..progress import failed_stage
+
+    stage = failed_stage()
+    return f"out of memory{f' ({stage})' if stage else ''}; {left}"
+
+
 def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, UserError):
         return 2, str(error)
@@ -72,11 +94,8 @@ def _explain(error: Exception) -> tuple[int, str]:
             f"{error.filename}: {error.strerror.lower()}; check the path and its permissions, or "
             "choose another"
         )
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return 1, (
-            "out of memory; try --device cpu, --set train.batch_kind=miniset, "
-            "--set model.checkpoint_recycles=true or fewer cells"
-        )
+    if is_out_of_memory(error):
+        return 2, out_of_memory("nothing half-written was left; give fewer cells at a time")
     return 1, (
         f"unexpected {type(error).__name__}: {error}; this is a fault of the program: "
         "run again with --debug and report what it prints"

@@ -12,7 +12,7 @@ from ..errors import UserError
 from . import options
 from .folders import check_resume, what_is_left
 from .inputs import check_no_leak
-from .messages import Stopped, say
+from .messages import Stopped, is_out_of_memory, out_of_memory, say
 from .options import OUTPUT, RUNNING, flag, given
 from .watched import loading
 
@@ -182,9 +182,20 @@ def _fit(
             )
     except KeyboardInterrupt as stop:
         raise Stopped(str(stop) or what_is_left(out)) from None
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise UserError(out_of_memory(_with_less(out))) from error
+        raise
     if "model" in result.metadata.get("cut_short", []):
         say(f"time is up: `ipar-sparse train --out {out} --resume` goes on")
     say(f"trained: {out}\nnext: ipar-sparse evaluate {out} SLIDE.h5ad --out DIR")
+
+
+def _with_less(out: Path) -> str:
+    return (
+        f"{what_is_left(out)}. Fewer cells, --device cpu, or a new run with --set "
+        "train.batch_kind=miniset or --set model.checkpoint_recycles=true take less"
+    )
 
 
 def minutes_left(limit: float | None) -> float | None:
