@@ -66,7 +66,7 @@ def read_to_disk(group: Any, shape: tuple[int, int], where: str) -> sparse.csr_m
         data[used:end], indices[used:end] = block.data, block.indices
         lengths.append(np.diff(block.indptr))
         used = end
-        _release(data), _release(indices)
+        _release(data, indices)
     indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)]).astype(kind)
     matrix = sparse.csr_matrix((data[:used], indices[:used], indptr), shape=shape, copy=False)
     matrix.has_canonical_format = True  # every block has it
@@ -128,7 +128,7 @@ def take_rows(matrix: sparse.csr_matrix, rows: np.ndarray) -> sparse.csr_matrix:
         found, part = matrix[numbers[start:stop]], slice(indptr[start], indptr[stop])
         data[part], indices[part] = found.data, found.indices
         release(matrix)
-        _release(data), _release(indices)
+        _release(data, indices)
     shape = (len(numbers), matrix.shape[1])
     taken = sparse.csr_matrix((data, indices, indptr), shape=shape, copy=False)
     taken.has_canonical_format = matrix.has_canonical_format
@@ -151,7 +151,7 @@ def smallest_value(matrix: sparse.csr_matrix) -> float:
 
 def release(matrix: sparse.csr_matrix) -> None:
     """Gives back the memory that holds values of a matrix on the disk, which stay there."""
-    _release(matrix.data), _release(matrix.indices)
+    _release(matrix.data, matrix.indices)
 
 
 def changed_values(matrix: sparse.csr_matrix, function) -> sparse.csr_matrix:
@@ -161,7 +161,7 @@ def changed_values(matrix: sparse.csr_matrix, function) -> sparse.csr_matrix:
     for start in range(0, count, BLOCK):
         part = slice(start, start + BLOCK)
         data[part] = function(matrix.data[part].astype(np.float64))
-        release(matrix), _release(data)
+        _release(matrix.data, data)
     found = sparse.csr_matrix((data, matrix.indices, matrix.indptr), shape=matrix.shape, copy=False)
     found.has_canonical_format = matrix.has_canonical_format
     return found
@@ -264,8 +264,8 @@ def _mapping(array: Any) -> mmap.mmap | None:
     return None
 
 
-def _release(array: np.ndarray) -> None:
-    """Gives back the memory that holds a mapped array; its values stay in the file."""
-    mapping = _mapping(array)
-    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapping.madvise(mmap.MADV_DONTNEED)
+def _release(*arrays: np.ndarray) -> None:
+    """Gives back the memory that holds mapped arrays; their values stay in the file."""
+    for mapping in map(_mapping, arrays):
+        if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED)
