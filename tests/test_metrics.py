@@ -14,6 +14,7 @@ from ipar_sparse.geometry.neighborhoods import TrueNeighborhoods, unit_gauge
 from ipar_sparse.metrics.correlation import spearman
 from ipar_sparse.metrics.layout import (
     distance_metrics,
+    distance_spearman,
     evaluate_layout,
     metric_info,
     neighborhood_metrics,
@@ -52,6 +53,7 @@ def test_distance_metrics_equal_their_definitions():
     pred = moved_by(noisy(true, 0.3))
     d, delta = pdist(pred), pdist(true)
     got = distance_metrics(pred, true)
+    assert distance_spearman(pred, true) == pytest.approx(got["distance_spearman"], abs=1e-12)
     assert got["distance_spearman"] == pytest.approx(spearmanr(d, delta)[0], abs=1e-9)
     assert got["distance_pearson"] == pytest.approx(pearsonr(d, delta)[0], abs=1e-9)
     scales = np.linspace(0, 3, 20001) * d.mean() / delta.mean()

@@ -103,6 +103,27 @@ def test_from_six_donors_on_all_are_left_out_once():
     assert held == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
 
 
+def test_few_slides_of_a_group_are_placed_and_all_others_learned_from():
+    many = [slide(name, [0, 1], i, n=30) for i, name in enumerate("abcdefg")]
+    (train, test), *_ = donor_folds(many, None, 3, 3, left_out=2)
+    assert [s.name for s in test] == ["a", "g"]
+    assert [s.name for s in train] == ["b", "c", "e", "f"]
+
+
+def test_a_quick_selection_is_short_and_a_full_one_tries_more(tmp_path):
+    """Quick places two slides of a donor, and no run on real sets took what it leaves out."""
+    slides = [slide(f"{d}{i}", [0, 1], i, n=70) for d in "ab" for i in range(3)]
+    donors = {s.name: s.name[0] for s in slides}
+    tried, left_out = {}, {}
+    for mode in ("quick", "full"):
+        settings = [*BROUGHT, f"selection.mode={mode}", "refine.steps=20"]
+        _, result = selected(slides, tmp_path / mode, donors, settings)
+        tried[mode] = {row["name"] for choice in result.choices for row in choice["candidates"]}
+        left_out[mode] = [len(fold["held_out"]) for fold in result.folds]
+    assert left_out == {"quick": [2, 2], "full": [3, 3]}
+    assert tried["full"] - tried["quick"] >= {"mlp"} and "pca" in tried["quick"]
+
+
 def test_one_donor_tells_nothing_and_defaults_are_taken(tmp_path):
     slides = [slide("a", [0, 1], 0), slide("b", [0, 1], 1)]
     config, result = selected(slides, tmp_path, {"a": "x", "b": "x"})
