@@ -22,7 +22,7 @@ from .data.writers import add_predictions
 from .errors import UserError
 from .evaluation.results import SlideEvaluation, role_of
 from .evaluation.scoring import score_slide
-from .files import check_output_folder
+from .files import check_output_folder, folder_name
 from .inference.placing import (
     Additions,
     embed_cells,
@@ -335,7 +335,7 @@ class IPAR(Pretrained):
                 self.predictor, one, noise_samples=noise_samples, baselines=baselines
             )
             if out is not None:
-                folder = Path(out) if len(slides) == 1 else Path(out) / one.name
+                folder = Path(out) if len(slides) == 1 else Path(out) / folder_name(one.name)
                 write_evaluation(
                     self.predictor, one, scored, folder, genes=genes, command="IPAR.evaluate()"
                 )

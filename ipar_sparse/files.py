@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -92,6 +94,44 @@ def copy_folder(source: str | os.PathLike, target: str | os.PathLike) -> None:
             folder.chmod(folder.stat().st_mode | stat.S_IRWXU)
 
 
+def folder_name(name: str) -> str:
+    """A name, such as that of a slide, as the name of one folder; two names give two folders."""
+    safe = re.sub(r"[^\w.+=-]", "_", name).lstrip(".")[:100]
+    if safe and safe == name:
+        return safe
+    return f"{safe or 'unnamed'}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON; ValueError for whatever is none, or is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain YAML; ``yaml.YAMLError`` for whatever is none.
+
+    Aliases are refused: a few of them unfold to more than fits in memory.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                event = self.get_event()
+                raise yaml.composer.ComposerError(
+                    None, None, f"alias *{event.anchor} is not read", event.start_mark
+                )
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(text, Loader)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise yaml.YAMLError(str(error).partition("\n")[0]) from None
+
+
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a YAML file of ``name: value`` lines.
 
@@ -101,7 +141,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = parse_yaml(Path(path).read_text())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError):

@@ -52,6 +52,19 @@ TRUST = [
 ]
 """Settings of the run that the tests marked ``trust`` share."""
 
+QUICK = [
+    *(one for one in SMALL if not one.startswith(("selection.", "model.init"))),
+    "model.init=atlas",
+    "refine.distance_correction_steps=0",
+    "refine.steps=20",
+    "refine.anchor_weight=5",
+    "refine.rca_power=0.5",
+    "encoder.steps=60",
+    "train.gate_steps=20",
+    "train.epochs=6",
+]
+"""Settings of a run that selects, and predicts in a moment: for the tests that kill and mangle."""
+
 
 def small_config(*overrides: str, preset: str | None = None) -> RunConfig:
     """The settings above, with some changed: ``small_config("train.epochs=1")``."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import SMALL
+from small_run import QUICK
 
 from ipar_sparse.cli import main, run_command
 from ipar_sparse.data.simulation import simulate
@@ -26,21 +26,7 @@ from ipar_sparse.train.run_folder import PARTS, is_resumable, lock_run
 pytestmark = pytest.mark.trust
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = [
-    word
-    for one in (
-        *(setting for setting in SMALL if "selection" not in setting and "init" not in setting),
-        "model.init=atlas",
-        "refine.distance_correction_steps=0",
-        "refine.steps=20",
-        "refine.anchor_weight=5",
-        "refine.rca_power=0.5",
-        "encoder.steps=60",
-        "train.gate_steps=20",
-        "train.epochs=6",
-    )
-    for word in ("--set", one)
-]
+SETTINGS = [word for setting in QUICK for word in ("--set", setting)]
 EVERY = 0.3  # seconds between two checkpoints, in place of a minute
 
 children = multiprocessing.get_context("forkserver")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..files import check_output_folder
+from ..files import check_output_folder, folder_name
 from . import options
 from .folders import removed_on_failure
 from .inputs import check_inputs, load_predictor, tell_notes
@@ -65,7 +65,7 @@ def evaluate(
     for one in slides:
         if role := role_in_training(predictor, one):
             note(f"{one.name} {role}: these scores say nothing about unseen slides")
-        folder = out if len(slides) == 1 else out / one.name
+        folder = out if len(slides) == 1 else out / folder_name(one.name)
         with removed_on_failure(folder):
             metrics = evaluate_slide(
                 predictor,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def info(run: options.Run) -> None:
     """Show what a run was trained on, how far it got, and which settings it selected and why."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from ..inference.summary import read_selection, summarize_run
@@ -22,7 +23,7 @@ def info(run: options.Run) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for label, text in summarize_run(run).items():
-        table.add_row(label, text)
+        table.add_row(label, escape(text))
     console = Console()
     console.print(table)
     selection = read_selection(run)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..files import parse_yaml
 from .presets import PRESETS
 from .schema import RunConfig
 from .validation import merge, suggest
@@ -96,7 +97,7 @@ def _check_device_name(name: str) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = parse_yaml(Path(path).read_text())
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -126,7 +127,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if not equals or not all(key.split(".")):
             raise UserError(f"--set takes section.key=value, e.g. train.epochs=30; got {text!r}")
         try:
-            value = yaml.safe_load(raw)
+            value = parse_yaml(raw)
         except yaml.YAMLError:
             raise UserError(f"--set {key}: the value {raw!r} is not valid YAML") from None
         values.pop(key, None)  # the later one also comes later

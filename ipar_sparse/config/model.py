@@ -1,8 +1,8 @@
 """Settings of the attention model."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from .types import Beta, Inside, Positive, Rate, Section, Term, Weight
 
@@ -19,7 +19,7 @@ class ModelConfig(Section):
     """Number of attention heads."""
     head_channels: Positive = 32
     """Channels of an attention head."""
-    recycles: Positive = 5
+    recycles: Annotated[int, Field(gt=0, le=1000)] = 5
     """Number of passes through the attention block. Fewer passes take less time."""
     shared: bool = True
     """Whether all recycles share one block. Separate blocks have more parameters to fit."""

@@ -1,15 +1,15 @@
 """Settings of what follows the recycles: refinement, uncertainty and scores."""
 
-from .types import Count, Positive, Section, Share, Weight
+from .types import Positive, Section, Share, Steps, Weight
 
 
 class RefineConfig(Section):
     """What moves the layout after the recycles: distance correction, then refinement."""
 
-    distance_correction_steps: Count | None = None
+    distance_correction_steps: Steps | None = None
     """Optimiser steps that correct distances for the uncertainty of each cell's position; 0 = off;
     none = 200 or 0, selected by cross-validation."""
-    steps: Count | None = None
+    steps: Steps | None = None
     """Optimiser steps that draw nearest candidates together; 0 = off; none = 400 or 0, selected by
     cross-validation. It gains neighbours and may cost distances."""
     neighbors: Positive = 15

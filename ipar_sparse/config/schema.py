@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, parse_json, parse_yaml
 from .inputs import DataConfig, EncoderConfig, GraphConfig
 from .model import ModelConfig
 from .prediction import EvalConfig, RefineConfig, UncertaintyConfig
@@ -157,7 +157,7 @@ class RunConfig(Section):
         """
         path = Path(folder) / CONFIG
         try:
-            values = json.loads(path.read_text())
+            values = parse_json(path.read_text())
         except FileNotFoundError:
             if (Path(folder) / REQUESTED).is_file():
                 raise UserError(
@@ -187,7 +187,7 @@ class RunConfig(Section):
         """
         path = Path(folder) / REQUESTED
         try:
-            values = yaml.safe_load(path.read_text())
+            values = parse_yaml(path.read_text())
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} cannot be read ({reason}); train the run again") from None

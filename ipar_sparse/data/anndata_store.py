@@ -6,7 +6,9 @@ Opening a store loads neither anndata nor pandas, which take a second.
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +34,12 @@ _FILTERS = {
     4: "szip",
 }
 """Registered number of an HDF5 filter to its name."""
+
+_DECLARED = 1 << 28  # bytes that any array may declare
+_RATIO = 2000  # of declared to stored bytes; deflate reaches 1032, on zeros
+_DEPTH = 16  # of groups in groups
+_CODE = re.compile(rb'"(?:id|name)"\s*:\s*"(?:numcodecs\.)?pickle"')
+"""A zarr codec that runs whatever code an array brings along."""
 
 Store = Any
 """Nested mappings of elements: an open h5py.File, a zarr.Group, or :func:`memory_store`."""
@@ -64,7 +72,8 @@ def open_store(
     except BaseException as error:
         with suppress(RuntimeError):  # a full disk fails again on closing
             _close(store)
-        if mode == "r" and isinstance(error, (OSError, KeyError, EOFError)):
+        known = isinstance(error, UserError | MemoryError | ImportError)
+        if mode == "r" and isinstance(error, Exception) and not known:
             raise UserError(f"{path}: {_why_damaged(path, error)}") from error
         raise
     try:
@@ -96,7 +105,69 @@ def read_element(element: Any) -> Any:
         return element
     from anndata.io import read_elem
 
-    return read_elem(element)
+    check_honest(element)
+    try:
+        return read_elem(element)
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # whatever anndata makes of a damaged file
+        raise OSError(f"{element.name}: {first_line(error)}") from error
+
+
+def check_honest(element: Any, depth: int = 0) -> None:
+    """Refuses what declares far more than is stored of it, and groups without end.
+
+    Args:
+        element: group or array of an open store.
+        depth: of the group that it lies in.
+
+    Raises:
+        OSError: so it is.
+    """
+    if depth > _DEPTH:
+        raise OSError(f"{element.name[:80]}: groups are nested too deep")
+    if hasattr(element, "keys"):
+        for name in element:
+            check_honest(element[name], depth + 1)
+        return
+    chunk = math.prod(getattr(element, "chunks", None) or ())
+    declared = max(math.prod(element.shape or ()), chunk) * element.dtype.itemsize
+    if declared > _DECLARED and declared > _RATIO * _stored_bytes(element, declared // _RATIO):
+        raise OSError(
+            f"{element.name} declares {declared / 2**30:,.1f} GiB, of which almost nothing is there"
+        )
+
+
+def row_count(frame: Any) -> int | None:
+    """Rows of a data frame; None of a stored one that does not say which column is its index."""
+    if not is_stored(frame):
+        return len(frame)
+    index = dict(getattr(frame, "attrs", {})).get("_index")
+    known = isinstance(index, str) and hasattr(frame, "keys") and index in frame
+    return frame[index].shape[0] if known and hasattr(frame[index], "shape") else None
+
+
+def check_rows(element: Any, rows: int | None) -> None:
+    """Refuses an array that has another length than the cells, before it is read.
+
+    Raises:
+        OSError: so it is.
+    """
+    shape = getattr(element, "shape", None)
+    if is_stored(element) and rows is not None and shape and shape[0] != rows:
+        raise OSError(f"{element.name} has {shape[0]} rows instead of {rows}")
+
+
+def _stored_bytes(element: Any, enough: int) -> int:
+    """Bytes that an array takes in its file; of a folder, counted until there are enough."""
+    if isinstance(element, h5py.Dataset):
+        return element.id.get_storage_size()
+    found = 0
+    for folder, _, files in os.walk(Path(str(element.store.root)) / element.path):
+        found += sum(os.path.getsize(os.path.join(folder, name)) for name in files)
+        if found > enough:
+            break
+    return found
 
 
 def read_frame(store: Store, name: str, where: str | Path) -> pd.DataFrame:
@@ -112,7 +183,12 @@ def read_frame(store: Store, name: str, where: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    frame = read_element(store[name])
+    stored = store[name]
+    if is_stored(stored) and hasattr(stored, "keys"):
+        for column in stored:
+            if not hasattr(stored[column], "keys"):
+                check_rows(stored[column], row_count(stored))
+    frame = read_element(stored)
     if not isinstance(frame, pd.DataFrame):
         raise UserError(
             f"{where}: {name} is in the layout of an AnnData older than 0.7; open it with "
@@ -146,6 +222,12 @@ def first_line(error: BaseException) -> str:
 def _open_zarr(path: Path, mode: Literal["r", "r+"]) -> Store:
     import zarr
 
+    for metadata in (*path.rglob(".zarray"), *path.rglob("zarr.json"), *path.glob(".zmetadata")):
+        if _CODE.search(metadata.read_bytes()):
+            raise UserError(
+                f"{path}: holds pickled objects ({metadata.parent.name}), which may run any code; "
+                "write it again with adata.write_zarr"
+            )
     try:
         # keys may have been added since the store was consolidated; zarr 2 does not look there
         fresh: Any = {} if zarr.__version__.startswith("2.") else {"use_consolidated": False}
@@ -160,6 +242,8 @@ def _open_zarr(path: Path, mode: Literal["r", "r+"]) -> Store:
 def _open_h5ad(path: Path, mode: Literal["r", "r+"]) -> Store:
     if not path.exists():
         raise UserError(f"{path}: no such file; check the path")
+    if not path.is_file():
+        raise UserError(f"{path}: is no regular file; copy it to one")
     try:
         return h5py.File(path, mode)
     except OSError as error:

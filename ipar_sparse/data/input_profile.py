@@ -79,8 +79,21 @@ class InputProfile:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any] | None) -> InputProfile | None:
-        """What :meth:`as_dict` gave; None of a run that recorded none."""
-        return None if values is None else cls(**values)
+        """What :meth:`as_dict` gave; None of a run that recorded none.
+
+        Raises:
+            ValueError: values that :meth:`as_dict` cannot have given.
+        """
+        if values is None:
+            return None
+        from pydantic import TypeAdapter
+
+        found = TypeAdapter(cls).validate_python(values)
+        if any(
+            len(moments) not in (0, len(found.genes)) for moments in (found.mean, found.variance)
+        ):
+            raise ValueError("means or variances that belong to other genes")
+        return found
 
 
 def profile_inputs(

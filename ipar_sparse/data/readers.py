@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,17 @@ from scipy import sparse
 from ..config.schema import DataConfig
 from ..errors import UserError
 from ..progress import track
-from .anndata_store import Store, is_stored, read_element, read_frame, some_names, suggest
+from .anndata_store import (
+    Store,
+    check_honest,
+    check_rows,
+    is_stored,
+    read_element,
+    read_frame,
+    row_count,
+    some_names,
+    suggest,
+)
 from .checks import MAX_CATEGORIES, checked
 from .gene_names import merge_duplicates
 from .headers import check_cell_count, check_embedding, check_positions, find_matrix
@@ -28,6 +39,7 @@ from .slide import Slide
 from .sources import Opened, open_source, pick_rows
 from .values import interpret
 
+_DENSE = 1 << 31  # numbers of a sparse table that is read dense
 MAX_COLUMNS = 64  # obs columns kept with a slide
 
 
@@ -271,8 +283,10 @@ def _read_matrix(group: Any, shape: tuple[int, int], where: str) -> sparse.csr_m
     """A dense, CSR or CSC matrix as float32 CSR; where it is stored, it is read in blocks."""
     if sparse.issparse(group):
         return _canonical(group)
-    if is_stored(group) and is_large(group):
-        return read_to_disk(group, shape, where)
+    if is_stored(group):
+        check_honest(group)
+        if is_large(group):
+            return read_to_disk(group, shape, where)
     if not hasattr(group, "keys"):
         if tuple(group.shape) != shape:
             raise UserError(
@@ -289,8 +303,10 @@ def _read_matrix(group: Any, shape: tuple[int, int], where: str) -> sparse.csr_m
     stored_shape = tuple(int(s) for s in attrs.get("shape", attrs.get("h5sparse_shape", shape)))
     num_stored = group["data"].shape[0]
     index_type = np.int32 if max(num_stored, *shape) < 2**31 else np.int64
-    indptr = np.asarray(group["indptr"][:], dtype=index_type)
     major, minor = shape if kind == "csr_matrix" else shape[::-1]
+    if group["indptr"].shape[0] != major + 1 or num_stored > math.prod(shape):
+        raise UserError(f"{where}: its sparse matrix is damaged; copy or export it again")
+    indptr = np.asarray(group["indptr"][:], dtype=index_type)
     indices = _read_flat(group["indices"], index_type)
     consistent = (
         stored_shape == shape
@@ -370,8 +386,13 @@ def _refuse_zeros(
 
 
 def _read_obsm(store: Store, key: str) -> np.ndarray:
-    value = read_element(store["obsm"][key])
+    value = store["obsm"][key]
+    check_rows(value, row_count(store["obs"]))
+    value = read_element(value)
     if sparse.issparse(value):
+        if math.prod(value.shape) > _DENSE:
+            shape = " x ".join(map(str, value.shape))
+            raise OSError(f"obsm[{key!r}] is a sparse table of {shape}, too large for one")
         value = value.toarray()
     return np.asarray(value)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.schema import INPUTS, RunConfig
 from ..errors import UserError
+from ..files import parse_json
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -25,10 +25,22 @@ def recorded_inputs(run: Path) -> dict[str, Any]:
     """
     path = run / INPUTS
     try:
-        recorded = json.loads(path.read_text())
+        recorded = parse_json(path.read_text())
+        for one in (*recorded["train"], *recorded["val"]):
+            _check_record(one)
         return {**recorded, "train": recorded["train"], "val": recorded["val"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is missing or damaged; train the run again") from None
+
+
+def _check_record(one: Any) -> None:
+    """Refuses, by some error, what no run says of a slide."""
+    texts = isinstance(one["name"], str) and isinstance(one["digest"], str)
+    if not (texts and isinstance(one["cells"], int) and isinstance(one["path"], str | None)):
+        raise TypeError
+    for signature in one.get("sketch", ()):
+        if not 0 <= int(signature, 16) < 2**64:
+            raise ValueError
 
 
 def role_in_training(recorded: Mapping[str, Any], slide: Slide) -> str | None:

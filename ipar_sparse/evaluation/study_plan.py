@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from ..data.copies import find_copies, slide_digest
 from ..data.slide import Slide
 from ..data.splits import SLIDE, Fold, find_donors, plan_folds
 from ..errors import UserError
-from ..files import read_yaml, write_json
+from ..files import folder_name, parse_json, read_yaml, write_json
 from .jobs import Job
 
 PLAN = "study.json"
@@ -113,8 +112,10 @@ def plan_study(
     if not variants:
         raise UserError("a study needs a variant; name a preset, e.g. v1")
     for name in variants:
-        if not re.fullmatch(r"[\w.+=-]+", name):
-            raise UserError(f"variant {name!r}: use letters, digits and . + = - _ only")
+        if folder_name(name) != name:
+            raise UserError(
+                f"variant {name!r}: use letters, digits and . + = - _ only, no dot first"
+            )
     reference = reference or next(iter(variants))
     if reference not in variants:
         raise UserError(
@@ -206,7 +207,7 @@ def encoder_task(study: Study, variant: str, fold: str, seed: int) -> Task | Non
     config = study.variants[variant]
     if config.data.embedding is not None:
         return None
-    folder = f"encoders/{_encoder_digest(config)}/{_folder(fold)}/seed{seed}"
+    folder = f"encoders/{_encoder_digest(config)}/{folder_name(fold)}/seed{seed}"
     return Task(folder, "encoder", baseline_variants(study)[variant], fold, seed)
 
 
@@ -220,7 +221,7 @@ def study_jobs(study: Study) -> list[Job]:
                 if encoder is not None:
                     jobs.setdefault(encoder, Job(encoder))
                 task = Task(
-                    f"runs/{variant}/{_folder(fold)}/seed{seed}", "run", variant, fold, seed
+                    f"runs/{variant}/{folder_name(fold)}/seed{seed}", "run", variant, fold, seed
                 )
                 jobs[task] = Job(task, encoder)
     return list(jobs.values())
@@ -240,7 +241,7 @@ def load_plan(out: Path) -> Study:
     """
     path = Path(out) / PLAN
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(path.read_text())
         values.pop("version")
         variants = {n: RunConfig.model_validate(c) for n, c in values["variants"].items()}
         folds = tuple(
@@ -399,8 +400,3 @@ def _content_digest(slide: Slide) -> str:
         for part in (slide.expression.indptr, slide.expression.indices, slide.expression.data):
             digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()[:16]
-
-
-def _folder(name: str) -> str:
-    """A name as that of a folder."""
-    return re.sub(r"[^\w.+=-]", "_", name)

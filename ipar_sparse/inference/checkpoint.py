@@ -154,25 +154,48 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return running.hexdigest()
 
 
-def _state_of(
-    name: str, module: nn.Module, tensors: Mapping[str, Tensor], path: Path
-) -> dict[str, Tensor]:
+def check_modules(path: Path, modules: Mapping[str, nn.Module]) -> None:
+    """Refuses a checkpoint whose tensors are not those of the modules; it reads no tensor.
+
+    Args:
+        path: the checkpoint.
+        modules: by name; they may lie on the device ``meta``, where they take no memory.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    for name, module in modules.items():
+        _check_shapes(name, module, shapes, path)
+
+
+def _check_shapes(
+    name: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
     prefix = f"{name}."
-    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    expected = module.state_dict()
-    problems = [f"{k} is missing" for k in expected if k not in state]
-    problems += [f"{k} is not part of the model" for k in state if k not in expected]
+    found = {k.removeprefix(prefix): v for k, v in shapes.items() if k.startswith(prefix)}
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    problems = [f"{k} is missing" for k in expected if k not in found]
+    problems += [f"{k} is not part of the model" for k in found if k not in expected]
     problems += [
-        f"{k} has shape {tuple(state[k].shape)} instead of {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
+        f"{k} has shape {found[k]} instead of {shape}"
+        for k, shape in expected.items()
+        if k in found and found[k] != shape
     ]
     if problems:
         raise UserError(
             f"{path} does not fit the configuration: {name}.{problems[0]}; "
             "use the config.json it was trained with"
         )
-    return state
+
+
+def _state_of(
+    name: str, module: nn.Module, tensors: Mapping[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    _check_shapes(name, module, {key: tuple(value.shape) for key, value in tensors.items()}, path)
+    prefix = f"{name}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _pack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +26,11 @@ from ..layout.uncertainty import predict_rmse
 from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
 from ..progress import stage, track
 from . import steps
-from .checkpoint import load_checkpoint
+from .checkpoint import check_modules, load_checkpoint
 from .embedding import embed_slide
 from .input_check import in_terms_of, load_profile
 from .modules import build_encoder, build_gate_and_model
-from .run_folder import find_checkpoint, read_meta
+from .run_folder import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -112,19 +113,10 @@ class Predictor:
         run, device = Path(run), torch.device(device)
         config = RunConfig.load(run)
         path = find_checkpoint(run)
-        meta = read_meta(path)
-        dim = meta["dim"]
-        gate, model = build_gate_and_model(config, dim)
-        modules: dict[str, nn.Module] = {
-            "scaler": EmbeddingScaler(dim),
-            "gate": gate,
-            "model": model,
-            "relevant_components": RelevantComponents(dim),
-        }
-        if meta["genes"] is not None:
-            modules["encoder"] = build_encoder(config, len(meta["genes"]))
-        if config.model.init == "atlas":
-            modules["atlas"] = Atlas(dim, cells=meta["metadata"].get("atlas_cells", 0))
+        meta = load_checkpoint(path)  # sound, before anything is built as it says
+        with torch.device("meta"):  # settings that do not fit may ask for more than fits in memory
+            check_modules(path, _modules(config, meta))
+        modules = _modules(config, meta)
         load_checkpoint(path, modules)
         for module in modules.values():
             module.to(device).eval().requires_grad_(False)
@@ -134,8 +126,8 @@ class Predictor:
             meta=meta,
             encoder=modules.get("encoder"),
             scaler=modules["scaler"],
-            gate=gate,
-            model=model,
+            gate=modules["gate"],
+            model=modules["model"],
             relevant_components=modules["relevant_components"],
             device=device,
             atlas=modules.get("atlas"),
@@ -257,3 +249,20 @@ class Predictor:
             moved = steps.recycle(self.model, noisy, graph, bias, initial)[-1]
             square += square_displacement(moved, pos)
         return (square / samples).cpu().numpy()
+
+
+def _modules(config: RunConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The untrained modules of a run, by their names in its checkpoint."""
+    dim = meta["dim"]
+    gate, model = build_gate_and_model(config, dim)
+    modules: dict[str, nn.Module] = {
+        "scaler": EmbeddingScaler(dim),
+        "gate": gate,
+        "model": model,
+        "relevant_components": RelevantComponents(dim),
+    }
+    if meta["genes"] is not None:
+        modules["encoder"] = build_encoder(config, len(meta["genes"]))
+    if config.model.init == "atlas":
+        modules["atlas"] = Atlas(dim, cells=meta["metadata"].get("atlas_cells", 0))
+    return modules

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ..config import DataConfig, RunConfig
 from ..data.records import recorded_inputs
 from ..errors import UserError
+from ..files import parse_json
 
 BEST = "model.safetensors"
 """Weights of the best validated epoch: what prediction uses."""
@@ -107,12 +107,20 @@ def open_header(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
             f"{path} is a safetensors file but not a checkpoint of ipar_sparse; "
             "give the --out folder of `ipar-sparse train`"
         )
-    if int(header["version"]) > VERSION:
+    version = header.get("version", "")
+    if version.isdecimal() and int(version[:9]) > VERSION:
         raise UserError(
-            f"{path} has checkpoint format {header['version']}, this version reads up to "
-            f"{VERSION}; upgrade ipar_sparse"
+            f"{path} has checkpoint format {version}, this version reads up to {VERSION}; "
+            "upgrade ipar_sparse"
         )
-    return json.loads(header["document"]), header, names
+    try:
+        document = parse_json(header["document"])
+        sound = isinstance(document["meta"], dict) and isinstance(document["modules"], list)
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound or "sha256" not in header:
+        raise UserError(f"{path} is damaged; restore it from a copy or train again")
+    return document, header, names
 
 
 def reading_settings(

@@ -11,6 +11,7 @@ from ..config import RunConfig, describe
 from ..config.schema import SELECTION
 from ..data.records import recorded_inputs
 from ..errors import UserError
+from ..files import parse_json
 from .run_folder import BEST, count_parameters, find_checkpoint, last_checkpoint, read_meta
 
 
@@ -88,7 +89,7 @@ def read_selection(run: Path) -> dict[str, Any]:
     """The cross-validation table of a run."""
     path = run / SELECTION
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_text())
     except (OSError, ValueError):
         raise UserError(f"{path} is missing or damaged; train the run again") from None
 

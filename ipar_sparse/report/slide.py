@@ -12,7 +12,7 @@ from ..data.keys import Keys
 from ..data.slide import Slide
 from ..evaluation.results import FLOOR, SlideEvaluation, flat_metrics
 from ..evaluation.scoring import provenance_of, score_slide
-from ..files import write_json
+from ..files import folder_name, write_json
 from ..geometry.alignment import align
 from ..geometry.neighborhoods import as_layout
 from ..inference.placing import Additions
@@ -139,7 +139,7 @@ def write_prediction_report(
             provenance=provenance_of(predictor, slide),
         )
         cells = cell_table(slide, pos, predictor.meta["genes"], genes, own)
-        folder = Path(out) if len(slides) == 1 else Path(out) / slide.name
+        folder = Path(out) if len(slides) == 1 else Path(out) / folder_name(slide.name)
         pages.append(write_report(folder, evaluation, cells=cells, command=command))
     return pages
 

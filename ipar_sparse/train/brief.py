@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, parse_json
 from .loop import KeptLoop, TrainingLoop
 from .run_folder import PARTS
 
@@ -55,7 +55,7 @@ class BriefTrainings:
     def results(self, name: str) -> list[dict[str, Any]]:
         """What :meth:`keep` wrote."""
         try:
-            return json.loads((self.folder / f"{name}.json").read_text())
+            return parse_json((self.folder / f"{name}.json").read_text())
         except (OSError, ValueError):
             return []
 

@@ -25,7 +25,7 @@ from ..data.slide import Slide, Warned
 from ..data.splits import choose_validation
 from ..errors import UserError
 from ..estimators import EmbeddingScaler, RelevantComponents
-from ..files import atomic_write
+from ..files import atomic_write, parse_json
 from ..graph import knn_candidates
 from ..inference.checkpoint import load_checkpoint
 from ..inference.embedding import embed_slide
@@ -314,7 +314,7 @@ def _inputs(slides: Sequence[Slide]) -> list[dict[str, Any]]:
 
 def _read_inputs(out: Path) -> dict[str, Any]:
     try:
-        return json.loads((out / INPUTS).read_text())
+        return parse_json((out / INPUTS).read_text())
     except (OSError, ValueError):
         return {}
 
