@@ -37,10 +37,22 @@ def reset_host_peak(trim: bool = False) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def host_memory() -> int:
+    """Bytes of host memory that this process holds now; 0 where nothing tells."""
+    return proc_bytes("/proc/self/status", "VmRSS")
+
+
 def free_host_memory() -> int:
-    """Bytes of host memory that can still be taken."""
+    """Bytes of host memory that can still be taken, in a container of what it may take."""
     free = proc_bytes("/proc/meminfo", "MemAvailable")
-    return free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    free = free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        folder = Path("/sys/fs/cgroup")
+        limit, used = (int((folder / f"memory.{x}").read_text()) for x in ("max", "current"))
+        stat = dict(x.split() for x in (folder / "memory.stat").read_text().splitlines())
+        used -= int(stat.get("inactive_file", 0))  # of files, and given back when asked for
+        free = min(free, max(limit - used, 0))
+    return free
 
 
 def device_peak(reset: bool = False) -> int:

@@ -31,7 +31,7 @@ def embed(
     check_encoder(run)
     obsm = (Keys.EMBEDDING,)
     check_output(cells, out, overwrite=overwrite, obsm=obsm, obs=(Keys.EMPTY,))
-    data = check_inputs(run, [cells], require_pos=False, **reading)
+    data = check_inputs(run, [cells], require_pos=False, device=device, **reading)
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
     from ..data.writers import write_predictions

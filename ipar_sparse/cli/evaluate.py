@@ -48,7 +48,7 @@ def evaluate(
     check_output_folder(out, overwrite)
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
     reading |= given(spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers)
-    data = check_inputs(run, [slide], require_pos=True, **reading)
+    data = check_inputs(run, [slide], require_pos=True, device=device, **reading)
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
     from ..inference.placing import read_cells, role_in_training

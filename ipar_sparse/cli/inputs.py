@@ -42,8 +42,21 @@ def check_no_leak(slides: Sequence[Path], val: Sequence[Path]) -> None:
             )
 
 
+def computes_on_gpu(device: str | None) -> bool:
+    """Whether a device is a GPU, told without torch: ``auto`` is one where a driver is."""
+    if device in (None, "auto"):
+        import ctypes
+
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            return False
+        return True
+    return not device.startswith("cpu")
+
+
 def check_inputs(
-    run: Path, sources: Sequence[Path], *, require_pos: bool, **reading: Any
+    run: Path, sources: Sequence[Path], *, require_pos: bool, device: str | None, **reading: Any
 ) -> DataConfig:
     """Refuses what headers can refuse, before anything slow is loaded.
 
@@ -51,6 +64,7 @@ def check_inputs(
         run: folder of a run.
         sources: files to read with it.
         require_pos: refuse files without positions.
+        device: where to compute.
         **reading: what the user says of the files.
 
     Returns:
@@ -58,13 +72,16 @@ def check_inputs(
     """
     from ..config import RunConfig
     from ..data.headers import check_headers
+    from ..inference.costs import check_prediction
     from ..inference.run_folder import find_checkpoint, read_meta, reading_settings
 
     config = RunConfig.load(run)
     read_meta(find_checkpoint(run))
     data = reading_settings(run, config, **reading)
     optional = "slide_key" not in reading
-    check_headers(sources, data, require_pos=require_pos, slide_key_optional=optional)
+    for source in sources:
+        sizes = check_headers([source], data, require_pos=require_pos, slide_key_optional=optional)
+        check_prediction(sizes, config, computes_on_gpu(device), str(source))
     return data
 
 

@@ -72,7 +72,7 @@ def predict(
         check_output(source, path, overwrite=overwrite, obsm=taken)
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
     reading |= given(ignore_case=ignore_case)
-    data = check_inputs(run, cells, require_pos=False, **reading)
+    data = check_inputs(run, cells, require_pos=False, device=device, **reading)
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
     from ..data.writers import write_predictions

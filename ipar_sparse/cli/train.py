@@ -11,7 +11,7 @@ import typer
 from ..errors import UserError
 from . import options
 from .folders import check_resume, what_is_left
-from .inputs import check_no_leak
+from .inputs import check_no_leak, computes_on_gpu
 from .messages import Stopped, is_out_of_memory, out_of_memory, say
 from .options import OUTPUT, RUNNING, flag, given
 from .watched import loading
@@ -136,6 +136,7 @@ def train(
     from ..config import RunConfig, load_config, resolve_device
     from ..data.headers import check_headers
     from ..data.records import recorded_slides
+    from ..inference.costs import check_training
 
     if resume:
         settings = RunConfig.load_request(out)
@@ -146,9 +147,9 @@ def train(
             "selection": given(mode=select and select.value),
         }
         settings = load_config(config, overrides or [], preset=preset, **sections)
-        check_headers(
-            [*slides, *val], settings.data, require_pos=True, min_cells=settings.train.miniset_min
-        )
+        reading: dict[str, Any] = {"require_pos": True, "min_cells": settings.train.miniset_min}
+        sizes, held = (check_headers(x, settings.data, **reading) for x in (slides, val))
+        check_training(sizes, held, settings, computes_on_gpu(device or settings.train.device))
     if (named := device or settings.train.device) != "auto":
         resolve_device(named)
     if resume:

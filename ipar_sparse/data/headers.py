@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config.schema import DataConfig
 from ..errors import UserError
 from .anndata_store import Store, is_stored, open_store, read_frame, suggest
 from .keys import Keys
 from .paths import Source, vendor_files
+
+STREAM_VALUES = 1 << 26
+"""A stored matrix of more values than this, 512 MiB in memory, is not read into memory."""
+
+
+class Size(NamedTuple):
+    """How large the expression of a file is.
+
+    Args:
+        cells: rows.
+        stored: values that are stored.
+        genes: columns.
+    """
+
+    cells: int
+    stored: int
+    genes: int
 
 
 def check_headers(
@@ -21,7 +39,7 @@ def check_headers(
     require_pos: bool,
     min_cells: int = 1,
     slide_key_optional: bool = False,
-) -> None:
+) -> list[Size]:
     """Refuses files that reading would refuse for what their headers say.
 
     Args:
@@ -31,10 +49,13 @@ def check_headers(
         min_cells: refuse files of fewer cells.
         slide_key_optional: take a file without that column as one slide.
 
+    Returns:
+        Sizes of the files, of those whose headers tell them.
+
     Raises:
         UserError: in one line, as reading would.
     """
-    layer = None if data.layer == "X" else data.layer
+    layer, sizes = None if data.layer == "X" else data.layer, []
     for source in map(Source.parse, sources):
         if vendor_files(source):
             continue  # what is missing has been refused; there is no header to read
@@ -43,13 +64,26 @@ def check_headers(
             cells, columns = _frame_header(store["obs"])
             if cells is not None:
                 check_cell_count(cells, min_cells, str(path))
-            find_matrix(store, layer, str(path), optional=data.embedding is not None)
+            matrix, _ = find_matrix(store, layer, str(path), optional=data.embedding is not None)
+            if cells is not None:
+                sizes.append(_size(matrix, cells))
             if require_pos and not source.is_spatialdata:
                 check_positions(store, data.spatial_key, path)
             if data.embedding is not None:
                 check_embedding(store, data.embedding, path)
             if data.slide_key is not None and columns is not None and not slide_key_optional:
                 check_column(data.slide_key, columns, path)
+    return sizes
+
+
+def _size(matrix: Any, cells: int) -> Size:
+    if matrix is None:
+        return Size(cells, 0, 0)
+    if not hasattr(matrix, "keys"):
+        return Size(cells, math.prod(matrix.shape), int(matrix.shape[1]))
+    attrs = matrix.attrs
+    shape = attrs.get("shape", attrs.get("h5sparse_shape", (cells, 0)))
+    return Size(cells, int(matrix["data"].shape[0]), int(shape[1]))
 
 
 def find_matrix(store: Store, layer: str | None, where: str, optional: bool) -> tuple[Any, Any]:

@@ -18,9 +18,8 @@ from scipy import sparse
 
 from ..errors import UserError
 from ..ticks import counted
+from .headers import STREAM_VALUES
 
-STREAM_VALUES = 1 << 26
-"""A stored matrix of more values than this, 512 MiB in memory, is not read into memory."""
 BLOCK = 1 << 22
 """Stored values handled at a time."""
 

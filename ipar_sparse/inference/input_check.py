@@ -17,11 +17,11 @@ from ..data.readers import read_files
 from ..data.records import recorded_inputs, role_in_training
 from ..data.slide import Slide, Warned
 from ..errors import UserError
+from .costs import prediction_cost, slide_size
 from .run_folder import find_checkpoint, read_meta
 
 # measured with the default settings on one core of a 2-core machine; see docs/checks.md
 _SECONDS = (6.0, 1.1e-3, 2.4e-8)  # to start, per cell, per pair of cells
-_BYTES = (0.9e9, 9e3, 40.0)  # to start, per cell, per stored value of expression
 
 
 @dataclass
@@ -94,9 +94,8 @@ def _check(run: Path, profile: InputProfile | None, slide: Slide, ignore_case: b
     genes = None
     if profile is not None:
         genes = (len(set(profile.genes) & set(found.genes.tolist())), len(profile.genes))
-    cells, stored = found.num_cells, 0 if found.expression is None else found.expression.nnz
+    cells, cost = found.num_cells, prediction_cost([slide_size(slide)], RunConfig.load(run))
     start, each, pair = _SECONDS
-    base, per_cell, per_value = _BYTES
     return Check(
         slide.name,
         values="an embedding" if profile is None else str(slide.values or "counts"),
@@ -105,7 +104,7 @@ def _check(run: Path, profile: InputProfile | None, slide: Slide, ignore_case: b
         notes=tuple(notes),
         warnings=tuple(warnings),
         seconds=start + each * cells + pair * cells**2,
-        gigabytes=(base + per_cell * cells + per_value * stored) / 1e9,
+        gigabytes=cost.host / 1e9,
     )
 
 

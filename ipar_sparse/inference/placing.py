@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from anndata import AnnData
 
 from .. import __version__
@@ -20,6 +21,7 @@ from ..data.readers import read_files
 from ..data.slide import Slide
 from ..data.writers import in_file_order
 from ..progress import track
+from .costs import check_prediction, slide_size
 from .predictor import Prediction, Predictor
 from .run_folder import check_encoder
 
@@ -97,6 +99,10 @@ def place_cells(
     Raises:
         UserError: a slide shares no gene with the run, or lacks its embedding.
     """
+    if predictor.device.type == "cuda":
+        free = torch.cuda.mem_get_info(predictor.device)[0]
+        sizes = [slide_size(slide) for slide in slides]
+        check_prediction(sizes, predictor.config, True, slides[0].name, free)
     samples = noise_samples or predictor.config.eval.noise_samples
     slides = [predictor.conform(slide) for slide in slides]
     for slide in slides:

@@ -28,6 +28,7 @@ from ..estimators import EmbeddingScaler, RelevantComponents
 from ..files import atomic_write, parse_json
 from ..graph import knn_candidates
 from ..inference.checkpoint import load_checkpoint
+from ..inference.costs import check_training, slide_size
 from ..inference.embedding import embed_slide
 from ..inference.modules import build_encoder, build_gate_and_model
 from ..inference.run_folder import BEST, LAST, REFERENCE, read_meta
@@ -266,6 +267,9 @@ def _prepare(
     """
     if not resume and any((loop.out / name).exists() for name in (BEST, LAST, PARTS)):
         raise UserError(f"{loop.out} holds a run; resume it, or choose another folder")
+    if loop.device.type == "cuda":
+        sizes, held = ([slide_size(slide) for slide in members] for members in (train, val))
+        check_training(sizes, held, request, True, torch.cuda.mem_get_info(loop.device)[0])
     inputs: dict[str, Any] = {"train": _inputs(train), "val": _inputs(val)}
     genes = None
     if request.data.embedding is None:

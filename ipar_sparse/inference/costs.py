@@ -1,0 +1,214 @@
+"""What a training or a prediction takes of memory, told from sizes before it begins.
+
+Every number below is bytes for one of something, fitted to the peaks that commands measured on one
+core (``--profile``); docs/sizes.md has them beside the estimates, and the test compares both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import RunConfig
+from ..data.headers import STREAM_VALUES, Size
+from ..data.slide import Slide
+from ..errors import UserError
+from ..progress import size_text
+from ..usage import free_host_memory, host_memory
+
+_START = 0.62e9  # Python, torch, what they load, and room for blocks of fixed size
+_TRAINING = 0.08e9  # optimisers, logs
+_BLOCK = 1 << 23  # values in memory of a matrix that goes through the disk
+_READ = 8  # a stored value, as it is read
+_DENSER = 2.5  # genes of large variance hold so many times more values than others
+_USED = 24  # a stored value of the genes that are used, while it is normalised and weighted
+_TABLE = 1 << 26  # expression values of a training slide that are kept dense
+_CELL = 8_500  # a cell of the slide that is worked on: searches, embeddings, layouts
+_KEPT_CELL = 1_400  # a cell of every other slide: embedding, positions, names
+_MINISET_CELL = 7_000  # a cell of a miniset that is kept
+_MINISET_CELLS = 500_000  # most cells of minisets that are kept
+_WHOLE_CELL = 10_000  # a cell of a whole slide that is trained on: graphs both ways, targets
+_STEP_CELL = 24_000  # and while a step runs; a third where recycles are computed again
+_HEADROOM = 0.95  # share of the free memory that may be taken
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes at the peak.
+
+    Args:
+        host: of the host.
+        device: of the GPU; 0 without one.
+    """
+
+    host: float
+    device: float = 0.0
+
+
+def slide_size(slide: Slide) -> Size:
+    """How large a slide in memory is."""
+    stored = 0 if slide.expression is None else int(slide.expression.nnz)
+    return Size(slide.num_cells, stored, len(slide.genes))
+
+
+def prediction_cost(sizes: Sequence[Size], config: RunConfig, on_gpu: bool = False) -> Cost:
+    """What placing the slides of one file takes.
+
+    Args:
+        sizes: of the slides.
+        config: of the run.
+        on_gpu: whether a GPU computes.
+    """
+    largest = max(size.cells for size in sizes)
+    host = _START + _expression(sizes, config, dense=False)
+    host += sum(_KEPT_CELL * size.cells for size in sizes)
+    work = _CELL * _width(config) * largest
+    return Cost(host, work) if on_gpu else Cost(host + work)
+
+
+def training_cost(
+    train: Sequence[Size], val: Sequence[Size], config: RunConfig, on_gpu: bool = False
+) -> Cost:
+    """What a training takes.
+
+    Args:
+        train: sizes of the slides that are trained on.
+        val: sizes of the slides that decide when to stop.
+        config: what is asked for.
+        on_gpu: whether a GPU computes.
+    """
+    sizes, settings = [*train, *val], config.train
+    host = _START + _TRAINING + _expression(sizes, config, dense=True)
+    host += sum(_KEPT_CELL * size.cells for size in sizes)
+    work = _CELL * _width(config) * max(size.cells for size in sizes)
+    if settings.batch_kind != "slide":
+        cells = settings.minisets * (settings.miniset_min + settings.miniset_max) / 2
+        host += _MINISET_CELL * min(cells, _MINISET_CELLS)
+    if settings.batch_kind != "miniset":
+        largest = max(size.cells for size in train)
+        step = _STEP_CELL / (3 if config.model.checkpoint_recycles else 1)
+        work += _width(config) * sum(_WHOLE_CELL * size.cells for size in sizes)
+        work += _width(config) * step * largest
+    return Cost(host, work) if on_gpu else Cost(host + work)
+
+
+def check_training(
+    train: Sequence[Size],
+    val: Sequence[Size],
+    config: RunConfig,
+    on_gpu: bool,
+    device_bytes: float | None = None,
+) -> None:
+    """Refuses a training that will not fit, and names the setting that makes it fit.
+
+    Args:
+        train, val, config, on_gpu: as in :func:`training_cost`.
+        device_bytes: free on the GPU; left out where it is not known yet.
+
+    Raises:
+        UserError: it will not fit.
+    """
+    if train:
+        _check_memory(
+            f"training on {sum(size.cells for size in train):,} cells",
+            lambda asked: training_cost(train, val, asked, on_gpu),
+            config,
+            _REMEDIES,
+            device_bytes,
+        )
+
+
+def check_prediction(
+    sizes: Sequence[Size],
+    config: RunConfig,
+    on_gpu: bool,
+    what: str,
+    device_bytes: float | None = None,
+) -> None:
+    """Refuses a prediction that will not fit.
+
+    Args:
+        sizes, config, on_gpu: as in :func:`prediction_cost`.
+        what: is placed.
+        device_bytes: free on the GPU; left out where it is not known yet.
+
+    Raises:
+        UserError: it will not fit.
+    """
+    if sizes:
+        cells = sum(size.cells for size in sizes)
+        _check_memory(
+            f"{what}: placing {cells:,} cells",
+            lambda asked: prediction_cost(sizes, asked, on_gpu),
+            config,
+            (),
+            device_bytes,
+        )
+
+
+def _check_memory(
+    what: str,
+    cost: Callable[[RunConfig], Cost],
+    config: RunConfig,
+    remedies: Iterable[Mapping[str, Any]],
+    device_bytes: float | None,
+) -> None:
+    # what this process holds already is a part of what it takes
+    free, needed = free_host_memory() + host_memory(), cost(config)
+
+    def fits(found: Cost) -> bool:
+        on_device = device_bytes is None or found.device <= _HEADROOM * device_bytes
+        return found.host <= _HEADROOM * free and on_device
+
+    if fits(needed):
+        return
+    if needed.host > _HEADROOM * free:
+        lacks = f"{size_text(needed.host)} of memory, and {size_text(free)} are free"
+    else:
+        lacks = f"{size_text(needed.device)} of GPU memory, and {size_text(device_bytes)} are free"
+    remedy = "give fewer cells at a time, or use a machine with more memory"
+    if needed.host + needed.device <= _HEADROOM * free:
+        remedy = "it fits with --device cpu"
+    for values in remedies:
+        if fits(cost(config.with_values(values))):
+            chosen = " ".join(f"--set {key}={_text(value)}" for key, value in values.items())
+            remedy = f"it fits with {chosen}"
+            break
+    raise UserError(f"{what} takes about {lacks}; {remedy}")
+
+
+_REMEDIES: tuple[dict[str, Any], ...] = (  # the mildest first
+    {"model.checkpoint_recycles": True},
+    {"train.batch_kind": "miniset"},
+    {"train.batch_kind": "miniset", "data.max_genes": 500},
+    {"train.batch_kind": "miniset", "data.max_genes": 500, "train.minisets": 200},
+)
+
+
+def _expression(sizes: Sequence[Size], config: RunConfig, dense: bool) -> float:
+    """Bytes of expression at the peak: all of it as it was read, and the part that is used."""
+    if config.data.embedding is not None:
+        return sum(4 * _width_of_embedding(config) * size.cells for size in sizes)
+    most, read, used = config.data.max_genes, 0.0, 0.0
+    for size in sizes:
+        share = 1.0 if most is None else min(1.0, _DENSER * most / max(size.genes, 1))
+        read += _READ * (_BLOCK if size.stored > STREAM_VALUES else size.stored)
+        used += _USED * share * size.stored
+        genes = size.genes if most is None else min(most, size.genes)
+        if dense and size.cells * genes <= _TABLE:
+            used += 4 * size.cells * genes
+    return read + used
+
+
+def _width_of_embedding(config: RunConfig) -> int:
+    return config.model.dim
+
+
+def _width(config: RunConfig) -> float:
+    """Neighbours of a cell, relative to the default."""
+    return 0.4 + 0.6 * config.graph.k / 100
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
