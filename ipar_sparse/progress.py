@@ -98,6 +98,8 @@ class Task:
 
     def __init__(self, path: tuple[str, ...], total: int | None):
         self.path, self.total, self.done, self.values = path, total, 0, ""
+        self.part = 0.0  # of the step that runs
+        self.heard = False  # whether its steps are those of a loop
         self.began = time.monotonic()
         self.host_peak = self.device_peak = 0
         self.bar: TaskID | None = None
@@ -110,7 +112,7 @@ class Task:
 
     def advance(self, steps: int = 1, **values: float | str) -> None:
         """Counts ``steps`` and shows ``values`` (losses, scores) beside the bar."""
-        self.done += steps
+        self.done, self.part = self.done + steps, 0.0
         if values:
             self.values = "  ".join(f"{name} {_short(v)}" for name, v in values.items())
         _shown.update(self)
@@ -123,13 +125,15 @@ class Task:
     def line(self) -> str:
         """How far it is and how long it will take."""
         parts = []
+        done = self.done + self.part
         if self.total:
-            parts.append(f"{self.done:,} of {self.total:,}")
+            shown = f" and {self.part:.0%} of the next" if self.part else ""
+            parts.append(f"{self.done:,} of {self.total:,}{shown}")
         elif self.done:
             parts.append(f"{self.done:,}")
         parts.append(f"{time_text(self.seconds)} so far")
-        if self.total and 0 < self.done < self.total:
-            left = self.seconds / self.done * (self.total - self.done)
+        if self.total and 0 < done < self.total:
+            left = self.seconds / done * (self.total - done)
             parts.append(f"about {time_text(left)} left")
         return f"{' / '.join(self.path)}: {', '.join(parts)}  {self.values}".rstrip()
 
@@ -188,7 +192,9 @@ class _Shown:
 
     def update(self, task: Task) -> None:
         if self._bars is not None and task.bar is not None:
-            self._bars.update(task.bar, total=task.total, completed=task.done, values=task.values)
+            self._bars.update(
+                task.bar, total=task.total, completed=task.done + task.part, values=task.values
+            )
 
     def tell(self, line: str, above_bars: bool = False) -> None:
         """A line where no bars are, or above them too, and in the log file."""
@@ -226,9 +232,16 @@ class _Shown:
             self._bars = None
 
     def _hear(self, done: int, total: int) -> None:
-        """Of a loop in a stage that does not count itself."""
-        if self.stack and self.stack[-1].total in (None, total):
-            self.stack[-1].reach(done, total)
+        """Of a loop in a stage, or in one step of a stage that counts its own."""
+        if not self.stack:
+            return
+        task = self.stack[-1]
+        if task.total is None or task.heard:
+            task.heard = True
+            task.reach(done, total)
+        else:
+            task.part = min(done / total, 1.0)
+            self.update(task)
 
     def _lines(self, ended: threading.Event) -> None:
         """Lines of stages that take long, until ``ended``; runs beside the work."""

@@ -77,6 +77,12 @@ def test_a_counted_loop_tells_the_stage_that_it_runs_in_how_far_it_is():
             assert (task.done, task.total) == (number, 3 if number else None)
             list(ticks.counted(range(100)))  # a loop in a loop does not count
     assert (task.done, task.total) == (3, 3)
+    with progress.stage("outer", total=2) as task:
+        for number in ticks.counted(range(4)):
+            assert task.part == number / 4
+        assert "0 of 2 and 100% of the next" in task.line() and "left" in task.line()
+        task.advance()
+        assert (task.done, task.part) == (1, 0.0)
     assert list(ticks.counted("ab")) == ["a", "b"]  # nobody listens
 
 
