@@ -57,7 +57,8 @@ def test_a_gpu_that_is_too_small_is_named(free):
 
 
 def test_a_file_larger_than_memory_costs_a_block_and_the_selected_genes():
-    large, config = Size(1_000_000, 1_000_000_000, 20_000), RunConfig()
+    large = Size(1_000_000, 1_000_000_000, 20_000)
+    config = RunConfig().replace(train={"minisets": 10})
     found = costs.training_cost([large], [], config).host
     assert found < 16 * 2**30
     whole = config.replace(data={"max_genes": None})
