@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from anndata_files import make, save
 from scipy import sparse
-from small_run import SMALL
 from vendor_files import CONTROLS, KINDS, write_10x_matrix, write_folder
 
 from ipar_sparse.data.keys import Keys
@@ -223,6 +222,8 @@ def sections(small_slides, tmp_path_factory):
 
 
 def small_settings():
+    from small_run import SMALL  # readers are tested without torch, too
+
     return [word for setting in SMALL for word in ("--set", setting)]
 
 

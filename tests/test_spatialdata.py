@@ -198,7 +198,12 @@ def test_tables_agree_with_spatialdata_io(tmp_path, kind):
         "CosMx": {"transcripts": False},
         "Stereo-seq cells": {"read_square_bin": False},
     }
-    theirs = next(iter(read(folder, **options[kind]).tables.values()))
+    try:
+        theirs = next(iter(read(folder, **options[kind]).tables.values()))
+    except TypeError as error:
+        if "dtype" not in str(error):
+            raise
+        pytest.skip(f"spatialdata-io cannot read {kind} beside this anndata: {error}")
     ours = load_source(f"{folder}::square_008um" if kind == "Visium HD" else folder)
     assert vendor_files(Source.parse(f"{folder}::square_008um" if "HD" in kind else folder))
     if kind == "Stereo-seq cells":  # its names of cells come from another file
