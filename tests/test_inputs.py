@@ -202,6 +202,8 @@ def test_slides_of_one_training_agree_in_their_values(members, total):
     known, profile, _ = profile_inputs([members[0], as_logs(members[1], total)], DataConfig())
     assert profile.scaling == "total" and not any(slide.normalized for slide in known)
     assert "logarithms turned back" in told(known[1])
+    counted = np.asarray(members[0].expression.sum(1))
+    assert profile.total == np.median(counted)  # and not the mean of that and 10,000
     _, plain, _ = profile_inputs(members[:2], DataConfig(target_sum=profile.total))
     np.testing.assert_allclose(profile.mean, plain.mean, rtol=1e-4)
 

@@ -191,24 +191,28 @@ def median_total(slides: Sequence[Slide]) -> float:
     """Median counts per cell of each slide, and the median of these over slides.
 
     Args:
-        slides: the slides. Cells without counts are left out; of logarithms, the counts that they
-            are of are meant.
+        slides: the slides. Cells without counts are left out. Scaled counts, and logarithms of
+            them, decide only where no slide has plain counts.
 
     Returns:
         Counts per cell; 1e4 where no slide has any.
     """
-    medians = []
+    plain: list[float] = []
+    scaled: list[float] = []
     for slide in slides:
         if slide.expression is None:
             continue
+        values = slide.values
         if slide.normalized:
-            if slide.values is not None and slide.values.logged and slide.values.total:
-                medians.append(slide.values.total)
+            if values is not None and values.logged and values.total:
+                scaled.append(values.total)
             continue
         totals = cell_totals(slide)
         if (totals > 0).any():
-            medians.append(np.median(totals[totals > 0]))
-    return float(np.median(medians)) if medians else 1e4
+            (plain if values is None or values.counted else scaled).append(
+                np.median(totals[totals > 0])
+            )
+    return float(np.median(plain or scaled)) if plain or scaled else 1e4
 
 
 def morans_i(

@@ -83,19 +83,25 @@ class Values:
         """Whether the values are logarithms of 1 + x."""
         return self.transform.startswith("log")
 
+    @property
+    def counted(self) -> bool:
+        """Whether totals of cells are numbers of counts, and not what these were scaled to."""
+        return self.scale == "counts" or (self.transform == "none" and self.scale is None)
+
     def __str__(self) -> str:
         if self.transform == "none" and self.scale == "counts":
             return "counts"
         what = _WORDS[self.transform]
         if self.transform == "unknown":
             return what
-        if self.scale == "counts":
-            return f"{what} of counts"
-        if self.scale == "total":
-            scaled = f"scaled to {self.total:,.5g} a cell"
-            return f"counts {scaled}" if self.transform == "none" else f"{what} of counts {scaled}"
-        if self.scale == "cells":
-            return f"{what} of counts scaled by a factor a cell"
+        how = {
+            "counts": "counts",
+            "total": f"counts scaled to {self.total or 0:,.5g} a cell",
+            "cells": "counts scaled by a factor a cell",
+        }
+        if self.scale is not None:
+            counts = how[self.scale]
+            return counts if self.transform == "none" else f"{what} of {counts}"
         return f"{what}, by their size" if self.guessed else what
 
 

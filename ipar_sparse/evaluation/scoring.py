@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from .. import __version__
 from ..config import RunConfig
 from ..data.input_profile import informative
-from ..data.slide import Slide
+from ..data.slide import Slide, Warned
 from ..errors import UserError
 from ..inference.placing import role_in_training
 from ..inference.predictor import Prediction, Predictor
@@ -176,8 +176,8 @@ def provenance_of(
         held_out=None if slide.pos is None else role_in_training(predictor, slide) is None,
         settings=predictor.config.model_dump(mode="json"),
         versions=_versions(),
-        cautions=cautions,
-        notes=[*slide.notes, *notes],
+        cautions=[*cautions, *(note for note in slide.notes if isinstance(note, Warned))],
+        notes=[*(note for note in slide.notes if not isinstance(note, Warned)), *notes],
     )
 
 

@@ -20,8 +20,8 @@ from ..errors import UserError
 from .costs import prediction_cost, slide_size
 from .run_folder import find_checkpoint, read_meta
 
-# measured with the default settings on one core of a 2-core machine; see docs/checks.md
-_SECONDS = (6.0, 1.1e-3, 2.4e-8)  # to start, per cell, per pair of cells
+# of processor time, on simulated cortices of 300 to 16,000 cells and 1,000 genes; docs/checks.md
+_SECONDS = (6.3, 1.17e-3, 2.6e-9)  # to start, per cell, per pair of cells
 
 
 @dataclass

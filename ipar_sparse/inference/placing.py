@@ -18,7 +18,7 @@ from ..config import DataConfig
 from ..data import records
 from ..data.keys import Keys
 from ..data.readers import read_files
-from ..data.slide import Slide
+from ..data.slide import Slide, Warned
 from ..data.writers import in_file_order
 from ..progress import track
 from .costs import check_prediction, slide_size
@@ -121,7 +121,8 @@ def place_cells(
         pos=_in_file_order(slides, [one.pos for one in predictions], average),
         embedding=_in_file_order(slides, [one.embedding for one in predictions], average),
         obs=obs,
-        uns=_provenance(predictor, _graphs_of(slides, predictions)),
+        uns=_provenance(predictor, _graphs_of(slides, predictions))
+        | {"warnings": _warnings_of(slides) or None},
     )
 
 
@@ -139,6 +140,16 @@ def embed_cells(predictor: Predictor, slides: Sequence[Slide]) -> Additions:
         obs=_empty_cells(slides),
         uns=_provenance(predictor),
     )
+
+
+def _warnings_of(slides: Sequence[Slide]) -> list[str]:
+    """What may make the map of a slide wrong, in lines."""
+    return [
+        f"{slide.name}: {note}"
+        for slide in slides
+        for note in slide.notes
+        if isinstance(note, Warned)
+    ]
 
 
 def uncertainty_columns(predictor: Predictor, noise_samples: int | None = None) -> tuple[str, ...]:
