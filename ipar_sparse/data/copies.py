@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from .on_disk import release
 from .slide import Slide
 
 _BLOCK = 1 << 22  # stored values at a time
@@ -57,6 +56,8 @@ def _cell_signatures(slide: Slide) -> np.ndarray:
         for column in [] if slide.embedding is None else slide.embedding.T:
             rows = _mixed(rows ^ _bits(column))
         return rows
+    from .on_disk import release  # scipy, which plans of studies do without
+
     genes = np.array([_hash(str(gene)) for gene in slide.genes], dtype=np.uint64)
     step = max(1, _BLOCK * slide.num_cells // max(len(matrix.data), 1))
     for start in range(0, slide.num_cells, step):
