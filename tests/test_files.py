@@ -138,6 +138,32 @@ def test_incomplete_folders_are_refused_in_one_line(tmp_path):
     refused(folder, "is damaged or incomplete")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_that_are_cut_off_are_refused_in_one_line(tmp_path, kind):
+    needs_parquet(kind)
+    folder = tmp_path / "a"
+    write_folder(folder, kind, small())
+    kinds = (".h5", ".gef", ".parquet", ".gz", ".csv")
+    unread = {"S0_fov_positions_file.csv", "feature_slice.h5", "square_016um", "images"}
+    files = [path for path in folder.rglob("*") if path.suffix in kinds]
+    tables = [path for path in files if not unread & set(path.parts)]
+    assert tables
+    source = f"{folder}::{PARTS[kind]}" if kind in PARTS else folder
+    for path in tables:
+        whole = path.read_bytes()
+        for content in (b"", whole[: len(whole) // 2], b"a,b\n1,2\n"):
+            path.write_bytes(content)
+            refused(source, str(tmp_path), require_pos=True)
+        path.write_bytes(whole)
+    read_slides(source, require_pos=True)
+
+
+def test_anndata_may_be_called_h5(tmp_path):
+    path = save(make(), tmp_path / "a.h5ad")
+    path = path.rename(tmp_path / "a.h5")
+    assert read_slides(path, require_pos=True)[0].num_cells == 40
+
+
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     write_folder(tmp_path / "a", "Xenium, csv", small())
     (tmp_path / "a" / "cells.csv.gz").rename(tmp_path / "a" / "cells.parquet")

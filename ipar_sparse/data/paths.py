@@ -1,6 +1,6 @@
 """What a user names as input: a path of any known format, told by names of files alone.
 
-Nothing is opened here, so that a wrong path is refused before anything slow is loaded.
+No data is read here, so that a wrong path is refused before anything slow is loaded.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Source:
     def is_foreign(self) -> bool:
         """Whether it is a vendor's format, which holds no AnnData elements."""
         if not self.path.is_dir():
-            return self.path.suffix in (".h5", ".gef")
+            return _kind_of_file(self.path) is not None
         folders = (self.path, self.path / "outs")
         return self._has_bins or any(_find(f, one.matrix) for f in folders for one in PLATFORMS)
 
@@ -196,8 +196,8 @@ def vendor_files(source: Source) -> VendorFiles | None:
     """
     path = source.path
     if not path.is_dir():
-        kinds = {".h5": "10x matrix", ".gef": "Stereo-seq"}
-        return VendorFiles(kinds[path.suffix], path) if path.suffix in kinds else None
+        kind = _kind_of_file(path)
+        return VendorFiles(kind, path) if kind else None
     if bins := _bin_folder(path):
         sizes = {folder.name: folder for folder in sorted(bins.glob("square_*um"))}
         folder = sizes[pick_bins(path, source.part, list(sizes))]
@@ -223,6 +223,20 @@ def pick_bins(path: Path, part: str | None, sizes: list[str]) -> str:
             f"{path}::{next(iter(sizes), '...')}"
         )
     return part
+
+
+def _kind_of_file(path: Path) -> str | None:
+    """The vendor's format of a file, told by its suffix; AnnData may be called .h5, too."""
+    if path.suffix == ".h5" and path.is_file():
+        import h5py
+
+        try:
+            with h5py.File(path) as store:
+                if "obs" in store and "var" in store:
+                    return None
+        except OSError:
+            pass  # is told where it is read
+    return {".h5": "10x matrix", ".gef": "Stereo-seq"}.get(path.suffix)
 
 
 def _of_platform(folder: Path) -> VendorFiles | None:

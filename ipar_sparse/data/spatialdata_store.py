@@ -12,8 +12,8 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from ..errors import import_extra
-from .anndata_store import Store, open_store, read_frame, some_names
+from ..errors import UserError, import_extra
+from .anndata_store import Store, first_line, open_store, read_frame, some_names
 from .keys import Keys
 from .paths import ALL, Source
 
@@ -80,7 +80,13 @@ def _read_regions(path: Path, group: Store) -> Regions:
     pos, systems = np.full((len(obs), 2), np.nan), {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a table may annotate what was left out of a store
-        elements = spatialdata.read_zarr(path, selection=("shapes", "labels", "points"))
+        try:
+            elements = spatialdata.read_zarr(path, selection=("shapes", "labels", "points"))
+        except Exception as error:  # of any of the libraries that it reads with
+            raise UserError(
+                f"{path}: spatialdata cannot read its regions ({first_line(error)}); write the "
+                "store again"
+            ) from error
         if missing := [name for name in names if name not in elements]:
             return Regions(notes=(f"no positions: its region {missing[0]} is not in the store",))
         for name in names:

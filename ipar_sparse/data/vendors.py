@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,8 @@ from .paths import VendorFiles, pick_bins
 
 BLOCK = 1 << 22  # values of a text table that are read at a time
 GENES = "Gene Expression"
+_DAMAGES = (OSError, EOFError, KeyError, IndexError, TypeError, ValueError, zlib.error)
+"""What libraries raise on tables that are cut off, or lack what belongs in them."""
 _COSMX_CONTROLS = ("NegPrb", "Negative", "SystemControl", "FalseCode")
 
 
@@ -43,7 +46,7 @@ def read_vendor(files: VendorFiles, part: str | None = None) -> AnnData:
         if files.positions is None:
             return _read_cells(files.matrix)
         adata = _READERS[files.kind.partition(",")[0]](files.matrix, files.positions)
-    except (OSError, KeyError, ValueError) as error:
+    except _DAMAGES as error:
         raise UserError(
             f"{files.matrix.parent}: is damaged or incomplete ({first_line(error)}); export it "
             "again"
@@ -297,7 +300,7 @@ def _read_cell_gef(store: h5py.File, file: Path) -> AnnData:
 
 def _gef_table(matrix, cells, genes, pos, kind: str, resolution) -> AnnData:
     columns = genes.dtype.names or ()
-    name = next(column for column in ("geneName", "gene", "geneID") if column in columns)
+    name = [column for column in ("geneName", "gene", "geneID") if column in columns][0]
     var = pd.DataFrame(index=pd.Index(np.char.decode(genes[name], "utf-8"), dtype=object))
     if name == "geneName" and "geneID" in columns:
         var["gene_ids"] = np.char.decode(genes["geneID"], "utf-8")
