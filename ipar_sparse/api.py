@@ -28,6 +28,7 @@ from .inference.placing import (
     embed_cells,
     place_cells,
     read_cells,
+    refuse_unlike,
     role_in_training,
 )
 from .inference.predictor import Predictor
@@ -188,6 +189,7 @@ class IPAR(Pretrained):
         copy: bool = False,
         noise_samples: int | None = None,
         *,
+        strict: bool = False,
         layer: str | None = None,
         normalized: bool | None = None,
         slide_key: str | None = None,
@@ -202,15 +204,18 @@ class IPAR(Pretrained):
 
         Fills obsm["X_ipar"] (n, 2), centred, in units of the tissue's root-mean-square radius,
         turned and mirrored at will. obsm["X_ipar_embedding"] (n, d) is what they come from.
-        obs["ipar_uncertainty"] (n,) is the expected error in the same units, where the run tells
-        one. uns["ipar"] says how they were made. An earlier prediction is replaced. Cells without
-        counts in the genes of the run get NaN, and obs["ipar_empty"] flags them.
+        obs["ipar_uncertainty"] (n,) is the expected error in the same units.
+        obs["ipar_typicality"] (n,) is a p-value, small for cells unlike the training cells.
+        uns["ipar"] says how they were made, and holds the verdict on each slide. An earlier
+        prediction is replaced. Cells without counts in the genes of the run get NaN, and
+        obs["ipar_empty"] flags them.
 
         Args:
             cells: AnnData, filled in place; or a file, which is read and left as it is.
             copy: fill and return a copy instead.
             noise_samples: predictions under training noise, which add to the uncertainty; the
                 run's setting if left out.
+            strict: refuse a slide that is unlike the training slides.
             layer: layer that holds the expression; that of the run if left out.
             normalized: whether expression is log-normalised; recognised if left out.
             slide_key: obs column that names the slide of each cell; slides are placed apart. That
@@ -228,8 +233,9 @@ class IPAR(Pretrained):
             The cells if they are a copy or come from a file, else None.
 
         Raises:
-            UserError: the cells cannot be read, share no gene with the run or lack one of
-                ``genes``, or the folder of the report is in use.
+            UserError: the cells cannot be read, share no gene with the run, lack one of
+                ``genes``, or are fewer than 15; the folder of the report is in use; with
+                ``strict``, a slide is unlike the training slides.
         """
         if report is not None:
             check_output_folder(Path(report), overwrite, "report")
@@ -242,6 +248,8 @@ class IPAR(Pretrained):
             ignore_case=ignore_case,
         )
         check_genes(slides, genes)
+        if strict:
+            refuse_unlike(self.predictor, slides)
         added = place_cells(self.predictor, slides, noise_samples, keep_empty)
         if report is not None:
             write_prediction_report(

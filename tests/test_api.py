@@ -230,9 +230,12 @@ def test_a_prediction_writes_a_page_of_its_own(model, cells, tmp_path):
 
 def test_an_earlier_uncertainty_does_not_outlive_its_prediction(model, cells):
     model.predict(cells, noise_samples=2)
-    assert np.isfinite(cells.obs["ipar_uncertainty"]).all()
-    model.predict(cells)  # one sample and no atlas: nothing tells it
-    assert "ipar_uncertainty" not in cells.obs
+    earlier = cells.obs["ipar_uncertainty"].to_numpy()
+    assert np.isfinite(earlier).all()
+    model.predict(cells)
+    assert not np.allclose(cells.obs["ipar_uncertainty"], earlier)
+    assert cells.obs["ipar_typicality"].between(0, 1).all()
+    assert set(cells.uns["ipar"]["verdict"]) == set(cells.uns["ipar"]["graphs"])
 
 
 def test_slides_of_one_object_are_placed_apart(model, small_slides):

@@ -51,7 +51,14 @@ def test_a_run_folder_holds_all_that_prediction_and_readers_need(small_run, smal
     ]
     names = [f"train:{slide.name}" for slide in train] + [f"val:{val[0].name}"]
     assert list(meta["metadata"]["candidate_recall"]) == names
-    assert set(meta["modules"]) == {"encoder", "scaler", "gate", "model", "relevant_components"}
+    assert set(meta["modules"]) == {
+        "encoder",
+        "scaler",
+        "gate",
+        "model",
+        "relevant_components",
+        "typicality",
+    }
     assert RunConfig.load(small_run).unresolved() == []
     assert RunConfig.load_request(small_run) == small_config()
     inputs = json.loads((small_run / "inputs.json").read_text())

@@ -13,6 +13,7 @@ from ipar_sparse.geometry.gauge import gauge_fix
 from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.inference.run_folder import BEST
 from ipar_sparse.layout.distance_correction import relative_variance
+from ipar_sparse.layout.uncertainty import widen
 from ipar_sparse.metrics.layout import evaluate_layout
 from ipar_sparse.train.atlas import fit_atlas
 from ipar_sparse.train.batches import EmbeddedSlide
@@ -31,8 +32,12 @@ def test_a_run_begins_from_an_atlas_and_its_checkpoint_holds_it(small_slides, tm
     relative = relative_variance(place, variance)
     torch.testing.assert_close(prediction.predictive_variance, relative)
     model = predictor.config.uncertainty
-    expected = model.error_intercept + model.error_slope * relative.numpy()
-    np.testing.assert_allclose(np.square(prediction.uncertainty), expected, atol=1e-5)
+    expected = model.error_intercept + model.error_slope * relative.numpy().astype(float)
+    expected *= (1 - (1 - relative.numpy().mean()) ** model.prior_exponent) / expected.mean()
+    p_value, growth = prediction.typicality.p_value, predictor.config.typicality.growth_below
+    np.testing.assert_allclose(
+        prediction.uncertainty, widen(np.sqrt(expected), p_value, growth), atol=1e-5
+    )
     more = predictor.predict(slides[2], noise_samples=3).uncertainty
     assert not np.allclose(prediction.uncertainty, more)
     assert more.mean() == pytest.approx(prediction.uncertainty.mean(), rel=0.1)

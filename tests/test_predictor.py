@@ -58,10 +58,12 @@ def test_a_prediction_is_in_the_unit_gauge_and_repeats(predictor, slide):
     assert len(found.trajectory) == predictor.config.model.recycles + 1
 
 
-def test_without_an_atlas_only_noise_tells_the_uncertainty(predictor, slide):
+def test_without_an_atlas_typical_cells_are_as_uncertain_as_each_other(predictor, slide):
     found = predictor.predict(slide)
-    assert found.predictive_variance is None and found.uncertainty is None
-    assert predictor.predict(slide, noise_samples=2).uncertainty.std() > 0
+    assert found.predictive_variance is None
+    typical = found.uncertainty[found.typicality.p_value > 0.5]
+    assert typical.std() < 1e-4 and typical[0] == pytest.approx(np.sqrt(0.75), abs=1e-4)
+    assert predictor.predict(slide, noise_samples=2).uncertainty.std() > 0.001
 
 
 def test_a_run_of_other_widths_is_refused(small_run):

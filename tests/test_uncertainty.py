@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from ipar_sparse.layout.uncertainty import (
+    ErrorModel,
     calibration_metrics,
+    disc_radius,
     fit_error_model,
     predict_rmse,
     square_errors,
+    widen,
 )
 
 
@@ -31,35 +34,67 @@ def test_square_errors_are_in_radii_whatever_the_units():
 
 
 def test_the_error_model_is_found():
-    a, b = fit_error_model([[drawn(seed=0), drawn(seed=1)], [drawn(seed=2)]])
-    assert (a, b) == pytest.approx((0.1, 2.0), abs=0.12)
+    found = fit_error_model([[drawn(seed=0), drawn(seed=1)], [drawn(seed=2)]])
+    assert found.slope == pytest.approx(2.0, abs=0.12)
+    # what does not follow the variance of a cell follows that of its slide
+    assert found.intercept == 0 and found.slide_slope * 0.4 == pytest.approx(0.1, abs=0.05)
     error, variance = drawn()
-    assert fit_error_model([[(error, None)]]) == pytest.approx((error.mean(), 0.0))
+    assert fit_error_model([[(error, None)]]) == pytest.approx((error.mean(), 0.0, 0.0))
     # errors that fall with the variance: the slope is 0 then
-    a, b = fit_error_model([[(error, -variance)]])
-    assert b == 0 and a == pytest.approx(error.mean())
-    a, b = fit_error_model([[(error, torch.from_numpy(variance))]])
-    assert a > 0 and b > 0
+    falling = fit_error_model([[(error, 2.0 - variance)]])
+    assert falling.slope == 0 and falling.slide_slope > 0
+    np.testing.assert_allclose(
+        falling.square(2.0 - variance, len(variance)).mean(), error.mean(), rtol=1e-6
+    )
+    assert fit_error_model([[(error, torch.from_numpy(variance))]]).slope > 0
 
 
 def test_donors_have_equal_weight_however_many_cells_and_slides_they_have():
     few, many = np.full(10, 1.0), np.full(1000, 3.0)
     assert fit_error_model([[(few, None)], [(many, None), (many, None)]])[0] == pytest.approx(2.0)
     assert fit_error_model([[(few, None), (many, None)]])[0] == pytest.approx(2.0)
+    donors = [[(few, None)], [(many, None)]]
+    assert disc_radius(ErrorModel(1.0, 0.0, 0.0), donors, 0.4) == 1.0
+    assert disc_radius(ErrorModel(1.0, 0.0, 0.0), donors, 0.6) == pytest.approx(np.sqrt(3))
+
+
+def test_the_mean_error_of_a_slide_follows_the_law_of_its_variance():
+    variance = np.array([0.1, 0.3])
+    model = ErrorModel(0.0, 0.5, 1.0)
+    np.testing.assert_allclose(model.square(variance, 2), [0.2, 0.4])
+    known = model.square(variance, 2, 1.0)
+    assert known.mean() == pytest.approx(1 - 0.8**1.8)
+    assert known[1] / known[0] == pytest.approx(2.0)
+    between = model.square(variance, 2, 0.5).mean()
+    assert between == pytest.approx(np.sqrt(0.3 * (1 - 0.8**1.8)))
+    far = ErrorModel(0.0, 0.05, 0.1)  # donors show errors far smaller than the law's
+    np.testing.assert_allclose(far.square(variance, 2, 1.0), 1.5 * far.square(variance, 2))
+    np.testing.assert_array_equal(ErrorModel(0.7, 1.0, 2.0).square(None, 2, 1.0), [0.7, 0.7])
+
+
+def test_the_disc_holds_its_share_of_new_cells():
+    model = fit_error_model([[drawn(seed=0)], [drawn(seed=1)]])
+    radius = disc_radius(model, [[drawn(seed=0)], [drawn(seed=1)]])
+    error, variance = drawn(20_000, seed=2)
+    inside = np.sqrt(error) <= radius * np.sqrt(model.square(variance, len(error)))
+    assert inside.mean() == pytest.approx(0.8, abs=0.02)
 
 
 def test_noise_orders_cells_without_changing_the_mean_square_error():
-    variance = np.array([0.0, 0.5, 1.0])
-    np.testing.assert_allclose(predict_rmse((0.25, 2.0), variance), np.sqrt([0.25, 1.25, 2.25]))
     displacement = np.array([0.0, 1.0, 2.0])
-    flat = predict_rmse((0.81, 0.0), None, displacement)
+    flat = predict_rmse(np.full(3, 0.81), displacement)
     assert (np.diff(flat) > 0).all() and np.square(flat).mean() == pytest.approx(0.81)
-    both = predict_rmse((0.25, 2.0), np.full(3, 0.5), displacement)
-    np.testing.assert_allclose(both, flat * np.sqrt(1.25 / 0.81))
-    strong = predict_rmse((0.81, 0.0), None, displacement, noise_share=1.0)
+    strong = predict_rmse(np.full(3, 0.81), displacement, noise_share=1.0)
     np.testing.assert_allclose(strong, 0.9 * np.sqrt(displacement))
-    assert predict_rmse((0.25, 2.0), None) is None
-    np.testing.assert_allclose(predict_rmse((0.25, 0.0), None, np.zeros(3)), 0.5)
+    np.testing.assert_allclose(predict_rmse(np.full(3, 0.25), np.zeros(3)), 0.5)
+
+
+def test_uncertainty_grows_to_that_of_no_information_as_cells_become_unlike():
+    rmse, p = np.full(5, 0.6), np.array([1.0, 0.05, 0.025, 0.0, np.nan])
+    found = np.square(widen(rmse, p, 0.05))
+    np.testing.assert_allclose(found, [0.36, 0.36, 0.68, 1.0, 1.0])
+    np.testing.assert_array_equal(widen(rmse, p, 0.05, unlike=True), np.ones(5))
+    assert widen(np.array([1.2]), np.array([0.0]), 0.05) == 1.2  # never less than before
 
 
 def test_a_calibrated_uncertainty_is_as_large_as_the_error():

@@ -56,7 +56,12 @@ def computes_on_gpu(device: str | None) -> bool:
 
 
 def check_inputs(
-    run: Path, sources: Sequence[Path], *, require_pos: bool, device: str | None, **reading: Any
+    run: Path,
+    sources: Sequence[Path],
+    *,
+    require_pos: bool,
+    device: str | None = None,
+    **reading: Any,
 ) -> DataConfig:
     """Refuses what headers can refuse, before anything slow is loaded.
 

@@ -173,6 +173,9 @@ Jobs = Annotated[
         min=1,
     ),
 ]
+Strict = Annotated[
+    bool, flag("--strict", "Refuse a slide that is unlike the training slides.", RUNNING)
+]
 Device = Annotated[
     str | None,
     flag(

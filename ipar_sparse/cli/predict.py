@@ -50,6 +50,7 @@ def predict(
     ignore_case: options.IgnoreCase = None,
     keep_empty: options.KeepEmpty = False,
     embedding: options.Embedding = None,
+    strict: options.Strict = False,
     device: options.Device = None,
     report: options.Report = None,
     genes: options.Genes = None,
@@ -65,27 +66,26 @@ def predict(
         raise UserError("--genes chooses genes of the page; add --report DIR, or leave it out")
     if report is not None:
         check_output_folder(report, overwrite, "--report")
-    obsm = (Keys.PREDICTION, Keys.EMBEDDING)
-    outputs = outputs_of(cells, out)
+    obsm, outputs = (Keys.PREDICTION, Keys.EMBEDDING), outputs_of(cells, out)
     taken = () if obsm_only else obsm
     for source, path in outputs.items():
         check_output(source, path, overwrite=overwrite, obsm=taken)
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
-    reading |= given(ignore_case=ignore_case)
-    data = check_inputs(run, cells, require_pos=False, device=device, **reading)
+    reading |= given(ignore_case=ignore_case, device=device)
+    data, optional = check_inputs(run, cells, require_pos=False, **reading), slide_key is None
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
     from ..data.writers import write_predictions
-    from ..inference.placing import place_cells, read_cells, uncertainty_columns
+    from ..inference.placing import certainty_columns, place_cells, read_cells, refuse_unlike
     from ..progress import stage
 
-    columns = uncertainty_columns(predictor, noise_samples)
-    optional = slide_key is None
-    added_to_obs = () if obsm_only else (*columns, Keys.EMPTY)
+    columns = certainty_columns(predictor)
     for source, path in outputs.items():
-        check_output(source, path, overwrite=overwrite, obsm=taken, obs=added_to_obs)
-    writing: dict[str, Any] = {"slide_key": data.slide_key, "overwrite": overwrite}
-    writing["results_alone"] = obsm_only
+        obs = () if obsm_only else (*columns, Keys.EMPTY)
+        check_output(source, path, overwrite=overwrite, obsm=taken, obs=obs)
+    writing: dict[str, Any] = given(slide_key=data.slide_key, results_alone=obsm_only)
+    for source in outputs if strict else ():  # nothing is written if one of them is refused
+        refuse_unlike(predictor, read_cells(predictor, source, data, slide_key_optional=optional))
     for source, path in outputs.items():
         slides = read_cells(predictor, source, data, slide_key_optional=optional)
         tell_notes(slides)
@@ -103,7 +103,7 @@ def predict(
                     predictor, slides, added, folder, genes=asked, command=command
                 )
             with stage(f"Writing {path.name}"):
-                write_predictions(source, path, **vars(added), **writing)
+                write_predictions(source, path, **vars(added), **writing, overwrite=overwrite)
         tell_written(slides, path, obsm, columns)
         for page in pages:
             say(f"report: {page}")

@@ -4,7 +4,7 @@ from .inputs import DataConfig, EncoderConfig, GraphConfig
 from .listing import MAIN_SETTINGS, describe
 from .loading import load_config, resolve_device
 from .model import ModelConfig
-from .prediction import EvalConfig, RefineConfig, UncertaintyConfig
+from .prediction import EvalConfig, RefineConfig, TypicalityConfig, UncertaintyConfig
 from .presets import DEFAULT_SELECTION, PRESETS
 from .schema import DECIDED_FROM_DATA, RunConfig
 from .training import SelectionConfig, TrainConfig
@@ -25,6 +25,7 @@ __all__ = [
     "SelectionConfig",
     "Term",
     "TrainConfig",
+    "TypicalityConfig",
     "UncertaintyConfig",
     "describe",
     "load_config",

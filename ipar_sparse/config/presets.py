@@ -94,7 +94,9 @@ DEFAULT_SELECTION: dict[str, Any] = {
     "refine.anchor_weight": 5.0,
     "refine.rca_power": 0.5,
     "uncertainty.error_intercept": 0.1,
+    "uncertainty.error_slide_slope": 0.0,
     "uncertainty.error_slope": 1.1,
+    "uncertainty.disc_radius": 1.25,
     "uncertainty.calibrated": False,
 }
 """Values of settings that a request leaves open, where nothing is cross-validated."""

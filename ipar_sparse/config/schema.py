@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import atomic_write, parse_json, parse_yaml
 from .inputs import DataConfig, EncoderConfig, GraphConfig
 from .model import ModelConfig
-from .prediction import EvalConfig, RefineConfig, UncertaintyConfig
+from .prediction import EvalConfig, RefineConfig, TypicalityConfig, UncertaintyConfig
 from .training import SelectionConfig, TrainConfig
 from .types import Section
 from .validation import explain, merge
@@ -47,7 +47,9 @@ DECIDED_FROM_DATA = (
     "refine.anchor_weight",
     "refine.rca_power",
     "uncertainty.error_intercept",
+    "uncertainty.error_slide_slope",
     "uncertainty.error_slope",
+    "uncertainty.disc_radius",
     "uncertainty.calibrated",
 )
 """Settings that a request may leave open, and that a run decides before it is trained."""
@@ -65,6 +67,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     refine: RefineConfig = RefineConfig()
     uncertainty: UncertaintyConfig = UncertaintyConfig()
+    typicality: TypicalityConfig = TypicalityConfig()
     selection: SelectionConfig = SelectionConfig()
     eval: EvalConfig = EvalConfig()
 

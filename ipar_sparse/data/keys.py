@@ -8,8 +8,9 @@ class Keys:
     PREDICTION = "X_ipar"  # obsm, (n, 2): predicted positions, unit root-mean-square radius
     EMBEDDING = "X_ipar_embedding"  # obsm, (n, d): the embedding that the prediction is made from
     UNCERTAINTY = "ipar_uncertainty"  # obs, (n,): predicted root mean square error, tissue radii
+    TYPICALITY = "ipar_typicality"  # obs, (n,): p-value, small = unlike the training cells
     EMPTY = "ipar_empty"  # obs, (n,): True for cells without counts
-    UNS = "ipar"  # uns: configuration, version and graph recall of the prediction
+    UNS = "ipar"  # uns: configuration, version, verdict and graph recall of the prediction
     SOURCE = (
         "ipar_source"  # uns: format, unit of positions and what was left out of a vendor's file
     )

@@ -3,5 +3,6 @@
 from .atlas import Atlas
 from .relevant_components import RelevantComponents
 from .scaler import EmbeddingScaler
+from .typicality import Typicality
 
-__all__ = ["Atlas", "EmbeddingScaler", "RelevantComponents"]
+__all__ = ["Atlas", "EmbeddingScaler", "RelevantComponents", "Typicality"]

@@ -77,6 +77,8 @@ class SlideEvaluation:
         focus: where some cells attend.
         trajectory: layouts (n, 2) before the first recycle and after each.
         uncertainty: predicted error of each cell (n,), root mean square, in tissue radii.
+        typicality: p-value of each cell (n,), small = unlike the training cells.
+        verdict: a sentence on how like the training slides this slide is.
         provenance: where all this comes from.
     """
 
@@ -88,6 +90,8 @@ class SlideEvaluation:
     focus: Sequence[AttentionFocus] | None = None
     trajectory: Sequence[np.ndarray] | None = None
     uncertainty: np.ndarray | None = None
+    typicality: np.ndarray | None = None
+    verdict: str | None = None
     provenance: Provenance = field(default_factory=Provenance)
 
 

@@ -75,16 +75,21 @@ def score_slide(
                 lambda name: task.advance(now=name),
             )
     layouts[FLOOR] = slide.pos
+    if (typicality := prediction.typicality) is not None:
+        typicality.tell(slide.name)
     methods = _score_layouts(layouts, slide.pos, predictor.config)
     return SlideEvaluation(
         slide=slide.name,
         pred=prediction.pos,
         true=slide.pos,
         methods=methods,
-        measures=attention.measures | _measures(methods, prediction, slide.pos),
+        measures=attention.measures
+        | _measures(methods, prediction, slide.pos, predictor.config.uncertainty.disc_radius),
         focus=attention.focus,
         trajectory=prediction.trajectory,
         uncertainty=prediction.uncertainty,
+        typicality=None if typicality is None else typicality.p_value,
+        verdict=None if typicality is None else typicality.sentence(),
         provenance=provenance_of(predictor, slide, prediction.cautions, unchanged_notes(layouts)),
     )
 
@@ -135,9 +140,12 @@ def _score_layouts(
 
 
 def _measures(
-    methods: Mapping[str, Mapping[str, float]], prediction: Prediction, pos: np.ndarray
+    methods: Mapping[str, Mapping[str, float]],
+    prediction: Prediction,
+    pos: np.ndarray,
+    disc_radius: float | None,
 ) -> dict[str, float]:
-    """Flat measures of the model's graph, embedding and uncertainty, and E_geo by its suffixes."""
+    """Flat measures of graph, embedding, uncertainty and typicality, and E_geo by its suffixes."""
     measures = {
         f"{name}_{suffix}": methods[method][name]
         for method, suffix in E_GEO_SUFFIX.items()
@@ -152,9 +160,12 @@ def _measures(
         measures["graph_recall"] = candidates.recall
     if prediction.uncertainty is not None:
         error = np.sqrt(square_errors(prediction.pos, pos))
-        order = spearmanr(prediction.uncertainty, error).statistic
-        measures["uncertainty_error_spearman"] = float(order)
-        measures |= calibration_metrics(prediction.uncertainty, error)
+        if np.ptp(prediction.uncertainty) > 0:
+            order = spearmanr(prediction.uncertainty, error).statistic
+            measures["uncertainty_error_spearman"] = float(order)
+        measures |= calibration_metrics(prediction.uncertainty, error, disc_radius)
+    if prediction.typicality is not None:
+        measures |= {f"typicality_{k}": v for k, v in prediction.typicality.measures.items()}
     return measures
 
 

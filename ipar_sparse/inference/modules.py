@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..config import RunConfig
+from ..estimators import Typicality
 from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
 
 
@@ -18,6 +21,23 @@ def build_encoder(config: RunConfig, num_genes: int) -> SharedEncoder:
         skip=settings.skip,
         smooth=settings.knn_smoothing,
         prepare=plain != (1e4, 0.0, 0.0),
+    )
+
+
+def build_typicality(config: RunConfig, sizes: Mapping[str, int]) -> Typicality:
+    """The unfitted typicality that a configuration describes.
+
+    Args:
+        config: ``typicality``.
+        sizes: of its buffers, see :attr:`~ipar_sparse.estimators.typicality.Typicality.sizes`.
+    """
+    settings = config.typicality
+    return Typicality(
+        **sizes,
+        components=settings.components,
+        neighbors=settings.neighbors,
+        contrast=settings.contrast,
+        tolerance=settings.tolerance,
     )
 
 

@@ -16,14 +16,17 @@ from anndata import AnnData
 from .. import __version__
 from ..config import DataConfig
 from ..data import records
+from ..data.input_profile import informative
 from ..data.keys import Keys
 from ..data.readers import read_files
 from ..data.slide import Slide, Warned
 from ..data.writers import in_file_order
+from ..errors import UserError
 from ..progress import track
 from .costs import check_prediction, slide_size
 from .predictor import Prediction, Predictor
 from .run_folder import check_encoder
+from .typicality import UNLIKE
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +90,7 @@ def place_cells(
     """Positions, embedding, uncertainty and provenance of the cells of one file or object.
 
     Cells without counts in the genes of the run get NaN. Says so where a slide took part in the
-    training of the run.
+    training of the run, or is unlike its slides.
 
     Args:
         predictor: the trained run.
@@ -97,7 +100,8 @@ def place_cells(
             cell, with an uncertainty of one tissue radius.
 
     Raises:
-        UserError: a slide shares no gene with the run, or lacks its embedding.
+        UserError: a slide shares no gene with the run, lacks its embedding, or has fewer than 15
+            cells with counts.
     """
     if predictor.device.type == "cuda":
         free = torch.cuda.mem_get_info(predictor.device)[0]
@@ -113,17 +117,37 @@ def place_cells(
     predictions = [
         predictor.predict(slide, noise_samples=samples) for slide in track(slides, "Placing cells")
     ]
+    for slide, one in zip(slides, predictions, strict=True):
+        if one.typicality is not None:
+            one.typicality.tell(slide.name)
     obs, average = _empty_cells(slides), 0.0 if keep_empty else np.nan
-    for column in uncertainty_columns(predictor, noise_samples):
-        known = [one.uncertainty for one in predictions if one.uncertainty is not None]
-        obs[column] = _in_file_order(slides, known, 1.0 if keep_empty else np.nan)
+    uncertainty = [one.uncertainty for one in predictions]
+    obs[Keys.UNCERTAINTY] = _in_file_order(slides, uncertainty, 1.0 if keep_empty else np.nan)
+    if Keys.TYPICALITY in certainty_columns(predictor):
+        known = [one.typicality.p_value for one in predictions if one.typicality is not None]
+        obs[Keys.TYPICALITY] = _in_file_order(slides, known, np.nan)
     return Additions(
         pos=_in_file_order(slides, [one.pos for one in predictions], average),
         embedding=_in_file_order(slides, [one.embedding for one in predictions], average),
         obs=obs,
-        uns=_provenance(predictor, _graphs_of(slides, predictions))
-        | {"warnings": _warnings_of(slides) or None},
+        uns={
+            **_provenance(predictor, _graphs_of(slides, predictions)),
+            **_certainty(predictor, slides, predictions),
+            "warnings": _warnings_of(slides) or None,
+        },
     )
+
+
+def refuse_unlike(predictor: Predictor, slides: Sequence[Slide]) -> None:
+    """Refuses slides that are unlike the training slides, before any is placed.
+
+    Raises:
+        UserError: one is.
+    """
+    for slide in slides:
+        found = predictor.compare(informative(predictor.conform(slide)))
+        if found is not None and found.verdict == UNLIKE:
+            raise UserError(found.sentence(slide.name))
 
 
 def embed_cells(predictor: Predictor, slides: Sequence[Slide]) -> Additions:
@@ -152,10 +176,9 @@ def _warnings_of(slides: Sequence[Slide]) -> list[str]:
     ]
 
 
-def uncertainty_columns(predictor: Predictor, noise_samples: int | None = None) -> tuple[str, ...]:
-    """The obs columns of uncertainty that :func:`place_cells` fills: one, or none."""
-    samples = noise_samples or predictor.config.eval.noise_samples
-    return (Keys.UNCERTAINTY,) if samples > 1 or predictor.atlas is not None else ()
+def certainty_columns(predictor: Predictor) -> tuple[str, ...]:
+    """The obs columns that say how much to believe a position, as :func:`place_cells` fills."""
+    return (Keys.UNCERTAINTY, *((Keys.TYPICALITY,) if predictor.typicality is not None else ()))
 
 
 def role_in_training(predictor: Predictor, slide: Slide) -> str | None:
@@ -199,6 +222,26 @@ def _graphs_of(
             "recall": 1.0 if found.recall is None else found.recall,
         }
     return graphs
+
+
+def _certainty(
+    predictor: Predictor, slides: Sequence[Slide], predictions: Sequence[Prediction]
+) -> dict[str, Any]:
+    """How much to believe the map: verdict of each slide, and how to read uncertainties."""
+    law = predictor.config.uncertainty
+    compared = {
+        slide.name: one.typicality
+        for slide, one in zip(slides, predictions, strict=True)
+        if one.typicality is not None
+    }
+    return {
+        "disc_radius": law.disc_radius,
+        "calibrated": bool(law.calibrated),
+        "verdict": {name: one.verdict for name, one in compared.items()},
+        "typicality": {
+            name: {"sentence": one.sentence(), **one.measures} for name, one in compared.items()
+        },
+    }
 
 
 def _provenance(

@@ -19,18 +19,19 @@ from ..data.input_profile import InputProfile, informative
 from ..data.records import recorded_inputs
 from ..data.slide import Slide, Warned
 from ..errors import UserError
-from ..estimators import Atlas, EmbeddingScaler, RelevantComponents
+from ..estimators import Atlas, EmbeddingScaler, RelevantComponents, Typicality
 from ..geometry.alignment import square_displacement
 from ..graph import NeighborTable
-from ..layout.uncertainty import predict_rmse
+from ..layout.uncertainty import ErrorModel, predict_rmse, widen
 from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
 from ..progress import stage, track
 from . import steps
 from .checkpoint import check_modules, load_checkpoint
 from .embedding import embed_slide
 from .input_check import in_terms_of, load_profile
-from .modules import build_encoder, build_gate_and_model
+from .modules import build_encoder, build_gate_and_model, build_typicality
 from .run_folder import find_checkpoint
+from .typicality import UNLIKE, SlideTypicality, check_cells, compare
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ class Prediction:
         predictive_variance: mean square distance of each cell from its place in the initial layout
             (n,), relative to the variance of the tissue; None where nothing tells it.
         trajectory: layouts (n, 2) before the first recycle and after each.
-        uncertainty: predicted root mean square error of each cell (n,), in tissue radii; None
-            for one noise sample without an atlas.
+        uncertainty: predicted root mean square error of each cell (n,), in tissue radii.
+        typicality: how like the training cells they are; None for a run that does not tell.
         cautions: lines that whoever reads the map must know.
     """
 
@@ -62,6 +63,7 @@ class Prediction:
     predictive_variance: Tensor | None = None
     trajectory: list[np.ndarray] = field(default_factory=list)
     uncertainty: np.ndarray | None = None
+    typicality: SlideTypicality | None = None
     cautions: list[str] = field(default_factory=list)
     _candidates: Callable[[], NeighborTable] | None = None
 
@@ -88,6 +90,7 @@ class Predictor:
         recorded: what the run says of its slides; see
             :func:`~ipar_sparse.data.records.recorded_inputs`.
         profile: what it knows of its input; None of a run on an embedding.
+        typicality: of the training slides; None for a run of an earlier version.
     """
 
     run: Path
@@ -102,6 +105,7 @@ class Predictor:
     atlas: Atlas | None = None
     recorded: dict = field(default_factory=dict)
     profile: InputProfile | None = None
+    typicality: Typicality | None = None
 
     @classmethod
     def load(cls, run: str | Path, device: torch.device | str = "cpu") -> Predictor:
@@ -133,6 +137,7 @@ class Predictor:
             atlas=modules.get("atlas"),
             recorded=recorded_inputs(run),
             profile=load_profile(run, config, meta),
+            typicality=modules.get("typicality"),
         )
 
     def conform(self, slide: Slide, ignore_case: bool | None = None) -> Slide:
@@ -188,10 +193,18 @@ class Predictor:
             slide: its n cells that hold information are placed.
             noise_samples: with more than one, that many layouts are also predicted under the noise
                 of training and aligned; cells that move more are more uncertain.
+
+        Raises:
+            UserError: the slide has fewer than 15 cells with counts, shares no gene with the run,
+                or lacks its embedding.
         """
         config = self.config
+        slide = self._prepared(slide)
+        check_cells(slide)
         with stage("Embedding"):
             h = self._embedding(slide)
+        with stage("Typicality"):
+            typicality = self.compare(slide)
         candidates = cache(lambda: steps.candidate_graph(h, config))
         with stage("Candidates"):
             graph = steps.attention_graph(h, candidates, config)
@@ -210,7 +223,6 @@ class Predictor:
         displacement = None
         if noise_samples > 1:
             displacement = self._displacement(h, initial, trajectory[-1], noise_samples)
-        law = config.uncertainty
         return Prediction(
             pos=pos.double().cpu().numpy(),
             embedding=h.cpu().numpy(),
@@ -220,13 +232,45 @@ class Predictor:
             gate_logits=logits,
             predictive_variance=variance,
             trajectory=layouts,
-            uncertainty=predict_rmse(
-                (law.error_intercept, law.error_slope),
-                None if variance is None else variance.double().cpu().numpy(),
-                displacement,
-                law.noise_share,
-            ),
+            uncertainty=self.uncertainty_of(len(h), variance, displacement, typicality),
+            typicality=typicality,
         )
+
+    def compare(self, slide: Slide) -> SlideTypicality | None:
+        """How like the training slides a slide is; None for a run of an earlier version."""
+        if self.typicality is None:
+            return None
+        config = self.config
+        target_sum = config.data.target_sum or 1e4
+        return compare(self.typicality, slide, self.meta["genes"], target_sum, config.typicality)
+
+    def uncertainty_of(
+        self,
+        cells: int,
+        variance: Tensor | None,
+        displacement: np.ndarray | None = None,
+        typicality: SlideTypicality | None = None,
+    ) -> np.ndarray:
+        """Predicted root mean square error of each cell (n,), in tissue radii.
+
+        Args:
+            cells: n.
+            variance: predictive variance (n,), None where there is none.
+            displacement: mean square distance by which noise moves each cell (n,).
+            typicality: with it, the error grows as cells are unlike the training cells.
+        """
+        law = self.config.uncertainty
+        model = ErrorModel(
+            law.error_intercept or 0.0, law.error_slide_slope or 0.0, law.error_slope or 0.0
+        )
+        known = None if variance is None else variance.double().cpu().numpy()
+        weight = law.prior_weight if law.calibrated else 1.0
+        square = model.square(known, cells, weight, law.prior_exponent)
+        rmse = predict_rmse(square, displacement, law.noise_share)
+        if typicality is None:
+            return rmse
+        below, unlike = self.config.typicality.growth_below, typicality.verdict == UNLIKE
+        return widen(rmse, typicality.p_value, below, unlike)
 
     def _displacement(
         self, h: Tensor, initial: Tensor | None, pos: Tensor, samples: int
@@ -265,4 +309,6 @@ def _modules(config: RunConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
         modules["encoder"] = build_encoder(config, len(meta["genes"]))
     if config.model.init == "atlas":
         modules["atlas"] = Atlas(dim, cells=meta["metadata"].get("atlas_cells", 0))
+    if sizes := meta["metadata"].get("typicality"):
+        modules["typicality"] = build_typicality(config, sizes)
     return modules

@@ -143,6 +143,29 @@ DIAGNOSTICS: dict[str, MetricInfo] = {
         "Uncertainty coverage",
         "Share of cells whose error is within their uncertainty; 0.63 if errors are Gaussian.",
     ),
+    "disc_coverage": MetricInfo(
+        "Cells in their disc", "Share of cells in the disc that should hold 0.8 of them."
+    ),
+    "typicality_cells_unlike": MetricInfo(
+        "Cells unlike the training cells",
+        "Share with a p-value of at most 0.05; 0.05 on a slide like those trained on.",
+    ),
+    "typicality_shift": MetricInfo(
+        "Shift of the slide",
+        "How much less typical all its cells are than left-out cells, in standard deviations.",
+    ),
+    "typicality_offset": MetricInfo(
+        "Offset of the slide",
+        "Of its mean from that of the training slides; up to about 2 for slides like these.",
+    ),
+    "typicality_shared_genes": MetricInfo("Shared genes", "Of the genes of the run."),
+    "typicality_mean_agreement": MetricInfo(
+        "Agreement of gene means", "Correlation with those of the training slides."
+    ),
+    "typicality_coexpression_agreement": MetricInfo(
+        "Agreement of coexpression",
+        "Correlation of gene-gene correlations with those of the training cells; 1 is usual.",
+    ),
 }
 """Measures of a trained model or of its graph."""
 

@@ -40,7 +40,7 @@ class Headline:
 
 
 def summarize(evaluation: SlideEvaluation) -> Headline:
-    """The headline of an evaluation.
+    """The headline of an evaluation: first, whether the slide is like the training slides.
 
     A difference counts only beyond two standard errors of the sampling, and beyond 0.005.
     """
@@ -54,10 +54,11 @@ def summarize(evaluation: SlideEvaluation) -> Headline:
             0, "This slide took part in training: its scores say nothing about new slides."
         )
     cells = f"{len(evaluation.pred):,} cells"
+    verdict = f"{evaluation.verdict}. " if evaluation.verdict else ""
     own = evaluation.methods.get(MODEL, {})
     if evaluation.true is None or not own:
         text = f"A map of {cells} was predicted. Without measured positions it cannot be scored."
-        return Headline(text, _expectation(evaluation), warnings)
+        return Headline(verdict + text, _expectation(evaluation), warnings)
     rho = finite(own, "distance_spearman")
     text = f"The map of {cells} was scored against measured positions"
     if rho is not None:
@@ -71,7 +72,7 @@ def summarize(evaluation: SlideEvaluation) -> Headline:
             if wins
             else "on no measure better than the best baseline"
         )
-    return Headline(f"{text}.", _evidence(evaluation, own), warnings)
+    return Headline(f"{verdict}{text}.", _evidence(evaluation, own), warnings)
 
 
 def remarks_on(evaluation: SlideEvaluation, cells: CellTable) -> list[str]:

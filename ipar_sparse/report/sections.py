@@ -192,7 +192,10 @@ def uncertainty_section(evaluation: SlideEvaluation) -> dict | None:
     if evaluation.provenance.settings.get("uncertainty", {}).get("calibrated"):
         text += "Its size was fitted on left-out donors of the training slides."
     else:
-        text += "Its size was not fitted on the training slides: the order of cells is what counts."
+        text += (
+            "Its size follows the law that held on public slides; it was not fitted on donors of "
+            "this run."
+        )
     if true is not None:
         text += (
             " Right: cells in groups of equal size, least uncertain first. Where the line rises, "

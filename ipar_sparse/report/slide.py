@@ -127,7 +127,7 @@ def write_prediction_report(
     Raises:
         UserError: a slide lacks a gene that was asked for.
     """
-    pages = []
+    pages, verdicts = [], added.uns.get("typicality", {})
     for slide in track(slides, "Report"):
         slide = slide.take(np.flatnonzero(np.isfinite(added.pos[slide.rows]).all(axis=1)))
         own = {name: np.asarray(values)[slide.rows] for name, values in added.obs.items()}
@@ -136,6 +136,8 @@ def write_prediction_report(
             slide.name,
             pos,
             uncertainty=own.get(Keys.UNCERTAINTY),
+            typicality=own.get(Keys.TYPICALITY),
+            verdict=verdicts.get(slide.name, {}).get("sentence"),
             provenance=provenance_of(predictor, slide),
         )
         cells = cell_table(slide, pos, predictor.meta["genes"], genes, own)
@@ -206,6 +208,8 @@ def _explorer(evaluation: SlideEvaluation, cells: CellTable) -> dict:
     pred, columns = as_layout(evaluation.pred), dict(cells.columns)
     if evaluation.uncertainty is not None:
         columns[Keys.UNCERTAINTY] = evaluation.uncertainty
+    if evaluation.typicality is not None:
+        columns[Keys.TYPICALITY] = evaluation.typicality
     if evaluation.true is None:
         place = "place on the map"
         maps = [CellMap("Predicted", pred)] * 2

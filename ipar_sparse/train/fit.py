@@ -41,6 +41,7 @@ from .loop import Loop, TrainingLoop
 from .model import Trained, train_gate, train_model
 from .run_folder import PARTS
 from .selection import select_settings
+from .typicality import fit_typicality
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ def fit(
             loop.modules["relevant_components"] = RelevantComponents(loop.meta["dim"]).fit(
                 [(slide.h, slide.pos) for slide in known]
             )
+        fit_typicality(train, donors, genes, settings, loop)
         if settings.model.init == "atlas":
             with stage("Atlas"):
                 loop.modules["atlas"] = fit_atlas(known, unseen, settings, loop)

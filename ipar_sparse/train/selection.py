@@ -19,7 +19,7 @@ import numpy as np
 from ..config import DEFAULT_SELECTION, RunConfig
 from ..data.expression import median_total
 from ..data.slide import Slide
-from ..layout.uncertainty import fit_error_model
+from ..layout.uncertainty import disc_radius, fit_error_model
 from ..progress import Task, stage
 from .batches import SLIDE_STEPS
 from .brief import BriefTrainings
@@ -406,12 +406,21 @@ def _donors(found: Sequence[Scores], name: str) -> np.ndarray:
 
 def _error_model(folds: Sequence[DonorFold], values: Mapping[str, Any]) -> dict[str, Any]:
     """How the square error of a cell follows its predictive variance, on the left-out donors."""
-    intercept, slope = fit_error_model([fold.errors(values) for fold in folds])
+    donors = [fold.errors(values) for fold in folds]
+    model = fit_error_model(donors)
     return {
-        "uncertainty.error_intercept": intercept,
-        "uncertainty.error_slope": slope,
+        "uncertainty.error_intercept": model.intercept,
+        "uncertainty.error_slide_slope": model.slide_slope,
+        "uncertainty.error_slope": model.slope,
+        "uncertainty.disc_radius": _shrunk(disc_radius(model, donors)),
         "uncertainty.calibrated": True,
     }
+
+
+def _shrunk(radius: float) -> float:
+    """The radius, moved halfway to the usual one: two donors tell little of the next one."""
+    usual = DEFAULT_SELECTION["uncertainty.disc_radius"]
+    return math.sqrt(radius * usual)
 
 
 def _tell_defaults(mode: str, groups: Sequence, choices: Sequence) -> None:
