@@ -233,3 +233,20 @@ def test_pooled_candidates_are_the_nearest_of_a_sample(n, pool, k):
 def test_pooled_candidates_refuse_a_pool_of_all():
     with pytest.raises(ValueError, match="pool must be between"):
         pooled_candidates(torch.randn(10, 3), 4, 10)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("backend", ["exact", "faiss"])
+def test_neighbours_do_not_depend_on_a_power_of_two(backend, metric):
+    if backend == "faiss":
+        pytest.importorskip("faiss")
+    points = torch.randn(300, 24)
+    points[7] = points[9]
+    expected = knn(points, 12, backend=backend, metric=metric).index
+    pooled = pooled_candidates(points, 12, 90, generator=torch.Generator().manual_seed(0)).index
+    for power in (-120, -64, -31, 1, 40, 90, 124):
+        scaled = points * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
+        assert torch.isfinite(scaled).all()
+        assert torch.equal(knn(scaled, 12, backend=backend, metric=metric).index, expected)
+        generator = torch.Generator().manual_seed(0)
+        assert torch.equal(pooled_candidates(scaled, 12, 90, generator=generator).index, pooled)
