@@ -46,6 +46,11 @@ from .typicality import fit_typicality
 logger = logging.getLogger(__name__)
 
 _REFERENCE_CELLS = 5000
+_WHAT_A_STEP_SEES = {
+    "miniset": "a miniset, whose cost does not grow with the slide (train.batch_kind)",
+    "slide": "a whole slide, as asked for by train.batch_kind",
+    "mixed": "a miniset and a whole slide in turn, as asked for by train.batch_kind",
+}
 _RECALL_CELLS = 20_000  # of a slide, whose candidates are all looked at; of more, a sample
 
 
@@ -468,6 +473,7 @@ def _train(parts: Trained, train, val, config: RunConfig, loop: TrainingLoop) ->
         loop.advance("gate")
         loop.save_best()
         return
+    logger.info("each step sees %s", _WHAT_A_STEP_SEES[config.train.batch_kind])
     with stage("Graphs and targets"):
         batches = Batches(train, val, config, loop.device)
     if not loop.finished("gate"):
