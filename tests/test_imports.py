@@ -41,6 +41,19 @@ def test_importing_a_room_loads_torch_and_pyg_alone(room, cost):
     assert room in rooms and rooms <= ROOMS | {"ticks"}
 
 
+def test_what_pyg_loads_without_need_loads_once_it_is_used():
+    loaded = modules_after("import ipar_sparse.nn")
+    heavy = {"torch._dynamo.eval_frame", "torch_geometric.datasets.planetoid"}
+    assert not heavy & loaded
+    used = (
+        "import ipar_sparse.nn, torch; from torch_geometric.datasets import Planetoid; "
+        "import torch_geometric; assert torch_geometric.datasets.Planetoid is Planetoid; "
+        "compiled = torch.compile(lambda x: x + 1, backend='eager'); "
+        "assert compiled(torch.ones(2)).tolist() == [2, 2]"
+    )
+    assert heavy <= modules_after(used)
+
+
 @pytest.mark.parametrize("name", sorted(set(ipar_sparse.__all__) - {"__version__"}))
 def test_names_of_the_package_resolve(name):
     assert getattr(ipar_sparse, name) is not None

@@ -6,15 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import MessagePassing, inits
-from torch_geometric.nn.aggr import SumAggregation
-from torch_geometric.typing import Adj, SparseTensor
-from torch_geometric.utils import is_sparse, to_edge_index
 
 from .. import ops
 from ..graph import NeighborTable
 from ..ops.reference import attention_logits
 from .lazy import defer, materialize
+from .pyg import (
+    Adj,
+    MessagePassing,
+    SparseTensor,
+    SumAggregation,
+    inits,
+    is_sparse,
+    to_edge_index,
+)
 from .terms import LOGIT_TERMS, LearnedScalars
 
 POS_WEIGHTS = ("matrix", "scalar", "complex")

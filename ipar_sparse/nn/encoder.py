@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import inits
+
+from .pyg import inits
 
 SMOOTH_CHANNELS = 30
 """Principal components in which nearest cells are found for smoothing."""

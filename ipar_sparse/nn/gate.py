@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import inits
 
 from .. import ops
 from ..graph import NeighborTable
+from .pyg import inits
 
 
 class EdgeGateSoft(nn.Module):

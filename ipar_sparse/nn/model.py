@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch_geometric.nn import inits
-from torch_geometric.typing import Adj
 
 from .. import ops
 from ..geometry.gauge import gauge_fix
 from ..graph import NeighborTable
 from ..graph.order import reorder
 from .conv import IPALiteConv, as_edge_index
+from .pyg import Adj, inits
 from .terms import LearnedScalars, PairBias
 
 BETA_BOUNDS = (0.0, 2.5)

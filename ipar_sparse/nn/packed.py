@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch_geometric.nn import MessagePassing
-from torch_geometric.typing import Adj
 
 from ..graph import NeighborTable
 from .conv import IPALiteConv
+from .pyg import Adj, MessagePassing
 
 
 class PackedIPALiteConv(IPALiteConv):

@@ -14,10 +14,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
-from torch_geometric.nn import inits
 
 from .. import ops
 from ..graph import NeighborTable
+from .pyg import inits
 
 _SOFTPLUS_ONE = math.log(math.e - 1)  # softplus of it is 1
 _MAX_OUTPUTS = 16  # outputs of the edge MLP that the fused kernels take at once
