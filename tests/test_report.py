@@ -397,7 +397,7 @@ def test_labels_come_by_their_uncertainty(tmp_path):
     assert table["name"] == "zone" and table["scored"]
     assert [(row["label"], row["cells"]) for row in table["rows"]] == [("far", 150), ("near", 150)]
     page = write_report(tmp_path, evaluation, cells=shown).read_text()
-    assert "By zone, the most uncertain cells are far" in page
+    assert "By zone, the most uncertain cells are those of far" in page
 
 
 def test_loss_curves_read_the_csv_and_mark_the_kept_epoch():

@@ -86,8 +86,9 @@ def remarks_on(evaluation: SlideEvaluation, cells: CellTable) -> list[str]:
     if groups and len(groups["rows"]) > 1:
         most, least = groups["rows"][0], groups["rows"][-1]
         remarks.append(
-            f"By {groups['name']}, the most uncertain cells are {most['label']} (median "
-            f"{most['expected']} tissue radii), the least {least['label']} ({least['expected']})."
+            f"By {groups['name']}, the most uncertain cells are those of {most['label']} (median "
+            f"{most['expected']} tissue radii), the least those of {least['label']} "
+            f"({least['expected']})."
         )
     order = evaluation.measures.get("uncertainty_error_spearman")
     if order is not None and math.isfinite(order):
