@@ -220,7 +220,8 @@ def _labels(values: np.ndarray, rows: np.ndarray) -> dict[str, Any] | None:
     labels = [str(label) for label in factors.categories]
     if len(labels) > _MAX_LABELS:
         return None
-    codes = np.where(factors.codes < 0, 255, factors.codes).astype("u1")
+    codes = np.asarray(factors.codes, int)
+    codes = np.where(codes < 0, 255, codes).astype("u1")
     colors = [to_hex(rgb) for rgb in label_palette(len(labels))]
     packed = _pack(codes[rows])
     return {"kind": "labels", "type": "u1", "labels": labels, "colors": colors, "data": packed}
