@@ -14,6 +14,7 @@ from anndata_files import G, N, make, save
 from scipy import sparse
 
 from ipar_sparse.config.schema import DataConfig
+from ipar_sparse.data.headers import check_headers
 from ipar_sparse.data.readers import read_file, read_slides
 from ipar_sparse.data.writers import in_file_order
 from ipar_sparse.errors import UserError
@@ -317,3 +318,23 @@ def test_real_slides(real_slides, file, cells, genes, normalized, column):
     assert slide.expression.shape == (cells, genes)
     assert slide.normalized is normalized and column in slide.obs
     assert slide.pos.std(axis=0).min() > 0
+
+
+def test_names_beside_a_mask_are_read_as_anndata_of_2026_writes_them(tmp_path):
+    from anndata.io import write_elem
+
+    path = save(make(), tmp_path / "a.h5ad")
+    with (
+        h5py.File(path, "r+") as file,
+        anndata.settings.override(allow_write_nullable_strings=True),
+    ):
+        for frame in (file["obs"], file["var"]):
+            key = frame.attrs["_index"]
+            names = pd.array(frame[key].asstr()[:], dtype="string")
+            del frame[key]
+            write_elem(frame, key, names)
+    data = DataConfig()
+    (size,) = check_headers([Path(path)], data, require_pos=True)
+    (slide,) = read_file(path, data, require_pos=True)
+    assert size.cells == slide.num_cells == N
+    np.testing.assert_array_equal(slide.cell_names, make().obs_names)

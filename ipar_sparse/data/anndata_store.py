@@ -144,7 +144,12 @@ def row_count(frame: Any) -> int | None:
         return len(frame)
     index = dict(getattr(frame, "attrs", {})).get("_index")
     known = isinstance(index, str) and hasattr(frame, "keys") and index in frame
-    return frame[index].shape[0] if known and hasattr(frame[index], "shape") else None
+    if not known:
+        return None
+    names = frame[index]
+    if hasattr(names, "keys") and "values" in names:  # AnnData 0.13 stores a mask beside them
+        names = names["values"]
+    return int(names.shape[0]) if hasattr(names, "shape") else None
 
 
 def check_rows(element: Any, rows: int | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..config.schema import DataConfig
 from ..errors import UserError
-from .anndata_store import Store, is_stored, open_store, read_frame, suggest
+from .anndata_store import Store, is_stored, open_store, read_frame, row_count, suggest
 from .keys import Keys
 from .paths import Source, vendor_files
 
@@ -157,10 +157,10 @@ def check_column(key: str, columns: Iterable[object], where: str | Path) -> None
 def _frame_header(frame: Any) -> tuple[int | None, list[str] | None]:
     """Rows and columns of a stored data frame; None for both in a layout of old versions."""
     attrs = getattr(frame, "attrs", {})
-    index = attrs.get("_index")
-    if attrs.get("encoding-type") != "dataframe" or index not in frame:
+    rows = row_count(frame)
+    if attrs.get("encoding-type") != "dataframe" or rows is None:
         return None, None
-    return int(frame[index].shape[0]), [str(name) for name in attrs["column-order"]]
+    return rows, [str(name) for name in attrs["column-order"]]
 
 
 def check_output(
