@@ -13,6 +13,7 @@ from .folders import removed_on_failure
 from .inputs import check_inputs, load_predictor, tell_notes
 from .messages import note, say
 from .options import RUNNING, flag, given
+from .watched import loading
 
 
 def evaluate(
@@ -58,7 +59,8 @@ def evaluate(
     )
     tell_notes(slides)
 
-    from ..report import check_genes, evaluate_slide
+    with loading():
+        from ..report import check_genes, evaluate_slide
 
     asked = options.listed(genes)
     check_genes(slides, asked)

@@ -96,6 +96,6 @@ def load_predictor(run: Path, device: str | None) -> Predictor:
 
     with loading():
         target = resolve_device(device or "auto")
-        from ..inference.predictor import Predictor
+        from ..inference.placing import Predictor  # with what reads and writes files
 
-    return Predictor.load(run, target)
+        return Predictor.load(run, target)

@@ -223,7 +223,8 @@ def _new_members(
     slides: list[Path], val: list[Path], settings: RunConfig, donor_options: dict[str, Any]
 ) -> Members:
     """Slides of a new run, read from their files, and their donors."""
-    from ..data.readers import read_files, tell_apart
+    with loading():
+        from ..data.readers import read_files, tell_apart
     from ..data.splits import find_donors
 
     reading: dict[str, Any] = {"require_pos": True, "min_cells": settings.train.miniset_min}
