@@ -537,6 +537,7 @@ def test_check_says_what_to_expect_and_writes_nothing(slides, run, tmp_path, cap
     assert lines[0] == "cortex3: can be placed"
     told = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[1:]}
     assert told["cells"] == "120" and told["values"] == "counts"
+    assert told["tissue"].startswith("This slide is ")
     assert told["genes"].endswith("that the run reads") and "of memory" in told["takes"]
     argv = ["check", str(run), f"{slides}/cortex1.h5ad", str(logs), str(foreign), "no.h5ad"]
     assert cli.run_command(argv) == 2

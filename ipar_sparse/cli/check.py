@@ -9,10 +9,12 @@ import typer
 
 from ..errors import UserError
 from . import options
+from .inputs import load_predictor
 from .messages import say
 from .options import given
 
 if TYPE_CHECKING:
+    from ..data.slide import Slide
     from ..inference.input_check import Check
 
 
@@ -28,7 +30,7 @@ def check(
     embedding: options.Embedding = None,
     ignore_case: options.IgnoreCase = None,
 ) -> None:
-    """Tell whether a run can place cells, and what to expect; nothing is computed or written.
+    """Tell whether a run can place cells, and what to expect; nothing is placed or written.
 
     Exit code 2 where one of the files cannot be placed.
     """
@@ -42,10 +44,18 @@ def check(
     data = reading_settings(run, config, **reading)
 
     from ..inference.input_check import check_cells
+    from ..inference.typicality import check_cells as check_size
+
+    predictor = load_predictor(run, "cpu")
+
+    def compare(slide: Slide) -> str | None:
+        check_size(slide)
+        found = predictor.compare(slide)
+        return None if found is None else found.sentence()
 
     refused, optional = 0, slide_key is None
     for path in cells:
-        for found in check_cells(run, path, data, slide_key_optional=optional):
+        for found in check_cells(run, path, data, optional, compare):
             refused += found.refused is not None
             say("\n".join([f"{found.name}: {found.verdict}", *_lines(found)]))
     if refused:
@@ -60,6 +70,8 @@ def _lines(found: Check) -> list[str]:
     if found.genes is not None:
         rows["genes"] = f"{found.genes[0]:,} of the {found.genes[1]:,} that the run reads"
     rows["values"] = found.values
+    if found.likeness is not None:
+        rows["tissue"] = found.likeness
     lines = [f"  {label:<9} {text}" for label, text in rows.items()]
     lines += [f"  note      {text}" for text in found.notes]
     lines += [f"  warning   {text}" for text in found.warnings]

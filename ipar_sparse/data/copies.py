@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,17 @@ def _cell_signatures(slide: Slide) -> np.ndarray:
 def sketch(slide: Slide) -> list[str]:
     """Signatures of some cells of a slide, the smallest ones, as hexadecimal digits."""
     return [f"{number:016x}" for number in telling_cells(slide)[:_SKETCH]]
+
+
+def record_of(slide: Slide) -> dict[str, Any]:
+    """What a run writes of a slide, to know it again."""
+    return {
+        "name": slide.name,
+        "path": slide.path,
+        "digest": slide_digest(slide),
+        "cells": slide.num_cells,
+        "sketch": sketch(slide),
+    }
 
 
 def overlap(sketched: Sequence[str], signatures: np.ndarray) -> float:

@@ -1,9 +1,9 @@
-"""Whether a run can place some cells, told without torch and before anything is computed."""
+"""Whether a run can place some cells, told before anything is computed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Check:
         cells: how many, and how many of them get no place.
         notes: what was recognised and undone.
         warnings: what may make its map wrong.
+        likeness: a sentence on how like the training slides it is; None where nothing tells.
         seconds, gigabytes: to expect of a prediction on one core, memory at its peak.
     """
 
@@ -46,6 +47,7 @@ class Check:
     cells: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    likeness: str | None = None
     seconds: float = 0.0
     gigabytes: float = 0.0
 
@@ -58,7 +60,11 @@ class Check:
 
 
 def check_cells(
-    run: Path, source: str | os.PathLike, data: DataConfig, slide_key_optional: bool = False
+    run: Path,
+    source: str | os.PathLike,
+    data: DataConfig,
+    slide_key_optional: bool = False,
+    compare: Callable[[Slide], str | None] | None = None,
 ) -> list[Check]:
     """Reads the slides of a file and compares them with what a run knows of its input.
 
@@ -67,6 +73,7 @@ def check_cells(
         source: AnnData file.
         data: how it is read; see :func:`~ipar_sparse.inference.run_folder.reading_settings`.
         slide_key_optional: take a file without that column as one slide, and note it.
+        compare: tells how like the training slides a slide in the terms of the run is.
 
     Raises:
         UserError: the run is none, or is damaged. What is wrong with the file is in the result.
@@ -79,12 +86,19 @@ def check_cells(
         )
     except UserError as error:
         return [Check(Path(source).name, refused=str(error))]
-    return [_check(run, profile, slide, data.ignore_case) for slide in slides]
+    return [_check(run, profile, slide, data.ignore_case, compare) for slide in slides]
 
 
-def _check(run: Path, profile: InputProfile | None, slide: Slide, ignore_case: bool) -> Check:
+def _check(
+    run: Path,
+    profile: InputProfile | None,
+    slide: Slide,
+    ignore_case: bool,
+    compare: Callable[[Slide], str | None] | None,
+) -> Check:
     try:
         found = in_terms_of(run, profile, slide, ignore_case)
+        likeness = compare(found) if compare else None
     except UserError as error:
         return Check(slide.name, refused=str(error))
     notes = [str(note) for note in found.notes if not isinstance(note, Warned)]
@@ -103,6 +117,7 @@ def _check(run: Path, profile: InputProfile | None, slide: Slide, ignore_case: b
         cells=(cells, int(found.empty.sum())),
         notes=tuple(notes),
         warnings=tuple(warnings),
+        likeness=likeness,
         seconds=start + each * cells + pair * cells**2,
         gigabytes=cost.host / 1e9,
     )

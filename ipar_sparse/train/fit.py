@@ -18,7 +18,7 @@ from torch import nn
 
 from ..config import RunConfig, resolve_device
 from ..config.schema import CONFIG, INPUTS, SELECTION
-from ..data.copies import find_copies, identified, sketch, slide_digest
+from ..data.copies import find_copies, identified, record_of, slide_digest
 from ..data.expression import Expression, in_memory
 from ..data.input_profile import conform, informative, profile_inputs
 from ..data.slide import Slide, Warned
@@ -277,7 +277,10 @@ def _prepare(
     if loop.device.type == "cuda":
         sizes, held = ([slide_size(slide) for slide in members] for members in (train, val))
         check_training(sizes, held, request, True, torch.cuda.mem_get_info(loop.device)[0])
-    inputs: dict[str, Any] = {"train": _inputs(train), "val": _inputs(val)}
+    inputs: dict[str, Any] = {
+        "train": [record_of(slide) for slide in train],
+        "val": [record_of(slide) for slide in val],
+    }
     genes = None
     if request.data.embedding is None:
         for slide in (*train, *val):
@@ -308,19 +311,6 @@ def _prepare(
         ],
     }
     return list(train), list(val), genes
-
-
-def _inputs(slides: Sequence[Slide]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": slide.name,
-            "path": slide.path,
-            "digest": slide_digest(slide),
-            "cells": slide.num_cells,
-            "sketch": sketch(slide),
-        }
-        for slide in slides
-    ]
 
 
 def _read_inputs(out: Path) -> dict[str, Any]:
