@@ -89,98 +89,131 @@ def wrong_with(argv, allowed: int) -> str | None:
     return None
 
 
-def _values(draw, rng, n, g):
-    kind = draw(st.sampled_from(["counts"] * 4 + ["zeros", "nan", "inf", "minus", "huge", "tiny"]))
-    values = rng.poisson(2.0, (n, g)).astype(np.float64)
-    if kind == "zeros":
-        values[:] = 0
-    elif kind == "huge":
-        values *= 10.0 ** draw(st.sampled_from([30, 38, 300]))
-    elif kind == "tiny":
-        values *= 1e-40
-    elif kind != "counts" and values.size:
-        values.flat[rng.integers(values.size)] = {"nan": np.nan, "inf": np.inf, "minus": -3}[kind]
-    if draw(st.booleans()):
-        values = np.log1p(np.abs(values))
-    dtype = draw(st.sampled_from("f4 f4 f8 i8 u1 i2 f2 ? c8".split()))
-    with np.errstate(all="ignore"):
-        values = values.astype(dtype)
-    form = draw(st.sampled_from(["dense", "csr", "csc"]))
-    if form != "dense" and dtype not in ("f2", "c8"):
-        values = (sparse.csr_matrix if form == "csr" else sparse.csc_matrix)(values)
-    return values
+class _Odd:
+    """Parts of odd AnnData files: texts and numbers of hypothesis, put in places by chance.
 
+    Chance is not hypothesis's, which draws the least likely things as often as the likely.
+    """
 
-def _names(draw, base, n):
-    names = [str(base[i % len(base)]) if i < len(base) else f"more{i}" for i in range(n)]
-    for odd in draw(st.lists(st.sampled_from(ODD_NAMES), max_size=3)):
-        if n:
-            names[draw(st.integers(0, n - 1))] = odd
-    if n > 1 and draw(st.integers(0, 5)) == 0:
-        names[1] = names[0]
-    return np.array(names, dtype=object)
+    def __init__(self, seed: int, texts: list[str], numbers: list[float]):
+        self.rng = np.random.default_rng(seed)
+        self.texts, self.numbers = [*ODD_NAMES, *texts], [-3.0, np.nan, np.inf, *numbers]
 
+    def pick(self, options):
+        return options[int(self.rng.integers(len(options)))]
 
-def _column(draw, rng, n):
-    labels = draw(st.lists(st.sampled_from([*ODD_NAMES, "a", "b"]), min_size=1, max_size=4))
-    text = np.array([labels[i % len(labels)] for i in range(n)], dtype=object)
-    kind = draw(st.sampled_from(["text", "category", "float", "int", "bool", "nullable", "hole"]))
-    if kind == "category":
-        return pd.Categorical(text)
-    if kind == "nullable":
-        return pd.array([None if i % 3 == 0 else i for i in range(n)], dtype="Int64")
-    if kind == "hole":
-        return pd.Categorical([None if i % 4 == 0 else value for i, value in enumerate(text)])
-    numbers = {"float": np.where(rng.random(n) < 0.2, np.nan, 1e300), "int": rng.integers(0, 3, n)}
-    return {**numbers, "bool": rng.random(n) < 0.5, "text": text}[kind]
+    def chance(self, one_in: int) -> bool:
+        return int(self.rng.integers(one_in)) == 0
 
+    def values(self, n: int, g: int):
+        """A matrix (n, g) of counts or what stands for them, in some type and format."""
+        values = self.rng.poisson(2.0, (n, g)).astype(np.float64)
+        kind = self.pick(["counts"] * 12 + ["zeros", "odd", "odd", "huge", "tiny", "empty"])
+        if kind == "zeros":
+            values[:] = 0
+        elif kind == "huge":
+            values *= 10.0 ** self.pick([30, 38, 300])
+        elif kind == "tiny":
+            values *= 1e-40
+        elif kind == "empty":
+            values[: n // 2] = 0
+        elif kind == "odd" and values.size:
+            values.flat[self.rng.integers(values.size)] = self.pick(self.numbers)
+        if self.chance(3):
+            values = np.log1p(np.abs(values))
+        dtype = self.pick(["f4"] * 6 + ["f8"] * 3 + ["i8", "u1", "i2", "f2", "?", "c8"])
+        with np.errstate(all="ignore"):
+            values = values.astype(dtype)
+        form = self.pick([np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+        return values if dtype in ("f2", "c8") else form(values)
 
-def _positions(draw, rng, n):
-    columns = draw(st.sampled_from([2, 2, 2, 3, 0, 1, 5]))
-    pos = rng.normal(size=(n, columns)) * 10.0 ** draw(st.sampled_from([0, 0, -30, 30, 300]))
-    kind = draw(st.sampled_from(["fine", "fine", "nan", "same", "line", "int", "frame", "sparse"]))
-    if kind == "nan" and pos.size:
-        pos.flat[0] = np.nan
-    elif kind == "same":
-        pos[:] = 3.0
-    elif kind == "line":
-        pos[:, :1] = 0.0
-    elif kind == "int":
-        pos = np.clip(pos, -1e6, 1e6).astype(np.int32)
-    elif kind == "sparse":
-        return sparse.csr_matrix(pos)
-    return pos
+    def names(self, known: list[str], n: int) -> np.ndarray:
+        """``n`` names, most of them known, some odd, perhaps one twice."""
+        names = np.array([*known[:n], *(f"more{i}" for i in range(len(known), n))], dtype=object)
+        if n and self.chance(3):
+            for _ in range(int(self.rng.integers(1, 4))):
+                names[self.rng.integers(n)] = self.pick(self.texts)
+        if n > 1 and self.chance(10):
+            names[1] = names[0]
+        return names
+
+    def column(self, n: int):
+        """A column of obs."""
+        labels = [self.pick(self.texts) for _ in range(int(self.rng.integers(1, 4)))]
+        text = np.array([labels[i % len(labels)] for i in range(n)], dtype=object)
+        kind = self.pick(["text", "category", "float", "int", "bool", "nullable", "hole", "time"])
+        if kind == "category":
+            return pd.Categorical(text)
+        if kind == "nullable":
+            return pd.array([None if i % 3 == 0 else i for i in range(n)], dtype="Int64")
+        if kind == "hole":
+            return pd.Categorical([None if i % 4 == 0 else value for i, value in enumerate(text)])
+        numbers = np.where(self.rng.random(n) < 0.2, np.nan, self.pick(self.numbers))
+        return {
+            "float": numbers,
+            "int": self.rng.integers(0, 3, n),
+            "bool": self.rng.random(n) < 0.5,
+            "text": text,
+            "time": pd.Categorical(pd.to_datetime(self.rng.integers(0, 2, n)).astype(str)),
+        }[kind]
+
+    def positions(self, n: int, names: pd.Index):
+        """What stands where positions are expected."""
+        pos = self.rng.normal(size=(n, self.pick([2] * 8 + [3, 3, 0, 1, 5])))
+        pos *= 10.0 ** self.pick([0] * 6 + [-30, 30, 300])
+        kind = self.pick(["fine"] * 5 + ["odd", "same", "line", "int", "frame", "sparse", "copies"])
+        if kind == "odd" and pos.size:
+            pos.flat[self.rng.integers(pos.size)] = self.pick(self.numbers)
+        elif kind == "same":
+            pos[:] = 3.0
+        elif kind == "line":
+            pos[:, :1] = 0.0
+        elif kind == "copies":
+            pos[: n // 2] = 0.0
+        elif kind == "int":
+            pos = np.clip(pos, -1e6, 1e6).astype(np.int32)
+        elif kind == "frame":
+            return pd.DataFrame(pos, index=names).rename(columns=str)
+        return sparse.csr_matrix(pos) if kind == "sparse" else pos
 
 
 @st.composite
-def odd_anndata(draw, genes):
-    """An AnnData object of odd values, names, types and shapes, and a command for it."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
-    n = draw(st.sampled_from([0, 1, 2, 3, 14, 15, 16, 40, 40, 40, 60, 60]))
-    g = draw(st.sampled_from([0, 1, 2, 10, len(genes), len(genes), len(genes), len(genes) + 20]))
-    cells, columns = _names(draw, [f"c{i}" for i in range(n)] or [""], n), _names(draw, genes, g)
-    obs = pd.DataFrame(index=pd.Index(cells, dtype=object))
-    for key in draw(st.lists(st.sampled_from(["slide", "layer", "µm", "a b"]), max_size=3)):
-        obs[key] = _column(draw, rng, n)
-    adata = anndata.AnnData(
-        X=None if draw(st.integers(0, 15)) == 0 else _values(draw, rng, n, g),
-        obs=obs,
-        var=pd.DataFrame(index=pd.Index(columns, dtype=object)),
-    )
-    if draw(st.integers(0, 3)):
-        pos = _positions(draw, rng, n)
-        if isinstance(pos, np.ndarray) and draw(st.integers(0, 9)) == 0:
-            pos = pd.DataFrame(pos, index=adata.obs_names).rename(columns=str)
-        adata.obsm["spatial"] = pos
-    if draw(st.integers(0, 4)) == 0 and adata.X is not None:
-        adata.layers["counts"] = _values(draw, rng, n, g)
-    if draw(st.integers(0, 6)) == 0:
+def odd_anndata(draw, genes: list[str]):
+    """An AnnData object of odd values, names, types and shapes, and a command for it.
+
+    Args:
+        genes: of the run that is to place it.
+
+    Returns:
+        The object, the command, its slide key and layer if any, and the suffix of the file.
+    """
+    text = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), max_size=8)
+    numbers = st.lists(st.floats(), max_size=3)
+    odd = _Odd(draw(st.integers(0, 2**32 - 1)), draw(st.lists(text, max_size=4)), draw(numbers))
+    n = odd.pick([0, 1, 2, 3, 14, 15, 16, *range(17, 61)])
+    g = odd.pick([len(genes)] * 8 + [len(genes) + 20, 50, 25, 10, 1, 0])
+    cells = pd.Index(odd.names([f"c{i}" for i in range(n)], n), dtype=object)
+    obs = pd.DataFrame(index=cells)
+    for key in ("slide", "layer", "µm", odd.pick(odd.texts).replace("/", "|") or "empty"):
+        if odd.chance(2):
+            obs[key] = odd.column(n)
+    var = pd.DataFrame(index=pd.Index(odd.names(genes, g), dtype=object))
+    adata = anndata.AnnData(X=None if odd.chance(20) else odd.values(n, g), obs=obs, var=var)
+    if not odd.chance(4):
+        adata.obsm["spatial"] = odd.positions(n, adata.obs_names)
+    layer = None
+    if odd.chance(8):
+        layer = odd.pick(["counts", "raw", "odd"])
+        if adata.X is not None and not odd.chance(4):
+            adata.layers[layer] = odd.values(n, g)
+    if odd.chance(12):
         adata.uns["ipar"] = {"odd": np.array([1.0]), "text": "x"}
         adata.obsm["X_ipar"] = np.zeros((n, 2))
-    command = draw(st.sampled_from(["predict"] * 6 + ["evaluate", "train", "embed", "check"]))
-    key = draw(st.sampled_from([None, None, None, "slide"]))
-    layer = draw(st.sampled_from([None, None, None, None, "counts", "raw"]))
-    return adata, command, key, layer, draw(st.sampled_from(["h5ad", "h5ad", "h5ad", "zarr"]))
+    if odd.chance(8) and adata.X is not None:
+        adata.raw = adata.copy()
+    command = odd.pick(["predict"] * 6 + ["evaluate", "train", "embed", "check"])
+    key = "slide" if "slide" in obs and odd.chance(3) else None
+    return adata, command, key, layer, odd.pick(["h5ad", "h5ad", "h5ad", "zarr"])
 
 
 def flip_bytes(path: Path, rng) -> None:

@@ -35,6 +35,18 @@ MARKUP = [
 ]
 
 
+DEFEATED: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def _count(request, trust_row):
+    failed = request.session.testsfailed
+    yield
+    if request.session.testsfailed == failed:
+        DEFEATED.append(request.node.name)
+    trust_row("attacks: bombs, headers, paths, markup, pickles", f"{len(DEFEATED)} tests pass")
+
+
 @pytest.fixture(scope="module")
 def folder(small_slides, tmp_path_factory):
     """A run that was read from files, and sound cells for it."""

@@ -31,7 +31,8 @@ class Stopped(Exception):
 
 
 def say(text: str, stream=None) -> None:
-    """Prints a result, or a line to another stream."""
+    """Prints a result, or a line to another stream; names may hold what steers a terminal."""
+    text = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
     print(text, file=stream or sys.stdout, flush=True)
 
 

@@ -39,6 +39,7 @@ from .slide import Slide
 from .sources import Opened, open_source, pick_rows
 from .values import interpret
 
+_LARGEST = 1e15  # squares of what is larger leave float32
 _DENSE = 1 << 31  # numbers of a sparse table that is read dense
 MAX_COLUMNS = 64  # obs columns kept with a slide
 
@@ -360,6 +361,8 @@ def _check_values(
         values = matrix.data[start : start + BLOCK]
         bad = ~np.isfinite(values)
         problem = "not finite"
+        if not bad.any():
+            bad, problem = np.abs(values) > _LARGEST, "beyond all counts"
         if not bad.any() and not normalized:
             bad, problem = values < 0, "negative"
         if bad.any():
@@ -367,7 +370,7 @@ def _check_values(
             cell = cell_names[np.searchsorted(matrix.indptr, at, side="right") - 1]
             remedy = (
                 "remove the cell or the gene"
-                if problem == "not finite"
+                if problem != "negative"
                 else f"choose a layer with counts, {suggest('', layers)}, or pass --normalized to "
                 "use them as they are"
             )

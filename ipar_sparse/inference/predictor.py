@@ -180,7 +180,13 @@ class Predictor:
                 f"{slide.name}: the embedding has {h.size(1)} dimensions, the run was trained on "
                 f"{self.meta['dim']}; give the embedding of the same model"
             )
-        return self.scaler(h)
+        h = self.scaler(h)
+        if not bool(h.isfinite().all()):
+            raise UserError(
+                f"{slide.name}: its values are too large to be embedded; check them, or say what "
+                "they are by --counts or --normalized"
+            )
+        return h
 
     @torch.no_grad()
     def predict(self, slide: Slide, noise_samples: int = 1) -> Prediction:
