@@ -389,6 +389,14 @@ def test_the_main_table_has_six_rows_the_best_baselines_among_them():
     assert names == ["model", "f", "e", "d", "random", "true coordinates"]
 
 
+def test_what_is_not_to_be_trusted_begins_with_the_verdict(tmp_path):
+    evaluation = full_evaluation(verdict="Unlike the training slides: no <gene> agrees")
+    page = html.unescape(write_report(tmp_path, evaluation).read_text())
+    trust = page.partition('id="trust"')[2].partition("</section>")[0]
+    said = re.sub(r"<h2>.*?</h2>|</?b>|<p>", "", trust.partition(">")[2]).strip()
+    assert said.startswith("Unlike the training slides: no <gene> agrees.")
+
+
 def test_labels_come_by_their_uncertainty(tmp_path):
     evaluation = full_evaluation()
     labels = np.where(evaluation.uncertainty > np.median(evaluation.uncertainty), "far", "near")
