@@ -58,6 +58,11 @@ def read_expression(
         place = torch.cat([there.rows(part) @ axes for part in there.blocks()])
     else:
         place = torch.from_numpy(project(expression, axes))
+    if not bool(torch.as_tensor(place).isfinite().all()):
+        raise UserError(
+            f"{slide.name}: its values are too large to be embedded; check them, or say what they "
+            "are by --counts or --normalized"
+        )
     return expression.smoothed(knn(place, encoder.smooth).index.cpu().numpy())
 
 
