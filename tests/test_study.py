@@ -177,7 +177,8 @@ def test_variants_share_an_encoder_that_is_the_one_they_would_train(done, slides
     config = plan.config("base", 0)
     fold = plan.fold("A1")
     by_name = dict(zip(("A1", "A2", "B1", "B2"), slides, strict=True))
-    donors = {slide.name: plan.donors[name] for name, slide in by_name.items()}
+    groups = cv_groups(plan, fold)
+    donors = {by_name[n].name: groups[n] for n in fold.train}
     fit([by_name[n] for n in fold.train], [], config, tmp_path, donors=donors)
     alone, shared = load_file(tmp_path / BEST), load_file(folder / BEST)
     assert alone.keys() == shared.keys()
