@@ -161,6 +161,17 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def as_os_error(error: OSError | RuntimeError) -> OSError | None:
+    """The operating system's error behind another, None if there is none.
+
+    HDF5 raises RuntimeError for some failed writes, and tells the number in its text alone.
+    """
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"file write failed.* errno = (\d+)", str(error), re.DOTALL)
+    return None if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes a rename survive a power cut, where the system can."""
     try:

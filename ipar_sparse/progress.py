@@ -132,7 +132,8 @@ class Task:
         elif self.done:
             parts.append(f"{self.done:,}")
         parts.append(f"{time_text(self.seconds)} so far")
-        if self.total and 0 < done < self.total:
+        # first steps also load and compile, and would promise far too long a time
+        if self.total and min(5, self.total / 2) <= done < self.total:
             left = self.seconds / done * (self.total - done)
             parts.append(f"about {time_text(left)} left")
         return f"{' / '.join(self.path)}: {', '.join(parts)}  {self.values}".rstrip()

@@ -609,7 +609,7 @@ def test_a_prediction_comes_with_a_page_where_asked(slides, run, tmp_path, capfd
     assert cli.run_command([str(arg) for arg in argv]) == 0
     assert f"report: {page / 'report.html'}" in capfd.readouterr().out
     text = (page / "report.html").read_text()
-    assert f"Genes: {gene}, as asked for" in text and "cannot be scored" in text
+    assert f"Genes: {gene}, as asked for" in text and "not compared with measured positions" in text
     out.unlink()
     assert "another --report" in refused(*argv)
 

@@ -233,3 +233,10 @@ def test_a_model_without_recycles_has_no_use_for_a_gate():
     for values in ({"beta": 0.0}, {"recycling": False}):
         assert not RunConfig().replace(model=values).model.gated
     load_config(preset="gate-mix").replace(model={"recycling": False})  # as selection may find
+
+
+def test_a_file_in_place_of_a_run_is_told(tmp_path):
+    slide = tmp_path / "slide.h5ad"
+    slide.write_bytes(b"")
+    with pytest.raises(UserError, match="is a file and no run; give the --out folder"):
+        RunConfig.load(slide)

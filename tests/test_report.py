@@ -172,7 +172,7 @@ def test_text_of_the_user_is_escaped(tmp_path):
 
 def test_what_is_missing_is_left_out_or_explained(tmp_path):
     html = write_report(tmp_path, SlideEvaluation("cells", cells(60))).read_text()
-    assert "cannot be scored" in html
+    assert "It was not compared with measured positions" in html
     assert html.count("data:image/webp;base64,") == 1
     for word in ("Uncertainty", "Scores", "Training", "Attention", "Recycle"):
         assert f">{word}" not in html

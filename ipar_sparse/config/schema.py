@@ -171,6 +171,11 @@ class RunConfig(Section):
                 f"{folder} is not a run directory: it has no {CONFIG}; "
                 "give the --out folder of `ipar-sparse train`"
             ) from None
+        except NotADirectoryError:
+            raise UserError(
+                f"{folder} is a file and no run; give the --out folder of `ipar-sparse train` "
+                "first, then the cells"
+            ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}); train the run again") from None
         found = values.pop("format", None) if isinstance(values, dict) else None

@@ -17,7 +17,7 @@ import pandas as pd
 from anndata.io import write_elem
 
 from ..errors import UserError
-from ..files import copy_folder
+from ..files import as_os_error, copy_folder
 from ..ticks import counted
 from .anndata_store import Store, first_line, open_store, read_frame
 from .headers import check_output, check_suffix, is_table
@@ -257,9 +257,11 @@ def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
         os.replace(temp, out)
         with suppress(OSError):  # not every file system can sync a folder
             _sync(out.parent, deep=False)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        if (cause := as_os_error(error)) is None:
+            raise
         raise UserError(
-            f"{out}: could not be written ({_os_reason(error)}); "
+            f"{out}: could not be written ({_os_reason(cause)}); "
             "free some space or choose another folder; nothing was left behind"
         ) from error
     finally:

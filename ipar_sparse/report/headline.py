@@ -55,9 +55,11 @@ def summarize(evaluation: SlideEvaluation) -> Headline:
         )
     cells = f"{len(evaluation.pred):,} cells"
     verdict = f"{evaluation.verdict}. " if evaluation.verdict else ""
+    if evaluation.provenance.held_out is False:
+        verdict += "This slide took part in training. "
     own = evaluation.methods.get(MODEL, {})
     if evaluation.true is None or not own:
-        text = f"A map of {cells} was predicted. Without measured positions it cannot be scored."
+        text = f"A map of {cells} was predicted. It was not compared with measured positions."
         return Headline(verdict + text, _expectation(evaluation), warnings)
     rho = finite(own, "distance_spearman")
     text = f"The map of {cells} was scored against measured positions"
@@ -80,7 +82,8 @@ def remarks_on(evaluation: SlideEvaluation, cells: CellTable) -> list[str]:
     remarks = []
     if evaluation.true is None:
         remarks.append(
-            "Nobody measured where these cells were, so nothing here says how right the map is."
+            "Measured positions were not looked at, so nothing here says how right the map is. "
+            "Where the file has any, `ipar-sparse evaluate` compares the map with them."
         )
     groups = group_table(evaluation, cells)
     if groups and len(groups["rows"]) > 1:
