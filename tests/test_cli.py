@@ -519,7 +519,8 @@ def test_empty_cells_are_flagged_and_get_no_place_unless_asked_for(slides, run, 
     kept = anndata.read_h5ad(tmp_path / "out.h5ad")
     np.testing.assert_array_equal(kept.obsm["X_ipar"][placed], out.obsm["X_ipar"][placed])
     assert (
-        not kept.obsm["X_ipar"][[4, 7]].any() and (kept.obs["ipar_uncertainty"][[4, 7]] == 1).all()
+        not kept.obsm["X_ipar"][[4, 7]].any()
+        and (kept.obs["ipar_uncertainty"].iloc[[4, 7]] == 1).all()
     )
 
 
