@@ -127,7 +127,8 @@ class Task:
         parts = []
         done = self.done + self.part
         if self.total:
-            shown = f" and {self.part:.0%} of the next" if self.part else ""
+            partly = 0 < self.part < 1 and self.done < self.total
+            shown = f" and {self.part:.0%} of the next" if partly else ""
             parts.append(f"{self.done:,} of {self.total:,}{shown}")
         elif self.done:
             parts.append(f"{self.done:,}")

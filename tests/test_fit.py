@@ -17,7 +17,7 @@ from ipar_sparse.data.input_profile import InputProfile
 from ipar_sparse.data.simulation import simulate
 from ipar_sparse.errors import UserError
 from ipar_sparse.inference.predictor import Predictor
-from ipar_sparse.inference.run_folder import BEST, LAST, read_meta
+from ipar_sparse.inference.run_folder import BEST, LAST, read_meta, unfinished
 from ipar_sparse.metrics.layout import evaluate_layout
 from ipar_sparse.train.fit import REFERENCE, fit, fit_encoder
 from ipar_sparse.train.history import HISTORY, read_history
@@ -112,7 +112,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(
         fit(train, val, small_config(), tmp_path, stop=stop_after(monkeypatch, stage, step))
     stopped = read_meta(tmp_path / LAST)
     assert (stopped["stage"], stopped["step"]) == (stage, step)
+    assert f"was stopped at step {step if stage == 'model' else 0} of " in unfinished(tmp_path)
     fit(train, val, out=tmp_path, resume=True)
+    assert unfinished(tmp_path) is None
     for name in (BEST, LAST, REFERENCE):
         assert same_tensors(tmp_path / name, small_run / name), name
     assert read_meta(tmp_path / LAST) == read_meta(small_run / LAST)

@@ -18,7 +18,7 @@ from ..data.records import recorded_inputs, role_in_training
 from ..data.slide import Slide, Warned
 from ..errors import UserError
 from .costs import prediction_cost, slide_size
-from .run_folder import find_checkpoint, read_meta
+from .run_folder import find_checkpoint, read_meta, unfinished
 
 # of processor time, on simulated cortices of 300 to 16,000 cells and 1,000 genes; docs/checks.md
 _SECONDS = (6.3, 1.17e-3, 2.6e-9)  # to start, per cell, per pair of cells
@@ -160,6 +160,8 @@ def in_terms_of(
     """
     if slide.fits == str(run):
         return slide
+    if stopped := unfinished(run):
+        slide = replace(slide, notes=[*slide.notes, Warned(stopped)])
     if profile is not None:
         if slide.expression is None:
             raise UserError(f"{slide.name}: no expression to embed; give X or --layer")

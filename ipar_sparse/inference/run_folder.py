@@ -86,6 +86,34 @@ def stopped_before_the_model(run: Path) -> str:
     )
 
 
+def unfinished(run: Path) -> str | None:
+    """How far a run came that was stopped before the end of its training; None of a finished one.
+
+    A run whose last checkpoint is missing or damaged tells nothing of it.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    last, config = last_checkpoint(run), RunConfig.load(run)
+    # a run whose initial layout is the map has a model stage without steps
+    if last is None or (config.model.recycling is False and config.model.init != "mlp"):
+        return None
+    try:
+        meta, settings = read_meta(last), config.train
+    except UserError:
+        return None
+    total = settings.epochs * (settings.steps_per_epoch or 0)
+    if meta["stage"] == STAGES[-1] and (
+        meta["step"] >= total or meta["stale"] >= settings.patience
+    ):
+        return None
+    step = meta["step"] if meta["stage"] == STAGES[-1] else 0
+    return (
+        f"the training of {run} was stopped at step {step:,} of {total:,}, so its map is a "
+        f"preliminary one; go on by ipar-sparse train --resume --out {run}"
+    )
+
+
 def open_header(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Document, header and names of the tensors of a checkpoint.
 

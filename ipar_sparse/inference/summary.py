@@ -12,7 +12,14 @@ from ..config.schema import SELECTION
 from ..data.records import recorded_inputs
 from ..errors import UserError
 from ..files import parse_json
-from .run_folder import BEST, count_parameters, find_checkpoint, last_checkpoint, read_meta
+from .run_folder import (
+    BEST,
+    count_parameters,
+    find_checkpoint,
+    last_checkpoint,
+    read_meta,
+    unfinished,
+)
 
 
 class RunSummary(dict[str, str]):
@@ -49,7 +56,7 @@ def summarize_run(run: Path) -> RunSummary:
         rows[label] = "\n".join(slides) or "nothing"
     rows["genes"] = f"{meta['metadata']['genes']:,}"
     rows |= _input_rows(recorded.get("profile"))
-    rows["progress"] = f"{meta['stage']} stage, step {meta['step']:,}"
+    rows["progress"] = unfinished(run) or "finished"
     if meta["best"] is not None:
         rows["best epoch"] = f"{meta['best_epoch'] + 1}, validation E_geo {meta['best']:.4g}"
     rows["weights"] = weights.name
