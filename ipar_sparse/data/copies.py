@@ -11,7 +11,6 @@ import numpy as np
 
 from .slide import Slide
 
-_BLOCK = 1 << 22  # stored values at a time
 _SKETCH = 256  # cells of a slide by which another slide is compared with it
 _GENES = 5  # cells of fewer genes may be alike by chance
 SOME, MOST = 0.05, 0.5
@@ -57,18 +56,14 @@ def _cell_signatures(slide: Slide) -> np.ndarray:
         for column in [] if slide.embedding is None else slide.embedding.T:
             rows = _mixed(rows ^ _bits(column))
         return rows
-    from .on_disk import release  # scipy, which plans of studies do without
+    from .on_disk import row_blocks  # scipy, which plans of studies do without
 
     genes = np.array([_hash(str(gene)) for gene in slide.genes], dtype=np.uint64)
-    step = max(1, _BLOCK * slide.num_cells // max(len(matrix.data), 1))
-    for start in range(0, slide.num_cells, step):
-        ends = matrix.indptr[start : start + step + 1]
-        part = slice(ends[0], ends[-1])
-        values = _mixed(genes[matrix.indices[part]] ^ _bits(matrix.data[part]))
-        filled = np.flatnonzero(np.diff(ends))
+    for cells, block in row_blocks(matrix):
+        values = _mixed(genes[block.indices] ^ _bits(block.data))
+        filled = np.flatnonzero(np.diff(block.indptr))
         if len(filled):  # a sum, so that the order of genes does not matter
-            rows[start + filled] = np.add.reduceat(values, ends[:-1][filled] - ends[0])
-        release(matrix)
+            rows[cells.start + filled] = np.add.reduceat(values, block.indptr[filled])
     return rows
 
 
@@ -79,10 +74,11 @@ def sketch(slide: Slide) -> list[str]:
 
 def record_of(slide: Slide) -> dict[str, Any]:
     """What a run writes of a slide, to know it again."""
+    slide = identified(slide)
     return {
         "name": slide.name,
         "path": slide.path,
-        "digest": slide_digest(slide),
+        "digest": slide.digest,
         "cells": slide.num_cells,
         "sketch": sketch(slide),
     }
@@ -98,14 +94,12 @@ def overlap(sketched: Sequence[str], signatures: np.ndarray) -> float:
 
 def find_copies(slides: Sequence[Slide]) -> list[tuple[int, int]]:
     """Pairs of slides, by number, of which one holds most cells of the other."""
-    signatures = [telling_cells(slide) for slide in slides]
-    digests = [slide_digest(slide) for slide in slides]
-    found = []
-    for j, other in enumerate(signatures):
-        for i, own in enumerate(signatures[:j]):
-            least = min(len(own), len(other))
-            common = len(np.intersect1d(own, other, assume_unique=True)) if least else 0
-            if digests[i] == digests[j] or (least and common >= MOST * least):
+    known, found = [identified(slide) for slide in slides], []
+    for j, other in enumerate(known):
+        for i, own in enumerate(known[:j]):
+            least = min(len(own.signatures), len(other.signatures))
+            common = np.intersect1d(own.signatures, other.signatures, assume_unique=True)
+            if own.digest == other.digest or (least and len(common) >= MOST * least):
                 found.append((i, j))
     return found
 

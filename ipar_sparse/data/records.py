@@ -28,7 +28,7 @@ def recorded_inputs(run: Path) -> dict[str, Any]:
         recorded = parse_json(path.read_text())
         for one in (*recorded["train"], *recorded["val"]):
             _check_record(one)
-        return {**recorded, "train": recorded["train"], "val": recorded["val"]}
+        return recorded
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is missing or damaged; train the run again") from None
 
@@ -52,17 +52,17 @@ def role_in_training(recorded: Mapping[str, Any], slide: Slide) -> str | None:
         recorded: see :func:`recorded_inputs`.
         slide: as it was read, or in the terms of the run.
     """
-    from .copies import MOST, SOME, overlap, slide_digest, telling_cells
+    from .copies import MOST, SOME, identified, overlap
 
     did = {"train": "was trained on", "val": "decided when training stopped"}
-    digest, own = slide_digest(slide), telling_cells(slide)
+    slide = identified(slide)
     shares: dict[str, float] = dict.fromkeys(did, 0.0)
     for role in did:
         for one in recorded.get(role, ()):
-            if one["digest"] == digest:
+            if one["digest"] == slide.digest:
                 return did[role]
-            held = overlap(one.get("sketch", ()), own) * one["cells"] / slide.num_cells
-            shares[role] = max(shares[role], min(held, 1.0))
+            held = overlap(one.get("sketch", ()), slide.signatures) * one["cells"]
+            shares[role] = max(shares[role], min(held / slide.num_cells, 1.0))
     role = max(shares, key=lambda name: shares[name])
     if shares[role] >= MOST:
         return did[role]
@@ -82,7 +82,7 @@ def recorded_slides(
     Raises:
         UserError: a slide of the run is not in the files.
     """
-    from .copies import slide_digest
+    from .copies import identified
     from .readers import read_files
 
     recorded = recorded_inputs(run)
@@ -94,7 +94,7 @@ def recorded_slides(
         require_pos=True,
         min_cells=settings.train.miniset_min,
     )
-    found = {slide_digest(slide): slide for slide in slides}
+    found = {slide.digest: slide for slide in map(identified, slides)}
     for one in wanted:
         if one["digest"] not in found:
             raise UserError(
