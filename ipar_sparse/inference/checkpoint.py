@@ -81,10 +81,9 @@ def load_checkpoint(
         UserError: the file is missing, truncated, altered, foreign, of a newer format, or does
             not fit the modules.
     """
-    document, tensors = _read(Path(path))
-    states = {
-        name: _state_of(name, module, tensors, path) for name, module in (modules or {}).items()
-    }
+    document, tensors = read_checkpoint(Path(path))
+    modules = modules or {}
+    states = states_of(modules, tensors, path)
     if optimizer is not None:
         if "optimizer" not in document:
             raise UserError(
@@ -133,7 +132,12 @@ def settle_checkpoints(run: Path) -> dict[str, Any] | None:
     return meta
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a sound checkpoint holds: ``meta`` and other values, and tensors by name.
+
+    Raises:
+        UserError: the file is missing, truncated, altered, foreign, or of a newer format.
+    """
     document, header, names = open_header(path)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in names}
@@ -154,48 +158,41 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return running.hexdigest()
 
 
-def check_modules(path: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Refuses a checkpoint whose tensors are not those of the modules; it reads no tensor.
+def states_of(
+    modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], path: Path
+) -> dict[str, dict[str, Tensor]]:
+    """The stored state of each module, to be loaded into it.
 
     Args:
-        path: the checkpoint.
-        modules: by name; they may lie on the device ``meta``, where they take no memory.
+        modules: by name; on the device ``meta`` they take no memory.
+        tensors: of :func:`read_checkpoint`.
+        path: of the checkpoint, for messages.
 
     Raises:
-        UserError: names or shapes differ.
+        UserError: names or shapes differ from those of a module.
     """
-    with safe_open(path, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    for name, module in modules.items():
-        _check_shapes(name, module, shapes, path)
+    return {name: _state_of(name, module, tensors, path) for name, module in modules.items()}
 
 
-def _check_shapes(
-    name: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: Path
-) -> None:
+def _state_of(
+    name: str, module: nn.Module, tensors: Mapping[str, Tensor], path: Path
+) -> dict[str, Tensor]:
     prefix = f"{name}."
-    found = {k.removeprefix(prefix): v for k, v in shapes.items() if k.startswith(prefix)}
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    expected = {key: value.shape for key, value in module.state_dict().items()}
     problems = [f"{k} is missing" for k in expected if k not in found]
     problems += [f"{k} is not part of the model" for k in found if k not in expected]
     problems += [
-        f"{k} has shape {found[k]} instead of {shape}"
+        f"{k} has shape {tuple(found[k].shape)} instead of {tuple(shape)}"
         for k, shape in expected.items()
-        if k in found and found[k] != shape
+        if k in found and found[k].shape != shape
     ]
     if problems:
         raise UserError(
             f"{path} does not fit the configuration: {name}.{problems[0]}; "
             "use the config.json it was trained with"
         )
-
-
-def _state_of(
-    name: str, module: nn.Module, tensors: Mapping[str, Tensor], path: Path
-) -> dict[str, Tensor]:
-    _check_shapes(name, module, {key: tuple(value.shape) for key, value in tensors.items()}, path)
-    prefix = f"{name}."
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return found
 
 
 def _pack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict:

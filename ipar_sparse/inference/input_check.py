@@ -79,7 +79,7 @@ def check_cells(
         UserError: the run is none, or is damaged. What is wrong with the file is in the result.
     """
     config, meta = RunConfig.load(run), read_meta(find_checkpoint(run))
-    profile = load_profile(run, config, meta)
+    profile = load_profile(recorded_inputs(run), config, meta)
     try:
         slides = read_files(
             [source], data, require_pos=False, slide_key_optional=slide_key_optional
@@ -123,17 +123,19 @@ def _check(
     )
 
 
-def load_profile(run: Path, config: RunConfig, meta: Mapping[str, Any]) -> InputProfile | None:
+def load_profile(
+    recorded: Mapping[str, Any], config: RunConfig, meta: Mapping[str, Any]
+) -> InputProfile | None:
     """What a run knows of its input; None of a run on an embedding.
 
     Args:
-        run: its folder.
+        recorded: see :func:`~ipar_sparse.data.records.recorded_inputs`.
         config: what it was computed with.
         meta: of its checkpoint.
     """
     if meta["genes"] is None:
         return None
-    profile = InputProfile.from_dict(recorded_inputs(run).get("profile"))
+    profile = InputProfile.from_dict(recorded.get("profile"))
     if profile is None:  # a run of an older version
         return InputProfile(
             scaling="as given" if config.data.normalized else "total",

@@ -26,7 +26,7 @@ from ..layout.uncertainty import ErrorModel, predict_rmse, widen
 from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
 from ..progress import stage, track
 from . import steps
-from .checkpoint import check_modules, load_checkpoint
+from .checkpoint import read_checkpoint, states_of
 from .embedding import embed_slide
 from .input_check import in_terms_of, load_profile
 from .modules import build_encoder, build_gate_and_model, build_typicality
@@ -117,11 +117,14 @@ class Predictor:
         run, device = Path(run), torch.device(device)
         config = RunConfig.load(run)
         path = find_checkpoint(run)
-        meta = load_checkpoint(path)  # sound, before anything is built as it says
+        document, tensors = read_checkpoint(path)
+        meta = document["meta"]
         with torch.device("meta"):  # settings that do not fit may ask for more than fits in memory
-            check_modules(path, _modules(config, meta))
+            states_of(_modules(config, meta), tensors, path)
         modules = _modules(config, meta)
-        load_checkpoint(path, modules)
+        for name, state in states_of(modules, tensors, path).items():
+            modules[name].load_state_dict(state)
+        recorded = recorded_inputs(run)
         for module in modules.values():
             module.to(device).eval().requires_grad_(False)
         return cls(
@@ -135,8 +138,8 @@ class Predictor:
             relevant_components=modules["relevant_components"],
             device=device,
             atlas=modules.get("atlas"),
-            recorded=recorded_inputs(run),
-            profile=load_profile(run, config, meta),
+            recorded=recorded,
+            profile=load_profile(recorded, config, meta),
             typicality=modules.get("typicality"),
         )
 
