@@ -201,7 +201,7 @@ def interpret(
     if found.scale == "counts" or found.transform == "sqrt":
         how = "squared" if found.transform == "sqrt" else "turned back to counts"
         return (
-            _changed(matrix, INVERSES[found.transform]),
+            changed_values(matrix, INVERSES[found.transform]),
             False,
             found,
             [f"values are {found}: {how} (--normalized uses them as they are)"],
@@ -238,18 +238,12 @@ def _contradiction(found: Values, normalized: bool) -> list[str]:
     return []
 
 
-def _changed(
-    matrix: sparse.csr_matrix, function: Callable[[np.ndarray], np.ndarray]
-) -> sparse.csr_matrix:
-    return changed_values(matrix, function)
-
-
 def inverted(matrix: sparse.csr_matrix, values: Values) -> sparse.csr_matrix:
     """Logarithms of 1 + x as x; natural ones where nobody knows."""
-    return _changed(matrix, INVERSES[values.transform if values.logged else "log1p"])
+    return changed_values(matrix, INVERSES[values.transform if values.logged else "log1p"])
 
 
 def rescaled(matrix: sparse.csr_matrix, transform: str) -> sparse.csr_matrix:
     """Natural logarithms as those that a transformation takes."""
     factor = LOG_OF.get(transform, 1.0)
-    return matrix if factor == 1.0 else _changed(matrix, lambda y: y / factor)
+    return matrix if factor == 1.0 else changed_values(matrix, lambda y: y / factor)

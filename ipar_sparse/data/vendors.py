@@ -44,8 +44,9 @@ def read_vendor(files: VendorFiles, part: str | None = None) -> AnnData:
         if files.kind == "Stereo-seq":
             return _read_gef(files.matrix, part)
         if files.positions is None:
-            return _read_cells(files.matrix)
-        adata = _READERS[files.kind.partition(",")[0]](files.matrix, files.positions)
+            adata = _read_cells(files.matrix)
+        else:
+            adata = _READERS[files.kind.partition(",")[0]](files.matrix, files.positions)
     except _DAMAGES as error:
         raise UserError(
             f"{files.matrix.parent}: is damaged or incomplete ({first_line(error)}); export it "
@@ -60,17 +61,16 @@ def _table(
     cells: Iterable[str],
     var: pd.DataFrame,
     pos: np.ndarray | None,
-    kind: str,
     *,
     unit: str | None = None,
     microns: float | None = None,
     left_out: dict[str, int] | None = None,
     obs: pd.DataFrame | None = None,
 ) -> AnnData:
-    """A table of n cells, with ``uns["ipar_source"]``."""
+    """A table of n cells, with ``uns["ipar_source"]``, which lacks the format."""
     names = pd.Index([str(cell) for cell in cells], dtype=object)
     obs = pd.DataFrame(index=names) if obs is None else obs.set_axis(names)
-    source: dict = {"format": kind, "left_out": left_out or {}}
+    source: dict = {"left_out": left_out or {}}
     if unit is not None:
         source["unit"] = unit
     if microns is not None:
@@ -140,7 +140,7 @@ def _read_10x(file: Path) -> tuple[sparse.csr_matrix, np.ndarray, pd.DataFrame, 
 
 def _read_cells(matrix: Path) -> AnnData:
     counts, cells, var, left_out = _read_10x(matrix)
-    return _table(counts, cells, var, None, "10x matrix", left_out=left_out)
+    return _table(counts, cells, var, None, left_out=left_out)
 
 
 def _read_visium(matrix: Path, positions: Path) -> AnnData:
@@ -158,7 +158,6 @@ def _read_visium(matrix: Path, positions: Path) -> AnnData:
         cells,
         var,
         pos,
-        "Visium",
         unit="pixel",
         microns=microns,
         left_out=left_out,
@@ -176,7 +175,6 @@ def _read_xenium(matrix: Path, positions: Path) -> AnnData:
         cells,
         var,
         pos,
-        "Xenium",
         unit="micrometer",
         microns=1,
         left_out=left_out,
@@ -223,17 +221,7 @@ def _read_merscope(matrix: Path, positions: Path) -> AnnData:
     counts, var, left_out = _without(counts, names, ["Blank"], "blank barcodes")
     pos = table[["center_x", "center_y"]]
     obs = table.drop(columns=pos.columns).select_dtypes("number")
-    return _table(
-        counts,
-        cells,
-        var,
-        pos,
-        "MERSCOPE",
-        unit="micrometer",
-        microns=1,
-        left_out=left_out,
-        obs=obs,
-    )
+    return _table(counts, cells, var, pos, unit="micrometer", microns=1, left_out=left_out, obs=obs)
 
 
 def _read_cosmx(matrix: Path, positions: Path) -> AnnData:
@@ -251,7 +239,7 @@ def _read_cosmx(matrix: Path, positions: Path) -> AnnData:
     pos = table[["CenterX_global_px", "CenterY_global_px"]]
     obs = table.drop(columns=pos.columns)
     kept = obs.select_dtypes("number").assign(fov=pd.Categorical(obs["fov"]))
-    return _table(counts, cells, var, pos, "CosMx", unit="pixel", left_out=left_out, obs=kept)
+    return _table(counts, cells, var, pos, unit="pixel", left_out=left_out, obs=kept)
 
 
 def _read_slideseq(matrix: Path, positions: Path) -> AnnData:
@@ -261,7 +249,7 @@ def _read_slideseq(matrix: Path, positions: Path) -> AnnData:
     barcode = next((name for name in head if "barcode" in name.lower()), head[0])
     table = _of_cells(_read_frame(positions, barcode), beads, positions)
     var = pd.DataFrame(index=pd.Index(genes.iloc[:, 0], dtype=object, name=None))
-    return _table(counts.T, beads, var, table[["xcoord", "ycoord"]], "Slide-seq", unit="pixel")
+    return _table(counts.T, beads, var, table[["xcoord", "ycoord"]], unit="pixel")
 
 
 def _read_gef(file: Path, part: str | None) -> AnnData:
@@ -305,7 +293,9 @@ def _gef_table(matrix, cells, genes, pos, kind: str, resolution) -> AnnData:
     if name == "geneName" and "geneID" in columns:
         var["gene_ids"] = np.char.decode(genes["geneID"], "utf-8")
     microns = None if resolution is None else np.ravel(resolution)[0] / 1000  # given in nm
-    return _table(matrix, cells, var, pos, kind, unit="spot of the chip", microns=microns)
+    adata = _table(matrix, cells, var, pos, unit="spot of the chip", microns=microns)
+    adata.uns[Keys.SOURCE]["format"] = kind
+    return adata
 
 
 _READERS = {

@@ -189,7 +189,7 @@ _REMEDIES: tuple[dict[str, Any], ...] = (  # the mildest first
 def _expression(sizes: Sequence[Size], config: RunConfig, dense: bool) -> float:
     """Bytes of expression at the peak: all of it as it was read, and the part that is used."""
     if config.data.embedding is not None:
-        return sum(4 * _width_of_embedding(config) * size.cells for size in sizes)
+        return sum(4 * config.model.dim * size.cells for size in sizes)
     most, read, used = config.data.max_genes, 0.0, 0.0
     for size in sizes:
         share = 1.0 if most is None else min(1.0, _DENSER * most / max(size.genes, 1))
@@ -199,10 +199,6 @@ def _expression(sizes: Sequence[Size], config: RunConfig, dense: bool) -> float:
         if dense and size.cells * genes <= _TABLE:
             used += 4 * size.cells * genes
     return read + used
-
-
-def _width_of_embedding(config: RunConfig) -> int:
-    return config.model.dim
 
 
 def _width(config: RunConfig) -> float:
