@@ -70,6 +70,15 @@ def device_peak(reset: bool = False) -> int:
     return peak
 
 
+def has_gpu_driver() -> bool:
+    """Whether a driver of NVIDIA GPUs is installed."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def seconds_since_start() -> float:
     """Seconds since this process began, where Linux tells; else since this module was loaded."""
     with suppress(OSError, ValueError, IndexError):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..usage import has_gpu_driver
 from .messages import note
 from .watched import loading
 
@@ -45,13 +46,7 @@ def check_no_leak(slides: Sequence[Path], val: Sequence[Path]) -> None:
 def computes_on_gpu(device: str | None) -> bool:
     """Whether a device is a GPU, told without torch: ``auto`` is one where a driver is."""
     if device in (None, "auto"):
-        import ctypes
-
-        try:
-            ctypes.CDLL("libcuda.so.1")
-        except OSError:
-            return False
-        return True
+        return has_gpu_driver()
     return not device.startswith("cpu")
 
 

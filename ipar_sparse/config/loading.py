@@ -12,6 +12,7 @@ import yaml
 
 from ..errors import UserError
 from ..files import parse_yaml
+from ..usage import has_gpu_driver
 from .presets import PRESETS
 from .schema import RunConfig
 from .validation import merge, suggest
@@ -86,13 +87,8 @@ def _check_device_name(name: str) -> None:
     """
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", name):
         raise UserError(f"device {name!r} is not available here; use cpu, cuda, cuda:1 or auto")
-    if name.startswith("cuda") and sys.platform == "linux":
-        import ctypes
-
-        try:
-            ctypes.CDLL("libcuda.so.1")
-        except OSError:
-            raise UserError(f"device {name!r} is not available here; use cpu or auto") from None
+    if name.startswith("cuda") and sys.platform == "linux" and not has_gpu_driver():
+        raise UserError(f"device {name!r} is not available here; use cpu or auto")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
