@@ -44,7 +44,7 @@ def check(
     data = reading_settings(run, config, **reading)
 
     from ..inference.input_check import check_cells
-    from ..inference.typicality import check_cells as check_size
+    from ..inference.typicality import check_size
 
     predictor = load_predictor(run, "cpu")
 

@@ -31,7 +31,7 @@ from .embedding import embed_slide
 from .input_check import in_terms_of, load_profile
 from .modules import build_encoder, build_gate_and_model, build_typicality
 from .run_folder import find_checkpoint
-from .typicality import UNLIKE, SlideTypicality, check_cells, compare
+from .typicality import UNLIKE, SlideTypicality, check_size, compare
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class Predictor:
         """
         config = self.config
         slide = self._prepared(slide)
-        check_cells(slide)
+        check_size(slide)
         with stage("Embedding"):
             h = self._embedding(slide)
         with stage("Typicality"):

@@ -65,7 +65,7 @@ class SlideTypicality:
             logger.log(level, "%s", self.sentence(name))
 
 
-def check_cells(slide: Slide) -> None:
+def check_size(slide: Slide) -> None:
     """Refuses a slide that is too small for a layout.
 
     Raises:
