@@ -27,8 +27,10 @@ _TABLE = 1 << 26  # expression values of a training slide that are kept dense
 _CELL = 8_500  # a cell of the slide that is worked on: searches, embeddings, layouts
 _KEPT_CELL = 1_400  # a cell of every other slide: embedding, positions, names
 _MINISET_CELL = 20_000  # a cell of a miniset that is kept
-_MINISET_CELLS = 500_000  # most cells of minisets that are kept
-_WHOLE_CELL = 10_000  # a cell of a whole slide that is trained on: graphs both ways, targets
+MINISET_CELLS = 500_000
+"""Most cells of minisets that are kept."""
+WHOLE_CELL = 10_000
+"""A cell of a whole slide that is trained on: embedding, graph both ways, targets; k = 100."""
 _STEP_CELL = 24_000  # and while a step runs; a third where recycles are computed again
 _HEADROOM = 0.95  # share of the free memory that may be taken
 
@@ -84,11 +86,11 @@ def training_cost(
     work = _CELL * _width(config) * max(size.cells for size in sizes)
     if settings.batch_kind != "slide":
         cells = settings.minisets * (settings.miniset_min + settings.miniset_max) / 2
-        host += _MINISET_CELL * min(cells, _MINISET_CELLS)
+        host += _MINISET_CELL * min(cells, MINISET_CELLS)
     if settings.batch_kind != "miniset":
         largest = max(size.cells for size in train)
         step = _STEP_CELL / (3 if config.model.checkpoint_recycles else 1)
-        work += _width(config) * sum(_WHOLE_CELL * size.cells for size in sizes)
+        work += _width(config) * sum(WHOLE_CELL * size.cells for size in sizes)
         work += _width(config) * step * largest
     return Cost(host, work) if on_gpu else Cost(host + work)
 

@@ -15,15 +15,14 @@ from ..config import RunConfig, TrainConfig
 from ..errors import UserError
 from ..graph import NeighborTable
 from ..inference import steps
+from ..inference.costs import MINISET_CELLS, WHOLE_CELL
 from ..supervision import SlideTarget, build_target, gate_target, target_graph
 from ..supervision import collate as collate_targets
 
 SLIDE_STEPS = 100
 """Steps per epoch on whole slides, where none are asked for."""
-_BYTES_A_CELL = 10_000  # of a whole slide: embedding, graph both ways, targets, k = 100
 _POWERS = 1 << 26  # entries of walks that are kept with minisets: 256 MiB
 _AHEAD = 15  # minisets built together with the one that is asked for
-_KEEP_CELLS = 500_000  # over all kept minisets; about 4 kB each
 
 
 @dataclass
@@ -238,7 +237,7 @@ class MinisetPool:
         config: RunConfig,
         seed: int,
         oracle: bool = False,
-        keep_cells: int = _KEEP_CELLS,
+        keep_cells: int = MINISET_CELLS,
         device: torch.device | str = "cpu",
     ):
         self.slides, self.config, self.seed, self.oracle = slides, config, seed, oracle
@@ -286,10 +285,11 @@ def _side_by_side(build: Callable[..., GraphBatch], *given: Sequence) -> list[Gr
     threads = torch.get_num_threads()
     if threads == 1:
         return list(map(build, *given))
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        results = list(pool.map(build, *given))
-    torch.set_num_threads(threads)
-    return results
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(build, *given))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Batches:
@@ -363,6 +363,6 @@ def _make_room(train: list[GraphBatch], val: list[GraphBatch], device: torch.dev
     room = torch.cuda.get_device_properties(device).total_memory // 4
     for batches in (train, val):
         for number, batch in enumerate(batches):
-            room -= _BYTES_A_CELL * len(batch.h)
+            room -= WHOLE_CELL * len(batch.h)
             batches[number] = batch.to(device if room >= 0 else "cpu")
             batches[number].stays = room >= 0
