@@ -72,7 +72,7 @@ class TrainState:
 
 
 class Loop:
-    """Steps and their random numbers, without logs or files: for short trainings.
+    """Steps and their random numbers, without logs or files.
 
     Args:
         seed: of everything random.
@@ -108,7 +108,12 @@ class Loop:
         """
         yield Stage(self, name, total, optimizer, scaler)
         if name != STAGES[-1]:
-            self.state.stage, self.state.step = _following(name), 0
+            self.advance(name)
+
+    def advance(self, finished: str) -> None:
+        """Go on to the stage after ``finished``."""
+        self.state.stage, self.state.step = STAGES[STAGES.index(finished) + 1], 0
+        self.save()
 
     def late(self, part: str) -> bool:
         """Whether a part of the run has used up its time, where that is limited."""
@@ -169,8 +174,8 @@ class Stage:
         """Numbers of the steps that are left up to ``end``, each counted when its body is done.
 
         They end early where time is up. The run can be stopped between two of them; after the
-        last one only by
-        :meth:`Loop.between_steps`, once the caller has done what belongs to the epoch.
+        last one only by :meth:`Loop.between_steps`, once the caller has done what belongs to the
+        epoch.
         """
         while self.loop.state.step < end and not self.loop.late(self.name):
             yield self.loop.state.step
@@ -236,14 +241,8 @@ class KeptLoop(Loop):
             if scaler is not None and self._resumed["scaler"]:
                 scaler.load_state_dict(self._resumed["scaler"])
         self._resumed = None
-        yield Stage(self, name, total, optimizer, scaler)
-        if name != STAGES[-1]:
-            self.advance(name)
-
-    def advance(self, finished: str) -> None:
-        """Go on to the stage after ``finished``."""
-        self.state.stage, self.state.step = _following(finished), 0
-        self.save()
+        with super().stage(name, total, optimizer, scaler) as steps:
+            yield steps
 
     def between_steps(self, stage: Stage) -> None:
         """If asked to stop, leave a checkpoint to resume from; else save one every minute.
@@ -409,10 +408,6 @@ class TrainingLoop(KeptLoop):
     def save(self, stage: Stage | None = None) -> None:
         keep_previous(self.out)
         super().save(stage)
-
-
-def _following(stage: str) -> str:
-    return STAGES[min(STAGES.index(stage) + 1, len(STAGES) - 1)]
 
 
 def cosine(step: int, total: int, high: float, low: float) -> float:
