@@ -14,7 +14,6 @@ from torch import Tensor
 # Relative. Distances this close count as equal: float32 positions, spots on a regular grid.
 _TIE = 1e-6
 _QUERY_ROWS = 1 << 17  # points whose neighbours are held in memory at once
-_PAIRS = 1 << 26  # distances held at once on a GPU
 
 
 def as_layout(pos: Tensor | ArrayLike, what: str = "positions", min_points: int = 1) -> np.ndarray:
@@ -169,28 +168,6 @@ class TrueNeighborhoods:
         """Probability that a random other cell is a neighbour: k / (n - 1), more with ties."""
         n = len(self.pos)
         return float(self.size[k].mean() / (n - 1)) if n > 1 else 1.0
-
-
-def nearest_among(pos: Tensor, rows: Tensor, k: int) -> Tensor:
-    """The k points nearest to some of them, each of which is among its own (m, k), int64.
-
-    Args:
-        pos: points (n, 2).
-        rows: numbers of the points asked about (m,).
-        k: at most n are found.
-    """
-    k = min(k, len(pos))
-    if not pos.is_cuda:
-        array = pos.numpy()
-        found = cKDTree(array).query(array[rows.numpy()], k, workers=-1)[1]
-        return torch.from_numpy(np.asarray(found).reshape(len(rows), k))
-    parts = [
-        torch.cdist(pos[part], pos, compute_mode="donot_use_mm_for_euclid_dist")
-        .topk(k, dim=1, largest=False)
-        .indices
-        for part in rows.split(max(1, _PAIRS // len(pos)))
-    ]
-    return torch.cat(parts)
 
 
 class Shifts:

@@ -1,6 +1,6 @@
 """Neighbour tables, the one representation of a graph, and nearest-neighbour search."""
 
-from .knn import KNN_BACKENDS, knn, knn_candidates, pooled_candidates
+from .knn import KNN_BACKENDS, knn, knn_candidates, nearest_of, pooled_candidates
 from .table import NeighborTable, validate_table
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "NeighborTable",
     "knn",
     "knn_candidates",
+    "nearest_of",
     "pooled_candidates",
     "validate_table",
 ]

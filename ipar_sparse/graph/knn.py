@@ -41,8 +41,7 @@ def knn(
         metric: ``"euclidean"`` or ``"cosine"``.
         backend: ``"exact"`` (blocked matrix product and top-k, CPU and GPU), ``"triton"``
             (exact, fused, CUDA), ``"kdtree"`` (SciPy, d <= 3), ``"boxes"`` (exact, d <= 3, any
-            device), ``"faiss"``,
-            ``"torch_cluster"``, or ``"auto"``.
+            device), ``"faiss"``, ``"torch_cluster"``, or ``"auto"``.
         recall_sample: queries on which an approximate backend is checked against exact search.
 
     Returns:
@@ -88,7 +87,7 @@ def knn(
 
 
 def nearest_of(points: Tensor, rows: Tensor, k: int, *, metric: str = "euclidean") -> Tensor:
-    """The k nearest neighbours of some points among all others, by exact search (m, k), int32.
+    """The exact k nearest neighbours of some points among all others (m, k), int32.
 
     Args:
         points: (n, d), finite.
@@ -96,9 +95,11 @@ def nearest_of(points: Tensor, rows: Tensor, k: int, *, metric: str = "euclidean
         k: neighbours a point; min(k, n - 1) are found, nearest first.
         metric: ``"euclidean"`` or ``"cosine"``.
     """
+    points, k = _of_order_one(points.detach()), min(k, len(points) - 1)
     if metric == "cosine":
         points = torch.nn.functional.normalize(points, dim=-1)
-    return _exact(points.detach(), min(k, len(points) - 1), rows)[0]
+    in_tree = k > 0 and points.size(1) <= 3 and not points.is_cuda
+    return (_kdtree if in_tree else _exact)(points, k, rows)[0]
 
 
 def knn_candidates(
@@ -307,15 +308,17 @@ def _triton(points: Tensor, k: int) -> tuple[Tensor, bool]:
     return index, True
 
 
-def _kdtree(points: Tensor, k: int) -> tuple[Tensor, bool]:
+def _kdtree(points: Tensor, k: int, rows: Tensor | None = None) -> tuple[Tensor, bool]:
     if points.size(1) > 3:
         raise ValueError(f"knn backend 'kdtree' is for d <= 3; given d = {points.size(1)}")
     import numpy as np
     from scipy.spatial import cKDTree
 
     array = points.double().cpu().numpy()
-    _, index = cKDTree(array).query(array, k=k + 1, workers=-1)
-    return _drop_self(torch.from_numpy(np.ascontiguousarray(index)), k).to(points.device), True
+    asked = array if rows is None else array[rows.cpu().numpy()]
+    _, index = cKDTree(array).query(asked, k=k + 1, workers=-1)
+    found = torch.from_numpy(np.ascontiguousarray(index))
+    return _drop_self(found, k, rows).to(points.device), True
 
 
 def _boxes(points: Tensor, k: int) -> tuple[Tensor, bool]:
@@ -373,10 +376,11 @@ def _torch_cluster(points: Tensor, k: int) -> tuple[Tensor, bool]:
     return _drop_self(col.view(points.size(0), k + 1), k), True
 
 
-def _drop_self(found: Tensor, k: int) -> Tensor:
+def _drop_self(found: Tensor, k: int, rows: Tensor | None = None) -> Tensor:
     """Remove self from rows of k + 1; the last neighbour where duplicates have displaced self."""
     n = found.size(0)
-    own = found == torch.arange(n, device=found.device).unsqueeze(-1)
+    rows = torch.arange(n, device=found.device) if rows is None else rows.to(found.device)
+    own = found == rows.unsqueeze(-1)
     own[:, -1] |= ~own.any(dim=-1)
     return found[~own].view(n, k).int()
 

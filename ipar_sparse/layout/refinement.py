@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..geometry.gauge import gauge_fix
-from ..geometry.neighborhoods import Shifts, nearest_among, opposite, rolled
-from ..graph import NeighborTable, knn
+from ..geometry.neighborhoods import Shifts, opposite, rolled
+from ..graph import NeighborTable, knn, nearest_of
 from ..ops.recording import Recorder
 from ..ticks import counted
 from .descent import Descent
@@ -169,6 +169,6 @@ def _overlap(pos: Tensor, near: Tensor) -> float:
     """Fraction of candidates (n, k), of some cells, that are among the k nearest in a layout."""
     rows = torch.randperm(len(pos), generator=torch.Generator().manual_seed(0))[:_OVERLAP_CELLS]
     wanted = near[rows.to(near.device)]
-    found = nearest_among(pos.double(), rows.to(pos.device), near.size(1) + 1)  # and itself
+    found = nearest_of(pos.double(), rows.to(pos.device), near.size(1))
     hit = (wanted.unsqueeze(2) == found.unsqueeze(1)).any(2)
     return float(hit.sum()) / max(1, int((wanted >= 0).sum()))

@@ -4,8 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..graph import NeighborTable
-from ..graph.knn import nearest_of
+from ..graph import NeighborTable, nearest_of
 from .edges import per_edge, top_hits, true_edges, true_neighborhoods
 
 
