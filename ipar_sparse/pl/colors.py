@@ -60,15 +60,35 @@ def color_of(values: Any, palette: Palette = None, name: str | None = None) -> C
             raise ValueError(f"colours have shape {values.shape}, expected (n,) or (n, 3)")
         if values.dtype.kind in "fiu":
             return Coloring(values.astype(float), name=name)
-    if not isinstance(values.dtype, pd.CategoricalDtype):
-        known = pd.Series(values)
-        values = pd.Categorical(known.where(known.isna(), known.astype(str)))
-    values = pd.Categorical(values)
+    values = as_labels(values)
     names = [str(label) for label in values.categories]
     rgb = _label_colors(names, palette)
     shown = np.vstack([rgb, to_rgb(FAINT)])[values.codes]  # code -1 is no label
     present = np.unique(values.codes[values.codes >= 0])
     return Coloring(shown, {names[code]: rgb[code] for code in present}, name)
+
+
+def as_labels(values: Any) -> pd.Categorical:
+    """Labels (n,), some of which may be missing: as text, but for those of a categorical."""
+    if not isinstance(values.dtype, pd.CategoricalDtype):
+        known = pd.Series(values)
+        values = known.where(known.isna(), known.astype(str))
+    return pd.Categorical(values)
+
+
+def value_range(values: np.ndarray) -> tuple[float, float]:
+    """The values between which colours change: their 1st and 99th percentile.
+
+    Least and most where these are the same, as of a gene that fewer than one cell in a hundred
+    expresses; 0 and 0 without a finite value.
+    """
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return 0.0, 0.0
+    low, high = np.quantile(known, [0.01, 0.99])
+    if high <= low:
+        low, high = known.min(), known.max()
+    return float(low), float(high)
 
 
 def color_by_key(

@@ -9,14 +9,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex, to_rgba_array
 from matplotlib.lines import Line2D
 
 from ..data.keys import Keys
 from ..geometry.alignment import align
 from ..geometry.neighborhoods import as_layout, unit_gauge
 from ..metrics.diagnostics import AttentionFocus
-from .colors import Coloring, Palette, color_by_key, color_of, positions_of
+from .colors import Coloring, Palette, color_by_key, color_of, positions_of, value_range
 from .oklab import from_oklab, to_oklab
 from .style import (
     FAINT,
@@ -55,7 +55,7 @@ def position_colors(pos) -> np.ndarray:
     pos = as_layout(pos)
     low, high = np.quantile(pos, [0.01, 0.99], axis=0)
     u, v = np.clip((pos - low) / np.maximum(high - low, 1e-300), 0, 1).T[..., None]
-    corners = {side: [to_oklab(_rgb(color)) for color in _CORNERS[side]] for side in _CORNERS}
+    corners = {side: to_oklab(to_rgba_array(colors)[:, :3]) for side, colors in _CORNERS.items()}
     bottom = (1 - u) * corners["low"][0] + u * corners["low"][1]
     top = (1 - u) * corners["high"][0] + u * corners["high"][1]
     return from_oklab((1 - v) * bottom + v * top)
@@ -305,12 +305,7 @@ def uncertainty_map(pos, uncertainty, *, ax: Axes | None = None) -> Axes:
 
 
 def _robust(values: np.ndarray) -> Normalize:
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return Normalize(0, 1)
-    low, high = np.quantile(known, [0.01, 0.99])
-    if high <= low:  # a gene that is expressed in fewer than one cell in a hundred
-        low, high = known.min(), known.max()
+    low, high = value_range(values)
     return Normalize(low, high if high > low else low + 1, clip=True)
 
 
@@ -320,7 +315,3 @@ def _colorbar(ax: Axes, drawn, label: str | None) -> None:
     bar.ax.tick_params(labelsize=8, length=2)
     if label:
         bar.set_label(label, fontsize=9)
-
-
-def _rgb(color: str) -> np.ndarray:
-    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255

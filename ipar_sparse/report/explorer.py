@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.colors import to_hex
 from scipy import sparse
 
 from .. import pl
 from ..geometry.neighborhoods import as_layout
 from ..pl import style
-from ..pl.colors import label_palette
+from ..pl.colors import as_labels, label_palette, value_range
 from ..pl.layouts import CONTINUOUS
 from .cells import CellTable
 
@@ -215,8 +214,7 @@ def _is_labels(values: np.ndarray) -> bool:
 
 def _labels(values: np.ndarray, rows: np.ndarray) -> dict[str, Any] | None:
     """A column of labels; None where there are too many."""
-    known = pd.Series(np.asarray(values))
-    factors = pd.Categorical(known.where(known.isna(), known.astype(str)))
+    factors = as_labels(np.asarray(values))
     labels = [str(label) for label in factors.categories]
     if len(labels) > _MAX_LABELS:
         return None
@@ -232,9 +230,6 @@ def _numbers(values: np.ndarray, type: str) -> dict[str, Any]:
     values = np.asarray(values, float)
     known = values[np.isfinite(values)]
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
-    shown = [float(v) for v in np.quantile(known, [0.01, 0.99])] if len(known) else [0.0, 0.0]
-    if shown[1] <= shown[0]:  # a gene that fewer than one cell in a hundred expresses
-        shown = [low, high]
     most = _NUMBERS[type]
     codes = np.full(len(values), most + 1)
     finite = np.isfinite(values)
@@ -245,7 +240,7 @@ def _numbers(values: np.ndarray, type: str) -> dict[str, Any]:
         "type": type,
         "low": low,
         "high": high,
-        "shown": shown,
+        "shown": value_range(values),
         "data": packed,
     }
 

@@ -104,22 +104,23 @@ def group_table(evaluation: SlideEvaluation, cells: CellTable) -> dict | None:
     if evaluation.true is not None:
         frame["error"] = np.sqrt(square_errors(evaluation.pred, evaluation.true))
     groups = frame.groupby("label")
+    sizes, errors = groups.size(), groups["error"].median() if "error" in frame else None
     quartiles = groups["expected"].quantile([0.25, 0.5, 0.75]).unstack()
     least, most = float(quartiles.min(axis=None)), float(quartiles.max(axis=None))
     places = 4 + 92 * (quartiles - least) / max(most - least, 1e-300)
     rows = [
         {
             "label": str(label),
-            "cells": int(groups.size()[label]),
+            "cells": int(sizes[label]),
             "expected": number_text(quartiles.loc[label, 0.5]),
-            "error": number_text(groups["error"].median()[label]) if "error" in frame else None,
+            "error": None if errors is None else number_text(errors[label]),
             **dict(zip(("low", "middle", "high"), places.loc[label].round(1), strict=True)),
         }
         for label in quartiles.sort_values(0.5, ascending=False).index
     ]
     return {
         "name": name,
-        "scored": "error" in frame,
+        "scored": errors is not None,
         "least": number_text(least),
         "most": number_text(most),
         "rows": rows,
