@@ -38,7 +38,7 @@ _NEAREST = 0.02  # of the slide's radius; log distances below it say nothing of 
 
 
 class ContrastiveSlide:
-    """A training slide as the encoder learns from it: expression, spatial neighbours, what counts as far.
+    """A training slide as the encoder sees it: expression, spatial neighbours, what counts as far.
 
     Args:
         expression: n cells.
