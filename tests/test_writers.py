@@ -15,7 +15,7 @@ from ipar_sparse.data.headers import check_output
 from ipar_sparse.data.keys import Keys
 from ipar_sparse.data.readers import read_slides
 from ipar_sparse.data.simulation import simulate
-from ipar_sparse.data.writers import write_predictions, write_slide
+from ipar_sparse.data.writers import add_predictions, write_predictions, write_slide
 from ipar_sparse.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,3 +190,18 @@ def test_results_are_written_without_a_copy_of_what_they_were_made_of(tmp_path, 
     assert found.uns[Keys.UNS]["version"] == "1.0"
     with pytest.raises(UserError, match="exists"):
         write_predictions(source, out, **given, results_alone=True)
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr", "memory"])
+def test_columns_of_an_earlier_prediction_do_not_outlive_it(tmp_path, suffix):
+    adata = make()
+    adata.obs = adata.obs.assign(mine=1, **{Keys.EMPTY: True, Keys.TYPICALITY: 0.5})
+    given = {"pos": np.zeros((N, 2)), "obs": {Keys.UNCERTAINTY: np.ones(N)}, "uns": {}}
+    if suffix == "memory":
+        add_predictions(adata, **given)
+    else:
+        source, out = save(adata, tmp_path / f"a{suffix}"), tmp_path / f"b{suffix}"
+        write_predictions(source, out, **given, overwrite=True)
+        adata = load(out)
+    assert "mine" in adata.obs and Keys.UNCERTAINTY in adata.obs
+    assert not {Keys.EMPTY, Keys.TYPICALITY} & set(adata.obs)

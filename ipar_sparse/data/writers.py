@@ -27,6 +27,8 @@ from .slide import Slide
 from .sources import load_source
 
 _PIECE = 1 << 24  # bytes of a file copied at a time
+_OF_POSITIONS = (Keys.UNCERTAINTY, Keys.TYPICALITY, Keys.EMPTY)
+"""Columns of obs that belong to positions, and do not outlive them."""
 
 
 def to_anndata(slide: Slide) -> anndata.AnnData:
@@ -165,6 +167,9 @@ def _write_copy(
     with _replacing(out, overwrite) as temp:
         (copy_folder if source.path.is_dir() else _copy_file)(source.path, temp)
         with open_store(temp, mode="r+", inside=source.group) as store:
+            if Keys.PREDICTION in obsm:
+                for key in _OF_POSITIONS:
+                    _drop_column(store["obs"], key)
             for key, value in obsm.items():
                 _put(store, "obsm", key, value)
             for key, value in columns.items():
@@ -211,8 +216,9 @@ def add_predictions(
     for key, value in ((Keys.PREDICTION, pos), (Keys.EMBEDDING, embedding)):
         if value is not None:
             adata.obsm[key] = np.asarray(value)
-    if pos is not None and Keys.UNCERTAINTY in adata.obs:  # of an earlier prediction
-        del adata.obs[Keys.UNCERTAINTY]
+    for key in _OF_POSITIONS:
+        if pos is not None and key in adata.obs:
+            del adata.obs[key]
     for key, value in (obs or {}).items():
         adata.obs[key] = _storable(np.asarray(value))
     adata.uns[Keys.UNS] = _plain(dict(uns or {}))
@@ -321,6 +327,12 @@ def _put(store: Store, slot: str, key: str, value: Any) -> None:
     if slot == "obs" and fresh:
         order = [str(c) for c in group.attrs["column-order"]]
         group.attrs["column-order"] = [*order, key]
+
+
+def _drop_column(frame: Store, key: str) -> None:
+    if key in frame:
+        del frame[key]
+        frame.attrs["column-order"] = [str(c) for c in frame.attrs["column-order"] if c != key]
 
 
 def _storable(values: np.ndarray) -> np.ndarray:
