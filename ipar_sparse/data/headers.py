@@ -81,9 +81,20 @@ def _size(matrix: Any, cells: int) -> Size:
         return Size(cells, 0, 0)
     if not hasattr(matrix, "keys"):
         return Size(cells, math.prod(matrix.shape), int(matrix.shape[1]))
+    return Size(cells, int(matrix["data"].shape[0]), sparse_shape(matrix, (cells, 0))[1])
+
+
+def sparse_kind(matrix: Any) -> str:
+    """``"csr_matrix"``, ``"csc_matrix"`` or what else a stored matrix calls itself."""
     attrs = matrix.attrs
-    shape = attrs.get("shape", attrs.get("h5sparse_shape", (cells, 0)))
-    return Size(cells, int(matrix["data"].shape[0]), int(shape[1]))
+    return attrs.get("encoding-type") or f"{attrs.get('h5sparse_format')}_matrix"
+
+
+def sparse_shape(matrix: Any, otherwise: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns that a stored sparse matrix declares."""
+    attrs = matrix.attrs
+    rows, columns = attrs.get("shape", attrs.get("h5sparse_shape", otherwise))
+    return int(rows), int(columns)
 
 
 def find_matrix(store: Store, layer: str | None, where: str, optional: bool) -> tuple[Any, Any]:

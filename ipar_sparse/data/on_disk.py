@@ -7,6 +7,7 @@ the same way, so that both give the same numbers.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import tempfile
@@ -18,7 +19,7 @@ from scipy import sparse
 
 from ..errors import UserError
 from ..ticks import counted
-from .headers import STREAM_VALUES
+from .headers import STREAM_VALUES, sparse_kind, sparse_shape
 
 BLOCK = 1 << 22
 """Stored values handled at a time."""
@@ -28,7 +29,17 @@ def is_large(group: Any) -> bool:
     """Whether a matrix in a file is too large to be read as a whole; it is dense, or CSR."""
     if not hasattr(group, "keys"):
         return int(np.prod(group.shape)) > STREAM_VALUES
-    return _encoding(group) == "csr_matrix" and group["data"].shape[0] > STREAM_VALUES
+    return sparse_kind(group) == "csr_matrix" and group["data"].shape[0] > STREAM_VALUES
+
+
+def block_length(array: Any) -> int:
+    """Rows of a dense array that hold about :data:`BLOCK` values.
+
+    A block never splits a chunk along the first axis, or the chunk would be read many times.
+    """
+    chunk = (getattr(array, "chunks", None) or (1,))[0]
+    per_row = math.prod(array.shape[1:]) or 1
+    return max(BLOCK // per_row // chunk, 1) * chunk
 
 
 def read_to_disk(group: Any, shape: tuple[int, int], where: str) -> sparse.csr_matrix:
@@ -172,18 +183,23 @@ class _SparseRows:
     def __init__(self, group: Any):
         self._data, self._indices = group["data"], group["indices"]
         self._indptr = np.asarray(group["indptr"][:], dtype=np.int64)
-        attrs = group.attrs
-        stored = attrs.get("shape", attrs.get("h5sparse_shape", (len(self._indptr) - 1, 0)))
-        self.shape = int(stored[0]), int(stored[1])
+        self.shape = sparse_shape(group, (len(self._indptr) - 1, 0))
+        count = self._data.shape[0]
+        self._is_sound = bool(
+            len(self._indptr) == self.shape[0] + 1
+            and self._indptr[0] == 0
+            and self._indptr[-1] == count == self._indices.shape[0]
+            and np.all(np.diff(self._indptr) >= 0)
+        )
 
     def cuts(self) -> list[int]:
-        return _cuts(self._indptr) if self._is_sound() else [0, 0]
+        return _cuts(self._indptr) if self._is_sound else [0, 0]
 
     def count_values(self, spans: Sequence[tuple[int, int]]) -> int:
         return int(self._data.shape[0])
 
     def read(self, start: int, stop: int) -> sparse.csr_matrix | None:
-        if not self._is_sound():
+        if not self._is_sound:
             return None
         part = slice(int(self._indptr[start]), int(self._indptr[stop]))
         values, indices = self._data[part], self._indices[part]
@@ -198,15 +214,6 @@ class _SparseRows:
         block.eliminate_zeros()
         return block
 
-    def _is_sound(self) -> bool:
-        count = self._data.shape[0]
-        return bool(
-            len(self._indptr) == self.shape[0] + 1
-            and self._indptr[0] == 0
-            and self._indptr[-1] == count == self._indices.shape[0]
-            and np.all(np.diff(self._indptr) >= 0)
-        )
-
 
 class _DenseRows:
     """Rows of a stored dense matrix."""
@@ -215,20 +222,13 @@ class _DenseRows:
         self._data, self.shape = dataset, tuple(dataset.shape)
 
     def cuts(self) -> list[int]:
-        chunk = (getattr(self._data, "chunks", None) or (1,))[0]
-        step = max(BLOCK // max(self.shape[1], 1) // chunk, 1) * chunk
-        return [*range(0, self.shape[0], step), self.shape[0]]
+        return [*range(0, self.shape[0], block_length(self._data)), self.shape[0]]
 
     def count_values(self, spans: Sequence[tuple[int, int]]) -> int:
         return sum(int(np.count_nonzero(self._data[start:stop])) for start, stop in spans)
 
     def read(self, start: int, stop: int) -> sparse.csr_matrix | None:
         return sparse.csr_matrix(np.asarray(self._data[start:stop], dtype=np.float32))
-
-
-def _encoding(group: Any) -> str:
-    attrs = group.attrs
-    return attrs.get("encoding-type") or f"{attrs.get('h5sparse_format')}_matrix"
 
 
 def _cuts(indptr: np.ndarray) -> list[int]:

@@ -29,10 +29,17 @@ from .anndata_store import (
 )
 from .checks import MAX_CATEGORIES, checked
 from .gene_names import merge_duplicates
-from .headers import check_cell_count, check_embedding, check_positions, find_matrix
+from .headers import (
+    check_cell_count,
+    check_embedding,
+    check_positions,
+    find_matrix,
+    sparse_kind,
+    sparse_shape,
+)
 from .keys import Keys
 from .names import safe_names, unique_names
-from .on_disk import BLOCK, is_large, read_to_disk, release
+from .on_disk import BLOCK, block_length, is_large, read_to_disk, release
 from .paths import Source
 from .positions import as_positions
 from .slide import Slide
@@ -264,17 +271,9 @@ def _name_columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     return found
 
 
-def _block_length(dataset: Any) -> int:
-    # a block never splits a chunk along the first axis, or the chunk is decompressed many times
-    chunks = getattr(dataset, "chunks", None)
-    per_row = int(np.prod(dataset.shape[1:])) or 1
-    rows = max(1, BLOCK // per_row)
-    return max(rows // chunks[0], 1) * chunks[0] if chunks else rows
-
-
 def _read_flat(dataset: Any, dtype: type) -> np.ndarray:
     out = np.empty(dataset.shape[0], dtype=dtype)
-    step = _block_length(dataset)
+    step = block_length(dataset)
     for start in range(0, len(out), step):
         out[start : start + step] = dataset[start : start + step]
     return out
@@ -295,13 +294,11 @@ def _read_matrix(group: Any, shape: tuple[int, int], where: str) -> sparse.csr_m
                 f"{shape[0]} x {shape[1]}; export it again"
             )
         return _dense_to_csr(group)
-    attrs = group.attrs
-    kind = attrs.get("encoding-type") or f"{attrs.get('h5sparse_format')}_matrix"
+    kind = sparse_kind(group)
     if kind not in ("csr_matrix", "csc_matrix"):
         raise UserError(
             f"{where}: the matrix is stored as {kind}; store it dense, as CSR or as CSC"
         )
-    stored_shape = tuple(int(s) for s in attrs.get("shape", attrs.get("h5sparse_shape", shape)))
     num_stored = group["data"].shape[0]
     index_type = np.int32 if max(num_stored, *shape) < 2**31 else np.int64
     major, minor = shape if kind == "csr_matrix" else shape[::-1]
@@ -310,7 +307,7 @@ def _read_matrix(group: Any, shape: tuple[int, int], where: str) -> sparse.csr_m
     indptr = np.asarray(group["indptr"][:], dtype=index_type)
     indices = _read_flat(group["indices"], index_type)
     consistent = (
-        stored_shape == shape
+        sparse_shape(group, shape) == shape
         and len(indptr) == major + 1
         and indptr[0] == 0
         and indptr[-1] == num_stored == len(indices)
@@ -340,7 +337,7 @@ def _canonical(matrix: Any) -> sparse.csr_matrix:
 
 
 def _dense_to_csr(dataset: Any) -> sparse.csr_matrix:
-    step = _block_length(dataset)
+    step = block_length(dataset)
     blocks = [
         sparse.csr_matrix(np.asarray(dataset[start : start + step], dtype=np.float32))
         for start in range(0, dataset.shape[0], step)
