@@ -15,7 +15,7 @@ from anndata import AnnData
 from .config import RunConfig, load_config, resolve_device
 from .data.readers import read_files, tell_apart
 from .data.records import recorded_slides
-from .data.slide import Slide, Warned
+from .data.slide import Slide, log_notes
 from .data.sources import load_source
 from .data.splits import find_donors
 from .data.writers import add_predictions
@@ -394,9 +394,7 @@ class IPAR(Pretrained):
             slide_key_optional="slide_key" not in given,
         )
         for slide in slides:
-            for note in slide.notes:
-                level = logging.WARNING if isinstance(note, Warned) else logging.INFO
-                logger.log(level, "%s: %s", slide.name, note)
+            log_notes(slide, logger)
         return slides, cells if isinstance(cells, AnnData) else None
 
 

@@ -126,10 +126,7 @@ class Source:
     @property
     def is_foreign(self) -> bool:
         """Whether it is a vendor's format, which holds no AnnData elements."""
-        if not self.path.is_dir():
-            return _kind_of_file(self.path) is not None
-        folders = (self.path, self.path / "outs")
-        return self._has_bins or any(_find(f, one.matrix) for f in folders for one in PLATFORMS)
+        return vendor_files(self) is not None
 
     @property
     def part(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -128,3 +129,10 @@ class Slide:
             parts.append(f"embedding of {self.embedding.shape[1]}")
         parts.append("with positions" if self.pos is not None else "without positions")
         return f"Slide({self.name!r}, {', '.join(parts)})"
+
+
+def log_notes(slide: Slide, logger: logging.Logger, first: int = 0) -> None:
+    """Logs the notes of a slide from the first that is wanted; those that warn as warnings."""
+    for note in slide.notes[first:]:
+        level = logging.WARNING if isinstance(note, Warned) else logging.INFO
+        logger.log(level, "%s: %s", slide.name, note)

@@ -17,7 +17,7 @@ from ..config import RunConfig
 from ..data.expression import in_memory
 from ..data.input_profile import InputProfile, informative
 from ..data.records import recorded_inputs
-from ..data.slide import Slide, Warned
+from ..data.slide import Slide, log_notes
 from ..errors import UserError
 from ..estimators import Atlas, EmbeddingScaler, RelevantComponents, Typicality
 from ..geometry.alignment import square_displacement
@@ -160,9 +160,7 @@ class Predictor:
         """The cells of a slide that hold information, in the terms of the run."""
         found = self.conform(slide)
         if found is not slide:  # whoever conforms a slide beforehand tells its notes
-            for note in found.notes[len(slide.notes) :]:
-                level = logging.WARNING if isinstance(note, Warned) else logging.INFO
-                logger.log(level, "%s: %s", slide.name, note)
+            log_notes(found, logger, first=len(slide.notes))
         return informative(in_memory(found, self.meta["genes"] or ()))
 
     def embed(self, slide: Slide) -> np.ndarray:

@@ -21,7 +21,7 @@ from ..config.schema import CONFIG, INPUTS, SELECTION
 from ..data.copies import find_copies, identified, record_of, slide_digest
 from ..data.expression import Expression, in_memory
 from ..data.input_profile import conform, informative, profile_inputs
-from ..data.slide import Slide, Warned
+from ..data.slide import Slide, log_notes
 from ..data.splits import choose_validation
 from ..errors import UserError
 from ..estimators import EmbeddingScaler, RelevantComponents
@@ -293,9 +293,7 @@ def _prepare(
         if missing:
             logger.info("%d genes are not on every training slide: left out", len(missing))
     for slide in (*train, *val):
-        for note in slide.notes:
-            level = logging.WARNING if isinstance(note, Warned) else logging.INFO
-            logger.log(level, "%s: %s", slide.name, note)
+        log_notes(slide, logger)
     if not resume:
         inputs["donors"] = donors and dict(donors)
         atomic_write(loop.out / INPUTS, json.dumps(inputs, indent=2) + "\n")
