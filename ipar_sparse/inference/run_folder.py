@@ -89,14 +89,15 @@ def stopped_before_the_model(run: Path) -> str:
 def unfinished(run: Path) -> str | None:
     """How far a run came that was stopped before the end of its training; None of a finished one.
 
-    A run whose last checkpoint is missing or damaged tells nothing of it.
-
-    Raises:
-        UserError: the folder is no run.
+    A run whose last checkpoint is missing or damaged tells nothing of it, nor does one that was
+    removed after it was loaded.
     """
-    last, config = last_checkpoint(run), RunConfig.load(run)
+    last = last_checkpoint(run)
+    if last is None:
+        return None
+    config = RunConfig.load(run)
     # a run whose initial layout is the map has a model stage without steps
-    if last is None or (config.model.recycling is False and config.model.init != "mlp"):
+    if config.model.recycling is False and config.model.init != "mlp":
         return None
     try:
         meta, settings = read_meta(last), config.train
