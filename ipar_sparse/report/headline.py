@@ -11,8 +11,7 @@ import numpy as np
 from ..evaluation.comparison import direction
 from ..evaluation.results import FLOOR, MODEL, SlideEvaluation, role_of
 from ..metrics.diagnostics import health_warnings
-from .cells import CellTable
-from .tables import finite, group_table, table_metrics
+from .tables import finite, table_metrics
 
 _NEIGHBORS = 15
 _SMALLEST = 0.005  # difference that counts, however small the errors of sampling are
@@ -77,15 +76,19 @@ def summarize(evaluation: SlideEvaluation) -> Headline:
     return Headline(f"{verdict}{text}.", _evidence(evaluation, own), warnings)
 
 
-def remarks_on(evaluation: SlideEvaluation, cells: CellTable) -> list[str]:
-    """What a reader should keep in mind of any map, and which of its cells are least certain."""
+def remarks_on(evaluation: SlideEvaluation, groups: Mapping | None) -> list[str]:
+    """What a reader should keep in mind of any map, and which of its cells are least certain.
+
+    Args:
+        evaluation: the prediction and its scores.
+        groups: of :func:`~ipar_sparse.report.tables.group_table`.
+    """
     remarks = []
     if evaluation.true is None:
         remarks.append(
             "Measured positions were not looked at, so nothing here says how right the map is. "
             "Where the file has any, `ipar-sparse evaluate` compares the map with them."
         )
-    groups = group_table(evaluation, cells)
     if groups and len(groups["rows"]) > 1:
         most, least = groups["rows"][0], groups["rows"][-1]
         remarks.append(

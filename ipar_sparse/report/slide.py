@@ -177,7 +177,7 @@ def write_report(
     uncertainty, diagnostics = uncertainty_section(evaluation), diagnostic_sections(page)
     explorer = _explorer(evaluation, cells)
     sections = [*maps, *([uncertainty] if uncertainty else []), *diagnostics]
-    table = metric_table(evaluation)
+    table, groups = metric_table(evaluation), group_table(evaluation, cells)
     return write_page(
         Path(out),
         "slide.html.j2",
@@ -190,13 +190,13 @@ def write_report(
         explorer=explorer,
         ramp=explorer["ramp"],
         maps=maps,
-        remarks=remarks_on(evaluation, cells),
+        remarks=remarks_on(evaluation, groups),
         scores=main_table(evaluation) if table["columns"] else None,
         all_scores=table,
         methods=methods,
         has_floor=FLOOR in evaluation.methods,
         uncertainty=uncertainty,
-        groups=group_table(evaluation, cells),
+        groups=groups,
         diagnostics=diagnostics,
         measures=measure_table(evaluation),
         settings=flat_settings(evaluation.provenance.settings),
