@@ -54,6 +54,15 @@ def test_what_pyg_loads_without_need_loads_once_it_is_used():
     assert heavy <= modules_after(used)
 
 
+def test_threads_may_make_optimisers_at_once():
+    modules_after(
+        "import ipar_sparse.nn, torch; from concurrent.futures import ThreadPoolExecutor; "
+        "from threading import Barrier; barrier, linear = Barrier(4), torch.nn.Linear(2, 2); "
+        "make = lambda _: (barrier.wait(), torch.optim.AdamW(linear.parameters())); "
+        "assert len(list(ThreadPoolExecutor(4).map(make, range(4)))) == 4"
+    )
+
+
 @pytest.mark.parametrize("name", sorted(set(ipar_sparse.__all__) - {"__version__"}))
 def test_names_of_the_package_resolve(name):
     assert getattr(ipar_sparse, name) is not None

@@ -2,8 +2,9 @@
 
 ``import torch_geometric`` loads torch's compiler and PyG's collection of data sets, and with it
 pandas and language models where they are installed. Together they take nine tenths of its time.
-Here both are left to load when something of theirs is first used, by the standard library's
-``LazyLoader``.
+Here both are left to load when something of theirs is first used. The standard library's
+``LazyLoader`` does so, but before Python 3.12.3 not for several threads at once, all of which may
+make an optimiser. torch imports its compiler itself where it is named, so that is left to torch.
 """
 
 import sys
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
+from types import ModuleType
+
+import torch
 
 _LATER = ("torch._dynamo", "torch_geometric.datasets")
 
@@ -33,6 +37,8 @@ def _postponed() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(_Postponing)
+        if type(sys.modules.get("torch._dynamo", sys)) is not ModuleType:  # not loaded yet
+            del sys.modules["torch._dynamo"], torch._dynamo
 
 
 with _postponed():
