@@ -64,7 +64,7 @@ def test_a_run_folder_holds_all_that_prediction_and_readers_need(small_run, smal
     inputs = json.loads((small_run / "inputs.json").read_text())
     assert [one["name"] for one in inputs["train"]] == [slide.name for slide in train]
     (held,) = inputs["val"]
-    assert held.pop("sketch") == sketch(val[0])
+    assert held.pop("sketch") == sketch(val[0]) and len(held.pop("places")) == 140
     assert held == {
         "name": val[0].name,
         "path": None,

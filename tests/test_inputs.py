@@ -12,6 +12,7 @@ from ipar_sparse.data.gene_names import kind_of_names, rename_genes, stem
 from ipar_sparse.data.input_profile import InputProfile, conform, profile_inputs
 from ipar_sparse.data.names import safe_name, safe_names, unique_names
 from ipar_sparse.data.positions import as_positions, flatness, stray_cells, stretch
+from ipar_sparse.data.readers import read_files
 from ipar_sparse.data.simulation import simulate
 from ipar_sparse.data.slide import Slide, Warned
 from ipar_sparse.data.values import recognize_values
@@ -52,6 +53,7 @@ KINDS = {
         lambda x: np.sqrt(scaled(x, 500)),
         "square roots of counts scaled to 500 a cell",
     ),
+    "shares of a cell": (lambda x: scaled(x, 1), "counts scaled to 1 a cell"),
     "per million": (lambda x: scaled(x, 1e6), "counts scaled to 1e+06 a cell"),
     "a part of the genes": (
         lambda x: np.log1p(scaled(x, 1e4))[:, ::2],
@@ -155,6 +157,9 @@ def test_too_few_shared_genes_are_refused_with_the_reason():
         shared(19, genes=40)
     with pytest.raises(UserError, match="put symbols in place of Ensembl ids into var_names"):
         rename_genes(slide_of(counts(5), ENSEMBL), [f"Gene{i}" for i in range(60)], "b")
+    turned = Slide("a", None, np.array(["c1", "c2"]), np.array([f"Gene{i}" for i in range(300)]))
+    with pytest.raises(UserError, match="cells are named as genes: give it transposed"):
+        rename_genes(turned, [f"Gene{i}" for i in range(300)], "b")
     assert kind_of_names([f"{name}.4" for name in ENSEMBL]) == "Ensembl ids with version"
     assert stem("ENSG00000182378.14_PAR_Y") == "ENSG00000182378"
 
@@ -232,6 +237,35 @@ def test_what_cannot_be_undone_is_warned_of(members):
     assert not any(isinstance(note, Warned) for note in conform(members[2], profile).notes)
 
 
+def test_a_warning_gives_the_reason_that_holds(members):
+    _, profile, _ = profile_inputs(members[:2], DataConfig())
+    rng = np.random.default_rng(0)
+    counts = members[2].expression.toarray().astype(int)
+    shallow = slide_of(rng.binomial(counts, 0.02), members[2].genes)
+    assert "its cells hold fewer counts of these genes" in told(conform(shallow, profile))
+    rare = np.argsort(counts.sum(0))[:24]
+    part = members[2].with_genes(members[2].expression[:, rare], members[2].genes[rare])
+    assert "since cells are scaled over fewer genes" in told(conform(part, profile))
+    half = [name.upper() if i % 2 else name for i, name in enumerate(members[2].genes)]
+    mixed = replace(members[2], genes=np.array(half))
+    assert "30 of them differ in letter case alone: pass" in told(conform(mixed, profile))
+
+
+def test_a_training_slide_of_other_genes_is_told_of(members):
+    genes = np.random.default_rng(0).permutation(members[1].genes)
+    shuffled = replace(members[1], genes=genes)
+    for slides, odd in (((members[0], shuffled), 1), ((shuffled, members[0], members[2]), 0)):
+        known, _, _ = profile_inputs(slides, DataConfig())
+        warned = [i for i, slide in enumerate(known) if "not expressed as" in told(slide)]
+        assert warned == [odd]
+
+
+def test_training_slides_of_other_donors_are_not_called_another_tissue(real_slides):
+    files = [str(real_slides / "human_breast_st" / name) for name in ("A2.h5ad", "E1.h5ad")]
+    known, _, _ = profile_inputs(read_files(files, DataConfig(), require_pos=True), DataConfig())
+    assert not any("not expressed as" in told(slide) for slide in known)
+
+
 def test_cells_without_information_are_flagged_and_move_no_other(members):
     _, profile, _ = profile_inputs(members[:2], DataConfig())
     x = np.vstack([members[2].expression.toarray(), np.zeros((3, 60))])
@@ -250,6 +284,10 @@ def test_positions_are_taken_from_the_columns_that_vary():
         pos, problem, said = as_positions(np.insert(xy, column, 4.0, axis=1), "spatial", cells)
         np.testing.assert_array_equal(pos, xy)
         assert problem is None and f"the constant one (number {column + 1})" in said[0]
+    numbers = np.random.default_rng(1).permutation(50) + 7.0
+    pos, _, said = as_positions(np.column_stack([numbers, xy]), "spatial", cells)
+    np.testing.assert_array_equal(pos, xy)
+    assert "the counting one (number 1)" in said[0]
     pos, _, _ = as_positions(xy.astype(object), "spatial", cells)
     np.testing.assert_array_equal(pos, xy)
     assert "expected 50 x 2 numbers" in as_positions(xy.astype(str), "spatial", cells)[1]

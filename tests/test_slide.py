@@ -78,3 +78,18 @@ def test_copies_are_found_by_most_of_their_cells(many):
     assert find_copies([other, many, part]) == [(1, 2)]
     assert overlap(sketch(many), telling_cells(part)) == pytest.approx(50 / 60, abs=0.02)
     assert overlap(sketch(many), telling_cells(other)) == 0
+
+
+def test_copies_are_found_by_where_their_cells_lie():
+    rng = np.random.default_rng(0)
+
+    def measured(pos):
+        x = sparse.csr_matrix(rng.poisson(1.0, (len(pos), 30)).astype(np.float32))
+        names = np.arange(len(pos)).astype(str)
+        return Slide("a", x, np.arange(30).astype(str), names, pos=np.asarray(pos, dtype=float))
+
+    places = rng.random((200, 2)) * 1000
+    first, again, apart = measured(places), measured(places[::-2]), measured(places + 0.5)
+    assert find_copies([first, apart, again]) == [(0, 2)]
+    grid = np.stack(np.meshgrid(np.arange(20), np.arange(15)), -1).reshape(-1, 2)
+    assert find_copies([measured(grid), measured(grid)]) == []

@@ -610,6 +610,66 @@ def _(bench):
     )
 
 
+@row("genes in rows and cells in columns", says="give it transposed")
+def _(bench):
+    return bench.place("counts", bench.unseen().T.copy())
+
+
+@row("run on counts, slide of shares of a cell", rho=0.65, says="counts scaled to 1 a cell")
+def _(bench):
+    adata = logged(bench.unseen(), 1.0)
+    adata.X = adata.X.expm1()
+    return bench.place("counts", adata)
+
+
+@row("the second training slide has its gene names in another order", rho=0, says="leave it out")
+def _(bench):
+    other = bench.slides[1].copy()
+    other.var_names = np.random.default_rng(0).permutation(other.var_names)
+    return bench.retrained("unlike", [bench.slides[0], other])
+
+
+@row(
+    "the validation slide is a training slide, log-normalised, of half the genes",
+    says="both to train on and to validate on",
+)
+def _(bench):
+    copy = logged(bench.slides[1])[:, ::2].copy()
+    return bench.retrained("processed", bench.slides[:2], val=copy)
+
+
+@row(
+    "three columns of positions (number of the cell, x, y)",
+    rho=0.65,
+    says="the counting one (number 1) was left out",
+)
+def _(bench):
+    slides = [one.copy() for one in bench.slides[:2]]
+    for one in slides:
+        one.obsm["spatial"] = np.column_stack([np.arange(CELLS), one.obsm["spatial"]])
+    return bench.retrained("numbered", slides)
+
+
+@row("positions in columns of obs", says="obs has x and y")
+def _(bench):
+    slides = [one.copy() for one in bench.slides[:2]]
+    for one in slides:
+        one.obs["x"], one.obs["y"] = one.obsm.pop("spatial").T
+    return bench.retrained("columns", slides)
+
+
+@row("run and cells swapped", says="is a run; give a run first")
+def _(bench):
+    run, cells = bench.run("counts"), save(bench.unseen(), bench.folder / "cells.h5ad")
+    return command("predict", cells, run, "--out", bench.folder / "swapped.h5ad")
+
+
+@row("a folder of files", says="is a folder of files; give these themselves")
+def _(bench):
+    path = save(bench.unseen(), bench.folder / "several" / "cells.h5ad")
+    return bench.place("counts", path.parent)
+
+
 def summary(told: Told) -> str:
     """One cell of the table."""
     if told.code == 0:

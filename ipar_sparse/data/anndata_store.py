@@ -238,10 +238,18 @@ def _open_zarr(path: Path, mode: Literal["r", "r+"]) -> Store:
         fresh: Any = {} if zarr.__version__.startswith("2.") else {"use_consolidated": False}
         return zarr.open_group(str(path), mode=mode, **fresh)
     except Exception as error:
-        raise UserError(
-            f"{path}: is a folder but not a zarr store, nor one of a known vendor; docs/files.md "
-            "lists what is read"
-        ) from error
+        raise UserError(f"{path}: {_why_no_store(path)}") from error
+
+
+def _why_no_store(path: Path) -> str:
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return "is a run; give a run first, then files of cells"
+    if files := sorted(path.glob("*.h5ad")):
+        return f"is a folder of files; give these themselves, such as {files[0]}"
+    return (
+        "is a folder but not a zarr store, nor one of a known vendor; docs/files.md lists what "
+        "is read"
+    )
 
 
 def _open_h5ad(path: Path, mode: Literal["r", "r+"]) -> Store:

@@ -13,6 +13,7 @@ from .slide import Slide
 
 _SKETCH = 256  # cells of a slide by which another slide is compared with it
 _GENES = 5  # cells of fewer genes may be alike by chance
+_ROOM = 100  # crossings of rows and columns a cell; with fewer, grids of two slides coincide
 SOME, MOST = 0.05, 0.5
 """Shares of cells in common that are told, and that make a slide a copy."""
 
@@ -29,7 +30,8 @@ def identified(slide: Slide) -> Slide:
         for column in np.ascontiguousarray(slide.pos, dtype=np.float64).T:
             rows = _mixed(rows ^ _mixed(np.ascontiguousarray(column).view(np.uint64)))
     digest = hashlib.sha256(np.sort(rows).tobytes()).hexdigest()[:16]
-    return replace(slide, digest=digest, signatures=np.unique(telling))
+    places = np.empty(0, np.uint64) if slide.pos is None else _place_signatures(slide.pos)
+    return replace(slide, digest=digest, signatures=np.unique(telling), places=places)
 
 
 def slide_digest(slide: Slide) -> str:
@@ -46,6 +48,15 @@ def slide_digest(slide: Slide) -> str:
 def telling_cells(slide: Slide) -> np.ndarray:
     """Numbers of the cells that held enough to be told apart when they were read, sorted."""
     return identified(slide).signatures
+
+
+def _place_signatures(pos: np.ndarray) -> np.ndarray:
+    """Numbers of the positions of a slide, sorted; none of a grid."""
+    columns, rows = (len(np.unique(column)) for column in pos.T)
+    if columns * rows < _ROOM * len(pos):
+        return np.empty(0, np.uint64)
+    x, y = (_bits(column) for column in pos.T)
+    return np.unique(_mixed(_mixed(x) ^ y))
 
 
 def _cell_signatures(slide: Slide) -> np.ndarray:
@@ -69,7 +80,11 @@ def _cell_signatures(slide: Slide) -> np.ndarray:
 
 def sketch(slide: Slide) -> list[str]:
     """Signatures of some cells of a slide, the smallest ones, as hexadecimal digits."""
-    return [f"{number:016x}" for number in telling_cells(slide)[:_SKETCH]]
+    return _listed(telling_cells(slide))
+
+
+def _listed(numbers: np.ndarray) -> list[str]:
+    return [f"{number:016x}" for number in numbers[:_SKETCH]]
 
 
 def record_of(slide: Slide) -> dict[str, Any]:
@@ -80,7 +95,8 @@ def record_of(slide: Slide) -> dict[str, Any]:
         "path": slide.path,
         "digest": slide.digest,
         "cells": slide.num_cells,
-        "sketch": sketch(slide),
+        "sketch": _listed(slide.signatures),
+        "places": _listed(slide.places),
     }
 
 
@@ -97,11 +113,16 @@ def find_copies(slides: Sequence[Slide]) -> list[tuple[int, int]]:
     known, found = [identified(slide) for slide in slides], []
     for j, other in enumerate(known):
         for i, own in enumerate(known[:j]):
-            least = min(len(own.signatures), len(other.signatures))
-            common = np.intersect1d(own.signatures, other.signatures, assume_unique=True)
-            if own.digest == other.digest or (least and len(common) >= MOST * least):
+            alike = _share(own.signatures, other.signatures), _share(own.places, other.places)
+            if own.digest == other.digest or max(alike) >= MOST:
                 found.append((i, j))
     return found
+
+
+def _share(own: np.ndarray, other: np.ndarray) -> float:
+    """Signatures that two slides share, of those of the one that has fewer."""
+    least = min(len(own), len(other))
+    return len(np.intersect1d(own, other, assume_unique=True)) / least if least else 0.0
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

@@ -118,6 +118,14 @@ def _unique(names: Iterable[str], key: Callable[[str], str]) -> dict[str, str]:
     return {one: name for name, one in keys.items() if count[one] == 1}
 
 
+def said_of_case(own: Iterable[str], missing: Sequence[str]) -> str:
+    """The end of a message about missing genes, of those that a slide has in other letter case."""
+    known = set(map(_folded, map(str, own)))
+    folded = sum(_folded(name) in known for name in missing)
+    same = f"; {folded} of them differ in letter case alone"
+    return f"{same}: pass --ignore-case if they are the same genes" if folded else ""
+
+
 def check_shared(
     slide: Slide, own: Sequence[str], wanted: Sequence[str], shared: int, partner: str
 ) -> None:
@@ -142,6 +150,8 @@ def check_shared(
         f"{slide.name}: shares {shared or 'no'} gene{'s' * (shared > 1)} with {partner} "
         f"(genes such as {mine} against {others})"
     )
+    if len(set(wanted) & set(map(str, slide.cell_names))) > max(shared, len(set(wanted)) // _SHARE):
+        raise UserError(f"{message}; its cells are named as genes: give it transposed, as adata.T")
     folded = len(_matched(own, wanted, ignore_case=True))
     if folded > 2 * shared and folded * _SHARE >= shorter:
         raise UserError(

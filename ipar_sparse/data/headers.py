@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from ..errors import UserError
 from .anndata_store import Store, is_stored, open_store, read_frame, row_count, suggest
 from .keys import Keys
 from .paths import Source, vendor_files
+
+_X = re.compile(r"(?<![a-z])x(?![a-z])", re.IGNORECASE)  # a coordinate, in the name of a column
 
 STREAM_VALUES = 1 << 26
 """A stored matrix of more values than this, 512 MiB in memory, is not read into memory."""
@@ -139,9 +142,17 @@ def check_positions(store: Store, key: str, where: str | Path) -> None:
     """Refuses a store without measured positions."""
     available = list(store["obsm"]) if "obsm" in store else []
     if key not in available:
-        raise UserError(
-            f'{where}: has no obsm["{key}"] with measured positions; {suggest(key, available)}'
-        )
+        hint = suggest(key, available)
+        if not available and (pair := _coordinates(list(store["obs"]))):
+            hint = f"obs has {' and '.join(pair)}: if these are positions, put them there"
+        raise UserError(f'{where}: has no obsm["{key}"] with measured positions; {hint}')
+
+
+def _coordinates(columns: list[str]) -> tuple[str, str] | None:
+    """The shortest names of obs columns that differ by x and y alone."""
+    pairs = [(name, _X.sub(lambda x: chr(ord(x[0]) + 1), str(name))) for name in columns]
+    found = [pair for pair in pairs if pair[0] != pair[1] and pair[1] in columns]
+    return min(found, key=lambda pair: len(pair[0]), default=None)
 
 
 def check_embedding(store: Store, spec: str, where: str | Path) -> str:

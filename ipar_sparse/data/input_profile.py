@@ -21,7 +21,7 @@ from .expression import (
     median_total,
     select_genes,
 )
-from .gene_names import FEW_GENES, check_shared, kind_of_names, rename_genes
+from .gene_names import FEW_GENES, check_shared, kind_of_names, rename_genes, said_of_case
 from .on_disk import row_blocks, row_sums, smallest_value
 from .slide import Slide, Warned
 from .values import Values, inverted, rescaled
@@ -126,7 +126,7 @@ def profile_inputs(
     if scaling == "total":
         known = [_as_counts(slide, "the other slides") for slide in known]
     known = [informative(_counted(slide, shared if scaling == "total" else ())) for slide in known]
-    genes = shared
+    whole, genes = known, shared
     if data.max_genes is not None and len(genes) > data.max_genes:
         genes = select_genes(known, genes, data.max_genes)
     known = [informative(_emptied(in_memory(slide, genes), genes)) for slide in known]
@@ -148,7 +148,20 @@ def profile_inputs(
     )
     moments = [mean_and_variance(slide, genes, profile.total) for slide in known]
     mean, variance = np.mean(moments, axis=0)
+    if scaling != "as given" and len(whole) > 1:  # genes that vary most differ by slide, too
+        known = _compared(known, [_mean_of_some(slide, shared, profile.total) for slide in whole])
     return known, replace(profile, mean=mean.tolist(), variance=variance.tolist()), missing
+
+
+def _compared(slides: Sequence[Slide], means: Sequence[np.ndarray]) -> list[Slide]:
+    """Training slides, with a warning where one expresses its genes unlike the others."""
+    told = []
+    for i, slide in enumerate(slides):
+        others = [mean for j, mean in enumerate(means) if j != i]
+        if i or len(slides) > 2:  # of two slides, the second is told of
+            slide = _with_notes(slide, _unlike_genes(means[i], np.mean(others, axis=0), "other "))
+        told.append(slide)
+    return told
 
 
 def _scaling(
@@ -214,8 +227,9 @@ def conform(slide: Slide, profile: InputProfile, ignore_case: bool | None = None
     slide = _with_notes(slide, said)
     if missing:
         listed = some_names(missing)
+        case = "" if ignore_case else said_of_case(slide.genes, missing)
         lacks = f"lacks {len(missing)} of the {len(profile.genes)} genes of the run ({listed})"
-        slide = _with_notes(slide, [Warned(f"{lacks}: taken as average")])
+        slide = _with_notes(slide, [Warned(f"{lacks}: taken as average{case}")])
     slide = _scaled_alike(slide, profile)
     before = int(slide.empty.sum())
     slide = _emptied(_counted(slide, profile.shared), profile.genes)
@@ -332,31 +346,44 @@ def _differences(slide: Slide, profile: InputProfile, missing: Sequence[str]) ->
     absent = set(missing)
     present = np.array([gene not in absent for gene in profile.genes])
     genes = [gene for gene in profile.genes if gene not in absent]
-    cells = np.flatnonzero(~slide.empty)
-    if len(cells) > _CELLS:
-        cells = cells[np.linspace(0, len(cells) - 1, _CELLS).astype(np.int64)]
-    own = mean_and_variance(slide.take(cells), genes, profile.total)[0]
+    own = _mean_of_some(slide, genes, profile.total)
     known = np.asarray(profile.mean)[present]
     said: list[str] = []
     level = own.mean() / max(known.mean(), 1e-12)
     if not 1 / _LEVEL < level < _LEVEL:
-        said.append(
-            Warned(
-                f"expression is {level:.2g} times that of the training slides, so it may have been "
-                "scaled otherwise and cells be placed wrongly: give counts"
-            )
+        plain = slide.values is None or str(slide.values) == "counts"
+        if plain and level < 1:
+            why = "since its cells hold fewer counts of these genes: they are placed less well"
+        elif plain and missing:
+            why = "since cells are scaled over fewer genes: they may be placed wrongly"
+        else:
+            why = "so it may have been scaled otherwise and cells be placed wrongly: give counts"
+        said.append(Warned(f"expression is {level:.2g} times that of the training slides, {why}"))
+    return said + _unlike_genes(own, known)
+
+
+def _mean_of_some(slide: Slide, genes: Sequence[str], total: float) -> np.ndarray:
+    """Mean expression (G,) of evenly spaced cells that are not empty."""
+    cells = np.flatnonzero(~slide.empty)
+    if len(cells) > _CELLS:
+        cells = cells[np.linspace(0, len(cells) - 1, _CELLS).astype(np.int64)]
+    return mean_and_variance(slide.take(cells), genes, total)[0]
+
+
+def _unlike_genes(own: np.ndarray, known: np.ndarray, whose: str = "") -> list[str]:
+    """A warning where mean expression (G,) is not ranked as on the training slides."""
+    if len(own) < FEW_GENES or np.ptp(own) == 0 or np.ptp(known) == 0:
+        return []
+    agreement = float(spearmanr(own, known).statistic)
+    if agreement >= _AGREEMENT:
+        return []
+    advice = "leave it out, or mend them" if whose else "do not trust the places"
+    return [
+        Warned(
+            f"genes are not expressed as on the {whose}training slides (rank correlation of their "
+            f"means {agreement:.2f}): another tissue, or gene names in another order; {advice}"
         )
-    if len(genes) >= FEW_GENES and np.ptp(own) > 0 and np.ptp(known) > 0:
-        agreement = float(spearmanr(own, known).statistic)
-        if agreement < _AGREEMENT:
-            said.append(
-                Warned(
-                    "genes are not expressed as on the training slides (rank correlation of their "
-                    f"means {agreement:.2f}): another tissue, or gene names in another order; do "
-                    "not trust the places"
-                )
-            )
-    return said
+    ]
 
 
 def _unlike(values: Values, profile: InputProfile) -> Warned:

@@ -88,6 +88,11 @@ class Source:
     @classmethod
     def parse(cls, text: str | os.PathLike) -> Source:
         r"""Reads ``PATH::PART``; a path that holds ``::`` is written with ``\::``."""
+        if not isinstance(text, str | os.PathLike):
+            kind = type(text).__name__
+            raise UserError(
+                f"cells are given as AnnData, or as the path of a file; {kind} is neither"
+            )
         hidden = os.fspath(text).replace(_ESCAPED, "\0")
         path, *parts = (piece.replace("\0", _MARK) for piece in hidden.split(_MARK))
         if not path or "" in parts:

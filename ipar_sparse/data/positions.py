@@ -34,12 +34,14 @@ def as_positions(
     values = values.astype(np.float64)
     said = []
     if values.shape[1] == 3:
-        varies = np.array([len(np.unique(column[np.isfinite(column)])) > 1 for column in values.T])
+        varies = np.array([not _tells_nothing(column) for column in values.T])
         constant = np.flatnonzero(~varies)
         left_out = constant[-1] if len(constant) else 2
+        known = np.unique(values[:, left_out])
+        kind = "constant" if np.isfinite(known).sum() < 2 else "counting"
         values = np.delete(values, left_out, axis=1)
         what = (
-            f"the constant one (number {left_out + 1}) was left out"
+            f"the {kind} one (number {left_out + 1}) was left out"
             if len(constant)
             else "the first two were used; a slide is flat: give sections one by one (--slide-key)"
         )
@@ -55,6 +57,12 @@ def as_positions(
             said,
         )
     return np.ascontiguousarray(values), None, said
+
+
+def _tells_nothing(column: np.ndarray) -> bool:
+    """Whether a column is constant, or numbers the cells."""
+    known = np.unique(column[np.isfinite(column)])
+    return len(known) < 2 or (len(known) == len(column) > 9 and bool((np.diff(known) == 1).all()))
 
 
 def flatness(pos: np.ndarray) -> str | None:

@@ -38,7 +38,7 @@ def _check_record(one: Any) -> None:
     texts = isinstance(one["name"], str) and isinstance(one["digest"], str)
     if not (texts and isinstance(one["cells"], int) and isinstance(one["path"], str | None)):
         raise TypeError
-    for signature in one.get("sketch", ()):
+    for signature in (*one.get("sketch", ()), *one.get("places", ())):
         if not 0 <= int(signature, 16) < 2**64:
             raise ValueError
 
@@ -61,7 +61,8 @@ def role_in_training(recorded: Mapping[str, Any], slide: Slide) -> str | None:
         for one in recorded.get(role, ()):
             if one["digest"] == slide.digest:
                 return did[role]
-            held = overlap(one.get("sketch", ()), slide.signatures) * one["cells"]
+            cells = overlap(one.get("sketch", ()), slide.signatures)
+            held = max(cells, overlap(one.get("places", ()), slide.places)) * one["cells"]
             shares[role] = max(shares[role], min(held / slide.num_cells, 1.0))
     role = max(shares, key=lambda name: shares[name])
     if shares[role] >= MOST:

@@ -41,8 +41,8 @@ class Slide:
             a result wrong.
         path: file that the slide was read from, and what was picked of it; None for a slide made
             in memory.
-        digest, signatures: of the slide and its cells as they were read; see
-            :mod:`ipar_sparse.data.copies`.
+        digest, signatures, places: of the slide, its cells and where they lie, as they were
+            read; see :mod:`ipar_sparse.data.copies`.
         fits: folder of the run whose terms the slide is in.
 
     Raises:
@@ -66,6 +66,7 @@ class Slide:
     path: str | None = None
     digest: str | None = None
     signatures: np.ndarray | None = None
+    places: np.ndarray | None = None
     fits: str | None = None
 
     def __post_init__(self) -> None:

@@ -160,7 +160,8 @@ def _whole(values: np.ndarray) -> bool:
     small = values[values < 200]
     if len(small) < len(values) / 2 or not len(small):
         return False
-    return bool(np.mean(np.abs(small - np.rint(small)) <= 1e-3 + 1e-4 * small) > 0.995)
+    close = np.abs(small - np.rint(small)) <= 1e-3 + 1e-4 * small
+    return bool(np.mean(close & (small > 0.5)) > 0.995)  # what is near zero is no count
 
 
 def _is_constant(sums: np.ndarray) -> bool:
@@ -211,10 +212,7 @@ def interpret(
             matrix,
             True,
             found,
-            [
-                "values are not whole numbers: taken as log-normalised and used as they are "
-                "(--counts if they are counts)"
-            ],
+            ["values are not whole numbers: taken as log-normalised (--counts if they are counts)"],
         )
     return matrix, True, found, [f"values are {found}: taken as log-normalised"]
 

@@ -333,7 +333,8 @@ def _check_slides(
     names = list(slides)
     for one, other in find_copies([slides[name] for name in names]):
         raise UserError(
-            f"{names[one]} and {names[other]} hold the same cells; give each slide once"
+            f"{names[one]} and {names[other]} hold the same cells, or positions; give each slide "
+            "once"
         )
 
 

@@ -233,10 +233,13 @@ def _refuse_copies(slides: Sequence[Slide], val: Sequence[Slide]) -> None:
         one, other = members[i].name, members[j].name
         if i < len(slides) <= j:
             raise UserError(
-                f"{other} is given both to train on and to validate on: its cells are those of "
-                f"{one}, so its score would mean nothing; leave it out of one"
+                f"{other} is given both to train on and to validate on: its cells, or their "
+                f"positions, are those of {one}, so its score would mean nothing; leave it out of "
+                "one"
             )
-        raise UserError(f"{one} and {other} hold the same cells; give each slide once")
+        raise UserError(
+            f"{one} and {other} hold the same cells, or positions; give each slide once"
+        )
 
 
 def _check_slides(train: Sequence[Slide], val: Sequence[Slide], out: Path) -> None:
