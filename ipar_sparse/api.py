@@ -13,11 +13,12 @@ import pandas as pd
 from anndata import AnnData
 
 from .config import RunConfig, load_config, resolve_device
+from .data.dissociated import read_dissociated
 from .data.readers import read_files, tell_apart
 from .data.records import recorded_slides
 from .data.slide import Slide, log_notes
 from .data.sources import load_source
-from .data.splits import find_donors
+from .data.splits import named_donors
 from .data.writers import add_predictions
 from .errors import UserError
 from .evaluation.results import SlideEvaluation, role_of
@@ -80,6 +81,7 @@ class IPAR(Pretrained):
         config: RunConfig | Mapping[str, Any] | str | os.PathLike | None = None,
         out: str | os.PathLike | None = None,
         *,
+        cells: Cells | Sequence[Cells] | Mapping[str, Cells] | None = None,
         preset: str | None = None,
         select: Literal["quick", "full", "none"] | None = None,
         embedding: str | None = None,
@@ -105,6 +107,7 @@ class IPAR(Pretrained):
                 that names the donor. Every slide is its own donor if left out.
             config: settings by key, e.g. ``{"train.epochs": 10}``, a YAML file, or a RunConfig.
             out: folder of the run; a temporary one if left out, whose path is told.
+            cells: that the model is to place. Genes are chosen among those that they have.
             preset: named variant to start from, e.g. ``"v1-rbf"``.
             select: how thoroughly settings are selected by cross-validation over donors.
             embedding: an embedding to use instead of a trained encoder, e.g. ``"obsm:X_pca"``.
@@ -127,7 +130,7 @@ class IPAR(Pretrained):
         data = _given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
         asked = {"data": data, "train": _given(seed=seed), "selection": _given(mode=select)}
         if resume:
-            if out is None or preset or overwrite or any(asked.values()):
+            if out is None or preset or overwrite or cells is not None or any(asked.values()):
                 raise UserError(
                     "resume takes out, and the settings of the run there; leave the others out"
                 )
@@ -143,10 +146,12 @@ class IPAR(Pretrained):
         check_run_folder(out, overwrite)
         with quiet_stages(quiet):
             members, held = _read_members(slides, val, settings)
-        donors = _donors(members, donors)
+            names, sources = _named(cells, kind="cells")
+            others = read_dissociated(sources, settings.data, names)
+        donors = named_donors(members, donors)
         with run_folder(out, resume=False):
             more: dict[str, Any] = {"max_minutes": max_minutes, "quiet": quiet}
-            fit(members, held, settings, out, donors=donors, device=device, **more)
+            fit(members, held, settings, out, donors=donors, cells=others, device=device, **more)
         return cls.load(out, device or "auto")
 
     @classmethod
@@ -445,7 +450,9 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _named(
-    slides: Cells | Sequence[Cells] | Mapping[str, Cells] | None, start: int = 0
+    slides: Cells | Sequence[Cells] | Mapping[str, Cells] | None,
+    start: int = 0,
+    kind: str = "slide",
 ) -> tuple[list[str | None], list[Cells]]:
     """Names and sources of slides; objects without a name are numbered, files have their own."""
     if slides is None:
@@ -455,26 +462,9 @@ def _named(
     sources = [slides] if isinstance(slides, AnnData | str | os.PathLike) else list(slides)
     numbers = range(start + 1, start + len(sources) + 1)
     return [
-        f"slide{number}" if isinstance(source, AnnData) else None
+        f"{kind}{number}" if isinstance(source, AnnData) else None
         for number, source in zip(numbers, sources, strict=True)
     ], sources
-
-
-def _donors(slides: Sequence[Slide], donors) -> dict[str, str]:
-    """Slide name to donor.
-
-    Raises:
-        UserError: a slide whose donor cannot be told.
-    """
-    if donors is None or isinstance(donors, str):
-        return find_donors(slides, key=donors)
-    if not isinstance(donors, Mapping):
-        if len(donors) != len(slides):
-            raise UserError(f"{len(slides)} slides, but {len(donors)} donors; give one for each")
-        return {slide.name: str(donor) for slide, donor in zip(slides, donors, strict=True)}
-    if missing := [slide.name for slide in slides if slide.name not in donors]:
-        raise UserError(f"donors does not name the donor of {missing[0]}; it is a mapping by slide")
-    return {slide.name: str(donors[slide.name]) for slide in slides}
 
 
 def _table(evaluation: SlideEvaluation, k: int) -> pd.DataFrame:

@@ -27,8 +27,8 @@ def tell_notes(slides: Iterable[Slide]) -> None:
             note(text if text.startswith(slide.name) else f"{slide.name}: {text}", warns)
 
 
-def check_no_leak(slides: Sequence[Path], val: Sequence[Path]) -> None:
-    """Refuses a slide that is given twice, or both to train and to validate on."""
+def check_no_leak(slides: Sequence[Path], val: Sequence[Path], cells: Sequence[Path] = ()) -> None:
+    """Refuses a slide that is given twice, or in two roles."""
     from ..data.paths import Source
 
     members, held = ([Source.parse(path) for path in paths] for paths in (slides, val))
@@ -40,6 +40,12 @@ def check_no_leak(slides: Sequence[Path], val: Sequence[Path]) -> None:
             raise UserError(
                 f"{path} is given both to train on and as --val, so its score would mean nothing; "
                 "leave it out of one"
+            )
+    for path in cells:
+        if any(Source.parse(path).shares(other) for other in members):
+            raise UserError(
+                f"{path} is given both to train on and as --cells; give the cells that are to be "
+                "placed"
             )
 
 

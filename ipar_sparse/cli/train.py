@@ -35,6 +35,7 @@ class Members(NamedTuple):
     train: list[Slide]
     val: list[Slide] | None
     donors: dict[str, str] | None
+    cells: list[Slide] = []
 
 
 RunFolder = Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder of the run.")]
@@ -53,6 +54,16 @@ ValFiles = Annotated[
         help="Slide that decides when training stops; can be repeated. [dim]Default: one of the "
         "slides, where there are more than three[/dim]",
         show_default=False,
+    ),
+]
+CellFiles = Annotated[
+    list[Path] | None,
+    flag(
+        "--cells",
+        "Cells of another assay that the run is to place: genes are chosen among those that they "
+        "have. Their positions are not read. Can be repeated.",
+        options.READING,
+        "CELLS",
     ),
 ]
 SelectMode = Annotated[
@@ -95,6 +106,7 @@ def train(
     out: RunFolder,
     slides: TrainFiles = None,
     val: ValFiles = None,
+    cells: CellFiles = None,
     config: options.ConfigFile = None,
     overrides: options.Overrides = None,
     preset: options.Preset = None,
@@ -119,21 +131,24 @@ def train(
     from ..config.loading import parse_overrides
     from ..train.run_folder import EXTENDABLE
 
-    slides, val, more = slides or [], val or [], {}
+    slides, val, cells, more = slides or [], val or [], cells or [], {}
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
     data |= given(spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers)
     donor_options = given(key=donor_key, pattern=donor_pattern, table=donor_map)
     if resume:
         more = parse_overrides(overrides or [])
         other = set(more) - set(EXTENDABLE) or None
-        asked = given(config=config, set=other, preset=preset, select=select, seed=seed)
+        asked = given(
+            cells=cells or None, config=config, set=other, preset=preset, select=select, seed=seed
+        )
         asked |= data | {f"donor_{name}": value for name, value in donor_options.items()}
         check_resume(out, overwrite, [f"--{name.replace('_', '-')}" for name in asked])
     else:
         _check_new_run(out, slides, overwrite)
-    check_no_leak(slides, val)
+    check_no_leak(slides, val, cells)
 
     from ..config import RunConfig, load_config, resolve_device
+    from ..data.dissociated import reading_cells
     from ..data.headers import check_headers
     from ..data.records import recorded_slides
     from ..inference.costs import check_training
@@ -149,6 +164,9 @@ def train(
         settings = load_config(config, overrides or [], preset=preset, **sections)
         reading: dict[str, Any] = {"require_pos": True, "min_cells": settings.train.miniset_min}
         sizes, held = (check_headers(x, settings.data, **reading) for x in (slides, val))
+        check_headers(
+            cells, reading_cells(settings.data), require_pos=False, slide_key_optional=True
+        )
         check_training(sizes, held, settings, computes_on_gpu(device or settings.train.device))
     if (named := device or settings.train.device) != "auto":
         resolve_device(named)
@@ -156,7 +174,7 @@ def train(
         recorded = recorded_slides(out, [*slides, *val], settings)
         members = Members(*recorded, donors=None)  # the run has them on record
     else:
-        members = _new_members(slides, val, settings, donor_options)
+        members = _new_members(slides, val, cells, settings, donor_options)
 
     _fit(members, settings, out, more, resume=resume, device=device, minutes=max_minutes)
 
@@ -178,6 +196,7 @@ def _fit(
                 settings,
                 out,
                 donors=members.donors,
+                cells=members.cells,
                 max_minutes=minutes_left(minutes),
                 **running,
             )
@@ -220,10 +239,15 @@ def _check_new_run(out: Path, slides: list[Path], overwrite: bool) -> None:
 
 
 def _new_members(
-    slides: list[Path], val: list[Path], settings: RunConfig, donor_options: dict[str, Any]
+    slides: list[Path],
+    val: list[Path],
+    cells: list[Path],
+    settings: RunConfig,
+    donor_options: dict[str, Any],
 ) -> Members:
     """Slides of a new run, read from their files, and their donors."""
     with loading():
+        from ..data.dissociated import read_dissociated
         from ..data.readers import read_files, tell_apart
     from ..data.splits import find_donors
 
@@ -231,4 +255,5 @@ def _new_members(
     members = read_files(slides, settings.data, **reading)
     held = read_files(val, settings.data, **reading)
     tell_apart([*members, *held])
-    return Members(members, held or None, find_donors(members, **donor_options))
+    donors = find_donors(members, **donor_options)
+    return Members(members, held or None, donors, read_dissociated(cells, settings.data))

@@ -30,6 +30,7 @@ _SAME_TOTAL = 1.02  # totals of slides that were scaled alike
 _OTHER_TOTAL = 1.5  # and of slides that were not
 _CELLS = 5000  # cells by which genes are compared
 _LEVEL = 2.0  # expression so many times higher or lower is on another scale
+_MUCH = 0.2  # of the variance; a run that lost more should be trained for the cells
 _AGREEMENT = 0.3  # rank correlation of mean expression; shuffled names give 0
 
 Scaling = Literal["total", "logs", "unscaled", "as given"]
@@ -97,7 +98,7 @@ class InputProfile:
 
 
 def profile_inputs(
-    slides: Sequence[Slide], data: DataConfig
+    slides: Sequence[Slide], data: DataConfig, cell_genes: Sequence[str] | None = None
 ) -> tuple[list[Slide], InputProfile, list[str]]:
     """Training slides in common terms, and what a run is to know of them.
 
@@ -106,6 +107,8 @@ def profile_inputs(
     Args:
         slides: training slides with expression.
         data: as it was asked for.
+        cell_genes: genes of the cells that are to be placed, to choose among; see
+            :func:`~ipar_sparse.data.dissociated.record_cells`. All if left out.
 
     Returns:
         The slides, the profile, and genes of the first slide that another lacks.
@@ -122,6 +125,8 @@ def profile_inputs(
     check_shared(
         known[-1], list(known[-1].genes), list(first.genes), len(shared), "all other slides"
     )
+    if cell_genes is not None:
+        shared = _among(shared, cell_genes)
     scaling, exact = _scaling(known, shared, data)
     if scaling == "total":
         known = [_as_counts(slide, "the other slides") for slide in known]
@@ -162,6 +167,18 @@ def _compared(slides: Sequence[Slide], means: Sequence[np.ndarray]) -> list[Slid
             slide = _with_notes(slide, _unlike_genes(means[i], np.mean(others, axis=0), "other "))
         told.append(slide)
     return told
+
+
+def _among(shared: Sequence[str], cell_genes: Sequence[str]) -> list[str]:
+    """Those of the genes that all training slides share that the cells have, too."""
+    inside = set(cell_genes)
+    found = [gene for gene in shared if gene in inside]
+    if len(found) < min(FEW_GENES, len(shared)):
+        raise UserError(
+            f"the cells share {len(found)} genes with all training slides, too few to place them "
+            f"by ({FEW_GENES} are needed); leave out the slide of another panel"
+        )
+    return found
 
 
 def _scaling(
@@ -229,7 +246,8 @@ def conform(slide: Slide, profile: InputProfile, ignore_case: bool | None = None
         listed = some_names(missing)
         case = "" if ignore_case else said_of_case(slide.genes, missing)
         lacks = f"lacks {len(missing)} of the {len(profile.genes)} genes of the run ({listed})"
-        slide = _with_notes(slide, [Warned(f"{lacks}: taken as average{case}")])
+        lost = _lost(slide, profile, missing)
+        slide = _with_notes(slide, [Warned(f"{lacks}: taken as average{lost}{case}")])
     slide = _scaled_alike(slide, profile)
     before = int(slide.empty.sum())
     slide = _emptied(_counted(slide, profile.shared), profile.genes)
@@ -241,6 +259,22 @@ def conform(slide: Slide, profile: InputProfile, ignore_case: bool | None = None
             f"{slide.name}: no cell has counts in the genes of the run; choose another layer"
         )
     return _with_notes(slide, _differences(slide, profile, missing))
+
+
+def _lost(slide: Slide, profile: InputProfile, missing: Sequence[str]) -> str:
+    """What missing genes take from a map, and the command that trains without them.
+
+    A gene counts by its variance on the training slides: genes that hardly vary place no cell.
+    """
+    variance = np.asarray(profile.variance)
+    absent = np.isin(profile.genes, missing)
+    if not variance.sum() or (share := variance[absent].sum() / variance.sum()) <= _MUCH:
+        return ""
+    return (
+        f", though they hold {100 * share:.0f} % of the variance on the training slides; "
+        f"`ipar-sparse train SLIDE... --cells {slide.path or 'CELLS.h5ad'} --out RUN` trains on "
+        "genes that these cells have"
+    )
 
 
 def informative(slide: Slide) -> Slide:

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 def recorded_inputs(run: Path) -> dict[str, Any]:
     """What a run says of its slides: lists ``train`` and ``val``, and ``donors`` by slide.
 
+    A run that was trained for certain cells also has ``cells`` and ``cell_genes``; see
+    :func:`~ipar_sparse.data.dissociated.record_cells`.
+
     Raises:
         UserError: it says nothing, or nothing that can be read.
     """
     path = run / INPUTS
     try:
         recorded = parse_json(path.read_text())
-        for one in (*recorded["train"], *recorded["val"]):
+        for one in (*recorded["train"], *recorded["val"], *recorded.get("cells", ())):
             _check_record(one)
         return recorded
     except (OSError, ValueError, KeyError, TypeError):

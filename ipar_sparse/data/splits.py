@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,6 +163,30 @@ def _held_out(donors: Mapping[str, str], hold_out: str) -> dict[str, list[str]]:
             )
         held[name] = [name] if name in donors else by_donor[name]
     return held
+
+
+def named_donors(
+    slides: Sequence[Slide], donors: Mapping[str, str] | Sequence[str] | str | None
+) -> dict[str, str]:
+    """Slide name to donor.
+
+    Args:
+        slides: of a run.
+        donors: slide name to donor, one donor for each slide, or the obs column that names it;
+            every slide is its own if left out.
+
+    Raises:
+        UserError: a slide whose donor cannot be told.
+    """
+    if donors is None or isinstance(donors, str):
+        return find_donors(slides, key=donors)
+    if not isinstance(donors, Mapping):
+        if len(donors) != len(slides):
+            raise UserError(f"{len(slides)} slides, but {len(donors)} donors; give one for each")
+        return {slide.name: str(donor) for slide, donor in zip(slides, donors, strict=True)}
+    if missing := [slide.name for slide in slides if slide.name not in donors]:
+        raise UserError(f"donors does not name the donor of {missing[0]}; it is a mapping by slide")
+    return {slide.name: str(donors[slide.name]) for slide in slides}
 
 
 def _donor_in_obs(slide: Slide, key: str) -> str:

@@ -54,6 +54,12 @@ def summarize_run(run: Path) -> RunSummary:
     for role, label in (("train", "trained on"), ("val", "validated on")):
         slides = [f"{one['path'] or one['name']}, {one['cells']:,} cells" for one in recorded[role]]
         rows[label] = "\n".join(slides) or "nothing"
+    if cells := recorded.get("cells"):
+        lines = [
+            f"{one['path'] or one['name']}, {one['cells']:,} cells, {one['genes']:,} shared genes"
+            for one in cells
+        ]
+        rows["trained for"] = "\n".join(lines)
     rows["genes"] = f"{meta['metadata']['genes']:,}"
     rows |= _input_rows(recorded.get("profile"))
     rows["progress"] = unfinished(run) or "finished"

@@ -18,14 +18,14 @@ from torch import nn
 
 from ..config import RunConfig, resolve_device
 from ..config.schema import CONFIG, INPUTS, SELECTION
-from ..data.copies import find_copies, identified, record_of, slide_digest
+from ..data.copies import record_of, slide_digest
+from ..data.dissociated import record_cells
 from ..data.expression import Expression, in_memory
 from ..data.input_profile import conform, informative, profile_inputs
 from ..data.slide import Slide, log_notes
-from ..data.splits import choose_validation
 from ..errors import UserError
 from ..estimators import EmbeddingScaler, RelevantComponents
-from ..files import atomic_write, parse_json
+from ..files import atomic_write
 from ..graph import knn_candidates
 from ..inference.checkpoint import load_checkpoint
 from ..inference.costs import check_training, slide_size
@@ -38,6 +38,7 @@ from .atlas import fit_atlas
 from .batches import Batches, EmbeddedSlide
 from .encoder import train_encoder
 from .loop import Loop, TrainingLoop
+from .members import check_members, divide, read_inputs
 from .model import Trained, train_gate, train_model
 from .run_folder import PARTS
 from .selection import select_settings
@@ -80,6 +81,7 @@ def fit(
     out: str | Path = "run",
     *,
     donors: Mapping[str, str] | None = None,
+    cells: Sequence[Slide] = (),
     resume: bool = False,
     encoder: Path | None = None,
     device: str | None = None,
@@ -100,7 +102,8 @@ def fit(
         out: the run directory, made if missing.
         donors: slide name to donor, for cross-validation; every slide is its own donor if left
             out.
-        resume: continue the run in ``out``; settings and donors are taken from there.
+        cells: that the run is to place. Genes are chosen among those that all of them have.
+        resume: continue the run in ``out``, with its settings, donors and genes of the cells.
         encoder: directory that :func:`fit_encoder` wrote with the same slides, encoder settings
             and seed; its encoder is taken instead of training the same one again.
         device: where to compute, in place of ``train.device``.
@@ -115,12 +118,12 @@ def fit(
     """
     out = Path(out)
     request, donors = _request(config, donors, out, resume, device)
-    train, val = _divide(slides, val, donors)
+    train, val = divide(slides, val, donors)
     if resume:
-        _check_slides(train, val, out)
+        check_members(train, val, out)
     loop = _loop(out, request, resume, stop, max_minutes)
     with quiet_stages(quiet), loop:
-        train, val, genes = _prepare(train, val, request, donors, loop, resume)
+        train, val, genes = _prepare(train, val, request, donors, loop, resume, cells)
         if encoder is not None and not (out / CONFIG).is_file():
             settings = _take_settings(encoder, genes, out)
         else:
@@ -197,62 +200,9 @@ def _request(
     """What is asked for, and the donors; of a run that goes on, what its folder says."""
     if resume:
         config = RunConfig.load_request(out)
-        donors = _read_inputs(out).get("donors")
+        donors = read_inputs(out).get("donors")
     request = config or RunConfig()
     return request if device is None else request.replace(train={"device": device}), donors
-
-
-def _divide(
-    slides: Sequence[Slide], val: Sequence[Slide] | None, donors: Mapping[str, str] | None
-) -> tuple[list[Slide], list[Slide]]:
-    """Slides to train on, and slides that decide when to stop."""
-    slides = [identified(slide) for slide in slides]
-    if not slides:
-        raise UserError("no slide to train on; give one at least")
-    if val is None:
-        known = {slide.name: (donors or {}).get(slide.name, slide.name) for slide in slides}
-        name = choose_validation(known)
-        val = [slide for slide in slides if slide.name == name]
-        slides = [slide for slide in slides if slide.name != name]
-        if val:
-            logger.info("%s is kept out of training and decides when to stop", name)
-    if not val:
-        logger.info("no validation slide: all epochs are run")
-    for slide in (*slides, *val):
-        if slide.pos is None:
-            raise UserError(f"{slide.name}: no positions to train on; see data/README.md")
-    val = [identified(slide) for slide in val]
-    _refuse_copies(slides, val)
-    return slides, val
-
-
-def _refuse_copies(slides: Sequence[Slide], val: Sequence[Slide]) -> None:
-    """Refuses slides of the same cells, whatever these are called."""
-    members = [*slides, *val]
-    for i, j in find_copies(members):
-        one, other = members[i].name, members[j].name
-        if i < len(slides) <= j:
-            raise UserError(
-                f"{other} is given both to train on and to validate on: its cells, or their "
-                f"positions, are those of {one}, so its score would mean nothing; leave it out of "
-                "one"
-            )
-        raise UserError(
-            f"{one} and {other} hold the same cells, or positions; give each slide once"
-        )
-
-
-def _check_slides(train: Sequence[Slide], val: Sequence[Slide], out: Path) -> None:
-    """Refuses to go on with other slides than a run was started with."""
-    recorded = _read_inputs(out)
-    for role, slides in (("train", train), ("val", val)):
-        known = {one["digest"] for one in recorded.get(role, [])}
-        for slide in slides:
-            if slide_digest(slide) not in known:
-                raise UserError(
-                    f"{slide.name}: {out} was not started with this slide as it is; give the "
-                    "slides as before"
-                )
 
 
 def _loop(out: Path, request: RunConfig, resume: bool, stop, max_minutes=None) -> TrainingLoop:
@@ -268,6 +218,7 @@ def _prepare(
     donors: Mapping[str, str] | None,
     loop: TrainingLoop,
     resume: bool,
+    cells: Sequence[Slide] = (),
 ) -> tuple[list[Slide], list[Slide], list[str] | None]:
     """Writes the request and its inputs.
 
@@ -280,7 +231,9 @@ def _prepare(
     if loop.device.type == "cuda":
         sizes, held = ([slide_size(slide) for slide in members] for members in (train, val))
         check_training(sizes, held, request, True, torch.cuda.mem_get_info(loop.device)[0])
+    chosen = read_inputs(loop.out) if resume else record_cells(train, cells, request.data)
     inputs: dict[str, Any] = {
+        **chosen,
         "train": [record_of(slide) for slide in train],
         "val": [record_of(slide) for slide in val],
     }
@@ -290,7 +243,7 @@ def _prepare(
             if slide.expression is None:
                 raise UserError(f"{slide.name}: no expression to train on; give X or --layer")
         with stage("Comparing slides"):
-            train, profile, missing = profile_inputs(train, request.data)
+            train, profile, missing = profile_inputs(train, request.data, chosen.get("cell_genes"))
             val = [informative(in_memory(conform(slide, profile), profile.genes)) for slide in val]
         inputs["profile"], genes = profile.as_dict(), list(profile.genes)
         if missing:
@@ -312,13 +265,6 @@ def _prepare(
         ],
     }
     return list(train), list(val), genes
-
-
-def _read_inputs(out: Path) -> dict[str, Any]:
-    try:
-        return parse_json((out / INPUTS).read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def _decide(

@@ -96,7 +96,7 @@ def write_pretrained(run: Path, folder: Path) -> None:
         UserError: the run has no weights, or a file of it is damaged.
     """
     weights, recorded = find_checkpoint(run), recorded_inputs(run)
-    for role in ("train", "val"):
+    for role in {"train", "val", "cells"} & set(recorded):
         recorded[role] = [one | {"path": None} for one in recorded[role]]
     (folder / INPUTS).write_text(json.dumps(recorded, indent=2) + "\n")
     (folder / "README.md").write_text(_card(read_meta(weights), recorded))
