@@ -296,6 +296,7 @@ class IPAR(Pretrained):
         *,
         noise_samples: int | None = None,
         baselines: bool | None = None,
+        class_key: str | None = None,
         layer: str | None = None,
         normalized: bool | None = None,
         slide_key: str | None = None,
@@ -312,6 +313,7 @@ class IPAR(Pretrained):
             out: folder for the report of ``ipar-sparse evaluate``; none is written if left out.
             noise_samples: predictions under training noise; the run's setting if left out.
             baselines: whether to score simple methods; the run's setting if left out.
+            class_key: obs column of cell classes, for the RSSD by class in the report.
             layer, normalized, slide_key, embedding, ignore_case, genes: as in :meth:`predict`.
             drop_outliers: leave out cells whose positions lie far outside the tissue.
             overwrite: replace an earlier report in ``out``.
@@ -345,7 +347,11 @@ class IPAR(Pretrained):
                     "%s %s: these scores say nothing about unseen slides", one.name, role
                 )
             scored = score_slide(
-                self.predictor, one, noise_samples=noise_samples, baselines=baselines
+                self.predictor,
+                one,
+                noise_samples=noise_samples,
+                baselines=baselines,
+                class_key=class_key,
             )
             if out is not None:
                 folder = Path(out) if len(slides) == 1 else Path(out) / folder_name(one.name)

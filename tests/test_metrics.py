@@ -62,12 +62,12 @@ def test_distance_metrics_equal_their_definitions():
     assert "stress_1_se" not in got
 
 
-def test_procrustes_equals_scipy_and_rssd_is_its_root():
+def test_procrustes_equals_scipy_and_misplacement_is_its_root():
     true = tissue(80)
     pred = moved_by(noisy(true, 0.4))
     got = procrustes_metrics(pred, true)
     assert got["procrustes"] == pytest.approx(scipy_procrustes(true, pred)[2], abs=1e-12)
-    assert got["rssd"] == pytest.approx(math.sqrt(got["procrustes"]))
+    assert got["misplacement"] == pytest.approx(math.sqrt(got["procrustes"]))
 
 
 def test_neighbor_hit_equals_set_intersection():
@@ -179,7 +179,7 @@ def test_a_collapsed_map_scores_what_chance_and_ignorance_score(n):
     got = evaluate_layout(np.full((n, 2), 0.1), true)
     assert all(math.isfinite(value) for value in got.values())
     assert got["distance_spearman"] == got["distance_pearson"] == 0.0
-    for name in ("stress_1", "procrustes", "rssd"):
+    for name in ("stress_1", "procrustes", "misplacement"):
         assert got[name] == pytest.approx(1.0, abs=1e-12)
     assert got["lambda_ratio"] == got["median_distance"] == 0.0
     if n >= 40:
@@ -214,7 +214,7 @@ def test_odd_predictions_give_values_in_range(n, seed, kind):
     true[0] = 5  # apart from all others: one point is refused
     got = evaluate_layout(pred, true, seed=seed)
     assert all(math.isfinite(value) for value in got.values())
-    for name in ("stress_1", "procrustes", "rssd", "neighbor_hit@10", "trustworthiness@15"):
+    for name in ("stress_1", "procrustes", "misplacement", "neighbor_hit@10", "trustworthiness@15"):
         assert -1e-9 <= got[name] <= 1 + 1e-9, name
     for name in ("distance_spearman", "distance_pearson"):
         assert -1 <= got[name] <= 1, name

@@ -214,7 +214,7 @@ def test_the_headline_claims_only_what_exceeds_the_noise(model, rival, se, said,
 
 
 def test_lower_is_better_is_read_as_such():
-    evaluation = SlideEvaluation("s", cells(20), cells(20), methods(0.3, 0.5, name="rssd"))
+    evaluation = SlideEvaluation("s", cells(20), cells(20), methods(0.3, 0.5, name="misplacement"))
     assert "The best baseline (ridge) reaches 0.50" in summarize(evaluation).evidence[0]
 
 

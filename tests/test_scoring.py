@@ -202,3 +202,9 @@ def test_pca_of_expression_is_that_of_the_slide_alone(small_slides, slide):
     x = Expression.from_slide(slide, genes).rows().astype(np.float64)
     values = np.linalg.svd(x, compute_uv=False)
     np.testing.assert_allclose(np.linalg.norm(layout, axis=0), values[:2], rtol=1e-3)
+
+
+def test_classes_are_those_of_an_obs_column(predictor, small_slides):
+    slide = small_slides[3]
+    with pytest.raises(UserError, match="obs has no column 'lyer' of classes; did you mean"):
+        score_slide(predictor, slide, class_key="lyer")

@@ -31,6 +31,15 @@ def evaluate(
         bool,
         flag("--baselines/--no-baselines", "Score simple methods beside the model.", RUNNING),
     ] = True,
+    class_key: Annotated[
+        str | None,
+        flag(
+            "--class-key",
+            "obs column of cell classes; adds the published score that sums over classes.",
+            RUNNING,
+            "COLUMN",
+        ),
+    ] = None,
     layer: options.Layer = None,
     normalized: options.Normalized = None,
     slide_key: options.SlideKey = None,
@@ -75,6 +84,7 @@ def evaluate(
                 folder,
                 noise_samples=noise_samples,
                 baselines=baselines,
+                class_key=class_key,
                 genes=asked,
                 command=f"ipar-sparse evaluate {run} {slide} --out {out}",
             )

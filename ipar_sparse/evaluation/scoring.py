@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 
 from .. import __version__
 from ..config import RunConfig
+from ..data.anndata_store import suggest
 from ..data.input_profile import informative
 from ..data.slide import Slide, Warned
 from ..errors import UserError
@@ -20,6 +21,7 @@ from ..inference.predictor import Prediction, Predictor
 from ..layout.uncertainty import calibration_metrics, square_errors
 from ..metrics.diagnostics import candidate_recall
 from ..metrics.layout import evaluate_layout
+from ..metrics.published import published_metrics
 from ..progress import stage
 from ..supervision.losses import e_geo
 from ..supervision.targets import build_target
@@ -37,6 +39,7 @@ def score_slide(
     *,
     noise_samples: int | None = None,
     baselines: bool | None = None,
+    class_key: str | None = None,
 ) -> SlideEvaluation:
     """Predict a slide and score the model, its ablations and the baselines; nothing is written.
 
@@ -46,9 +49,10 @@ def score_slide(
         noise_samples: predictions under training noise, for the uncertainty; the run's setting if
             left out.
         baselines: whether to score the baselines; the run's setting if left out.
+        class_key: obs column of cell classes, for the RSSD by class.
 
     Raises:
-        UserError: if the slide has no positions, or fewer than three cells.
+        UserError: if the slide has no positions, fewer than three cells, or no such column.
     """
     settings = predictor.config.eval
     slide = informative(predictor.conform(slide))
@@ -56,6 +60,10 @@ def score_slide(
         raise UserError(f"{slide.name}: no positions to score against; use `ipar-sparse predict`")
     if slide.num_cells < 3:
         raise UserError(f"{slide.name}: {slide.num_cells} cells are too few to score; give 3")
+    if class_key is not None and class_key not in slide.obs:
+        hint = suggest(class_key, slide.obs)
+        raise UserError(f"{slide.name}: obs has no column {class_key!r} of classes; {hint}")
+    classes = None if class_key is None else slide.obs[class_key]
     with stage("Predicting"):
         samples = settings.noise_samples if noise_samples is None else noise_samples
         prediction = predictor.predict(slide, noise_samples=samples)
@@ -77,7 +85,7 @@ def score_slide(
     layouts[FLOOR] = slide.pos
     if (typicality := prediction.typicality) is not None:
         typicality.tell(slide.name)
-    methods = _score_layouts(layouts, slide.pos, predictor.config)
+    methods = _score_layouts(layouts, slide.pos, predictor.config, classes)
     return SlideEvaluation(
         slide=slide.name,
         pred=prediction.pos,
@@ -120,7 +128,10 @@ def e_geo_of_layouts(
 
 
 def _score_layouts(
-    layouts: Mapping[str, np.ndarray], pos: np.ndarray, config: RunConfig
+    layouts: Mapping[str, np.ndarray],
+    pos: np.ndarray,
+    config: RunConfig,
+    classes: np.ndarray | None,
 ) -> dict[str, dict[str, float]]:
     """Method to its metrics by flat name."""
     settings, methods = config.eval, {}
@@ -133,6 +144,7 @@ def _score_layouts(
                 num_pairs=settings.sample_pairs,
                 num_rows=settings.sample_rows,
             )
+            methods[name] |= published_metrics(layout, pos, classes)
             task.advance(now=name)
         for name, values in e_geo_of_layouts(layouts, pos, config.train.seed).items():
             methods[name] |= values

@@ -46,8 +46,8 @@ METRICS: dict[str, MetricInfo] = {
         "lower",
         0.0,
     ),
-    "rssd": MetricInfo(
-        "RSSD",
+    "misplacement": MetricInfo(
+        "Misplacement",
         "Typical misplacement of a cell, in tissue radii, after laying the map onto the tissue.",
         "lower",
         0.0,
@@ -70,6 +70,33 @@ METRICS: dict[str, MetricInfo] = {
         "Are neighbours in the tissue at least not far apart on the map? Chance is about 0.5.",
         "higher",
         1.0,
+    ),
+    "cell_spearman": MetricInfo(
+        "Distance correlation of a cell",
+        "Of one cell's distances to all others; the median over cells.",
+        "higher",
+        1.0,
+    ),
+    "cell_spearman_mean": MetricInfo(
+        "Distance correlation of a cell, mean", "The same, the mean over cells.", "higher", 1.0
+    ),
+    "contact_f1": MetricInfo(
+        "Contact F1",
+        "Agreement of which pairs of cells are among the nearest share of all pairs.",
+        "higher",
+        1.0,
+    ),
+    "rssd": MetricInfo(
+        "RSSD",
+        "Root of the summed squared distances of the rotated, not mirrored map; both of unit size.",
+        "lower",
+        0.0,
+    ),
+    "rssd_by_class": MetricInfo(
+        "RSSD by class",
+        "The same of each class alone, summed over classes.",
+        "lower",
+        0.0,
     ),
     "lambda_ratio": MetricInfo(
         "Shape ratio λ₂/λ₁",

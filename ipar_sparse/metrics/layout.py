@@ -102,9 +102,9 @@ def procrustes_metrics(pred: Tensor | np.ndarray, true: Tensor | np.ndarray) -> 
     .. math::
         \text{procrustes} = \frac{\min_{s,R,t} \sum_i \|s\,x_i R + t - y_i\|^2}
                                  {\sum_i \|y_i - \bar y\|^2} \in [0, 1], \qquad
-        \text{rssd} = \sqrt{\text{procrustes}}
+        \text{misplacement} = \sqrt{\text{procrustes}}
 
-    ``rssd``, the root of the relative sum of squared distances, is the root-mean-square
+    ``misplacement`` is the root-mean-square
     misplacement of a cell in units of the tissue's root-mean-square radius.
 
     Args:
@@ -112,7 +112,7 @@ def procrustes_metrics(pred: Tensor | np.ndarray, true: Tensor | np.ndarray) -> 
         true: true layout (n, 2).
 
     Returns:
-        ``procrustes`` and ``rssd``; both are 1 for a collapsed prediction.
+        ``procrustes`` and ``misplacement``; both are 1 for a collapsed prediction.
 
     Raises:
         ValueError: on layouts that :func:`evaluate_layout` refuses.
@@ -121,7 +121,7 @@ def procrustes_metrics(pred: Tensor | np.ndarray, true: Tensor | np.ndarray) -> 
     x, y = unit_gauge(x), unit_gauge(y)
     aligned, _ = align(x, y)
     share = float(min(1.0, np.square(aligned - y).sum() / np.square(y).sum()))
-    return {"procrustes": share, "rssd": float(np.sqrt(share))}
+    return {"procrustes": share, "misplacement": float(np.sqrt(share))}
 
 
 def neighborhood_metrics(

@@ -142,10 +142,10 @@ def _evidence(evaluation: SlideEvaluation, own: Mapping[str, float]) -> list[str
             f"Of the {_NEIGHBORS} cells nearest to a cell on the map, {_NEIGHBORS * hit:.1f} are "
             f"among its nearest in the tissue{by_chance}.{versus}"
         )
-    if (rssd := finite(own, "rssd")) is not None:
+    if (misplacement := finite(own, "misplacement")) is not None:
         sentences.append(
-            f"A cell typically lies {rssd:.2f} tissue radii from its place "
-            f"(1 is a map without information).{_versus(evaluation, 'rssd')}"
+            f"A cell typically lies {misplacement:.2f} tissue radii from its place "
+            f"(1 is a map without information).{_versus(evaluation, 'misplacement')}"
         )
     floor = evaluation.methods.get(FLOOR, {})
     if "E_geo" in own and "E_geo" in floor:

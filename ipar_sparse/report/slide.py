@@ -44,6 +44,7 @@ def evaluate_slide(
     *,
     noise_samples: int | None = None,
     baselines: bool | None = None,
+    class_key: str | None = None,
     genes: Sequence[str] = (),
     command: str | None = None,
 ) -> dict[str, float]:
@@ -55,6 +56,7 @@ def evaluate_slide(
         out: folder for ``metrics.json``, ``report.html`` and ``figures/``; made if missing.
         noise_samples: predictions under training noise; the run's setting if left out.
         baselines: whether to score the baselines; the run's setting if left out.
+        class_key: obs column of cell classes, for the RSSD by class.
         genes: genes by which the page can colour cells, beside the most informative.
         command: what the report names as its origin.
 
@@ -66,7 +68,13 @@ def evaluate_slide(
     Raises:
         UserError: if the slide has no positions, fewer than three cells, or lacks a gene.
     """
-    evaluation = score_slide(predictor, slide, noise_samples=noise_samples, baselines=baselines)
+    evaluation = score_slide(
+        predictor,
+        slide,
+        noise_samples=noise_samples,
+        baselines=baselines,
+        class_key=class_key,
+    )
     return write_evaluation(predictor, slide, evaluation, out, genes=genes, command=command)
 
 

@@ -21,10 +21,15 @@ _NOT_IN_TABLE = {
     "neighbor_hit_chance",
     "neighbor_hit@10",
     "candidate_recall",
+    "misplacement",
+    "cell_spearman",
+    "cell_spearman_mean",
+    "contact_f1",
     "rssd",
+    "rssd_by_class",
 }
-"""Not scores, or another column in other words: RSSD is the root of the Procrustes error. They
-stand in the list of further measures."""
+"""Not scores, another column in other words (misplacement is the root of the Procrustes error), or
+measures of other papers. They stand in the list of further measures."""
 
 
 _MAIN = (
