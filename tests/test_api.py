@@ -350,8 +350,11 @@ def test_every_key_of_a_list_has_its_map(placed):
     assert [ax.get_legend() is None for ax in axes] == [False, True, True]
     values = axes[2].collections[0].get_array()
     assert sorted(values) == sorted(placed.X[:, 3].toarray().ravel())
-    with pytest.raises(UserError, match="no gene is called 'Kind'; columns: .*kind"):
-        ipar.pl.layout(placed, "Kind")
+    for key, near in (("Kind", "kind"), (gene.swapcase(), gene)):
+        with pytest.raises(UserError, match=f"no gene is called '{key}'; did you mean '{near}'"):
+            ipar.pl.layout(placed, key)
+    with pytest.raises(UserError, match="no layer is called 'raw'"):
+        ipar.pl.layout(placed, gene, layer="raw")
     del placed.obsm["X_ipar"]
     with pytest.raises(UserError, match=r"call predict\(\) first"):
         ipar.pl.layout(placed)

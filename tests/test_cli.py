@@ -590,11 +590,14 @@ def test_a_damaged_checkpoint_is_named(slides, run, tmp_path, refused, damage):
     assert said in line
 
 
-def test_evaluate_leaves_metrics_and_a_report(slides, run, tmp_path):
+def test_evaluate_answers_and_leaves_metrics_and_a_report(slides, run, tmp_path, capfd):
     out = tmp_path / "report"
     argv = ["evaluate", str(run), str(slides / "cortex3.h5ad"), "--out", str(out)]
     assert cli.run_command(argv) == 0
+    answer, scores, _ = capfd.readouterr().out.strip().splitlines()
+    assert answer.startswith("cortex3: ") and "overall layout of the tissue was" in answer
     metrics = json.loads((out / "metrics.json").read_text())
+    assert f"distance Spearman {metrics['distance_spearman']:.3f}" in scores
     assert -1 <= metrics["distance_spearman"] <= 1
     assert metrics["E_geo_hgate"] > 0
     assert (out / "report.html").stat().st_size > 1000

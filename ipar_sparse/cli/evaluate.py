@@ -69,7 +69,8 @@ def evaluate(
     tell_notes(slides)
 
     with loading():
-        from ..report import check_genes, evaluate_slide
+        from ..evaluation.scoring import score_slide
+        from ..report import check_genes, summarize, write_evaluation
 
     asked = options.listed(genes)
     check_genes(slides, asked)
@@ -78,13 +79,18 @@ def evaluate(
             note(f"{one.name} {role}: these scores say nothing about unseen slides")
         folder = out if len(slides) == 1 else out / folder_name(one.name)
         with removed_on_failure(folder):
-            metrics = evaluate_slide(
+            found = score_slide(
                 predictor,
                 one,
-                folder,
                 noise_samples=noise_samples,
                 baselines=baselines,
                 class_key=class_key,
+            )
+            metrics = write_evaluation(
+                predictor,
+                one,
+                found,
+                folder,
                 genes=asked,
                 command=f"ipar-sparse evaluate {run} {slide} --out {out}",
             )
@@ -95,4 +101,4 @@ def evaluate(
             "E_geo": "E_geo_hgate",
         }
         scores = ", ".join(f"{name} {metrics[key]:.3f}" for name, key in shown.items())
-        say(f"{one.name}: {scores}\nreport: {folder / 'report.html'}")
+        say(f"{one.name}: {summarize(found).text}\n{scores}\nreport: {folder / 'report.html'}")

@@ -205,7 +205,9 @@ def read_frame(store: Store, name: str, where: str | Path) -> pd.DataFrame:
 def suggest(name: object, options: Iterable[object]) -> str:
     """The end of an error line about an unknown name: the nearest known name, or some of them."""
     known = [str(option) for option in options]
-    close = difflib.get_close_matches(str(name), known, 1, cutoff=0.5)
+    folded = str(name).casefold()
+    close = [one for one in known if one.casefold() == folded]  # Actb for ACTB
+    close = close or difflib.get_close_matches(str(name), known, 1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
     if not known:

@@ -26,6 +26,7 @@ from ..geometry import principal_plane
 from ..geometry.alignment import align, as_embedding
 from ..geometry.neighborhoods import unit_gauge
 from ..graph import NeighborTable
+from .results import RANDOM
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +240,7 @@ def _umap(h, seed, **_):
 
 
 BASELINES: Mapping[str, Callable[..., np.ndarray | None]] = {
-    "random": lambda h, seed, **_: random_layout(len(h), seed=seed),
+    RANDOM: lambda h, seed, **_: random_layout(len(h), seed=seed),
     "PCA": lambda h, **_: pca_layout(h),
     "spectral": lambda h, graph, **_: spectral_layout(h, graph),
     "UMAP": _umap,

@@ -24,6 +24,9 @@ ORACLE = "true neighbours"
 FLOOR = "true coordinates"
 """What the measured positions score against themselves."""
 
+RANDOM = "random"
+"""Normally distributed places, which know nothing of the tissue."""
+
 E_GEO_SUFFIX = {MODEL: "hgate", ORACLE: "tedge", FLOOR: "floor"}
 """Methods whose E_geo is also a flat metric, as ``E_geo_hgate``."""
 

@@ -217,7 +217,7 @@ class Predictor:
             graph = steps.attention_graph(h, candidates, config)
         with stage("Initial layout"):
             initial, variance = steps.initial_layout(h, config, self.atlas)
-        with stage("Gate and recycles"):
+        with stage("Passes of attention"):
             bias, logits = steps.gate_bias(self.gate, h, graph, config)
             trajectory = steps.recycle(self.model, h, graph, bias, initial)
         with stage("Neighbours for refinement"):

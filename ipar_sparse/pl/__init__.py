@@ -1,7 +1,7 @@
 """Figures. Every function takes data, draws on the axes it is given (or new ones), returns Axes.
 
 Colours stay apart for colour-blind readers, and aspect is equal wherever axes are tissue. Beyond
-200,000 cells a random part is drawn, and the figure says so.
+1,000,000 cells a random part is drawn, and the figure says so.
 """
 
 from ..metrics.diagnostics import AttentionFocus

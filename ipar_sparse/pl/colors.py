@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from matplotlib.colors import is_color_like, to_rgb
+from scipy.sparse import issparse
 
+from ..data.anndata_store import suggest
 from ..data.keys import Keys
 from ..errors import UserError
 from ..geometry.neighborhoods import as_layout
@@ -105,7 +107,7 @@ def color_by_key(
         palette: in place of the colours in uns.
 
     Raises:
-        UserError: there is no such column or gene.
+        UserError: there is no such column, gene or layer.
     """
     if key in adata.obs:
         stored = adata.uns.get(f"{key}_colors")
@@ -114,9 +116,13 @@ def color_by_key(
             palette = list(stored)
         return color_of(column, palette, key)
     if key not in adata.var_names:
-        columns = ", ".join(map(str, adata.obs.columns[:8])) or "none"
-        raise UserError(f"no obs column and no gene is called {key!r}; columns: {columns}")
-    return color_of(adata.obs_vector(key, layer=layer), palette, key)
+        known = suggest(key, [*adata.obs.columns, *adata.var_names])
+        raise UserError(f"no obs column and no gene is called {key!r}; {known}")
+    if layer is not None and layer not in adata.layers:
+        raise UserError(f"no layer is called {layer!r}; {suggest(layer, adata.layers)}")
+    gene = adata[:, [key]]
+    values = gene.X if layer is None else gene.layers[layer]
+    return color_of(values.toarray().ravel() if issparse(values) else np.ravel(values), name=key)
 
 
 def positions_of(adata: AnnData, basis: str) -> np.ndarray:

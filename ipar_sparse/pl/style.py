@@ -16,7 +16,7 @@ MUTED = "#6B7680"
 FAINT = "#D9DEE3"
 BACKGROUND = "#F7F8FA"
 
-MAX_POINTS = 200_000
+MAX_POINTS = 1_000_000
 
 
 def new_axes(ax: Axes | None, size: tuple[float, float] = (4.2, 4.2)) -> Axes:

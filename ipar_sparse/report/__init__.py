@@ -1,6 +1,7 @@
 """HTML pages made from results, and the commands that end in one."""
 
 from .cells import check_genes
+from .headline import summarize
 from .slide import evaluate_slide, write_evaluation, write_prediction_report, write_report
 from .study import print_study, run_study_with_report, write_study_report
 
@@ -12,5 +13,6 @@ __all__ = [
     "run_study_with_report",
     "write_prediction_report",
     "write_report",
+    "summarize",
     "write_study_report",
 ]

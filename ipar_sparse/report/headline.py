@@ -71,7 +71,7 @@ def summarize(evaluation: SlideEvaluation) -> Headline:
             if wins == scored
             else f"better than every baseline on {wins} of {scored} measures"
             if wins
-            else "on no measure better than the best baseline"
+            else "but on no measure better than the best baseline"
         )
     return Headline(f"{verdict}{text}.", _evidence(evaluation, own), warnings)
 
@@ -98,7 +98,7 @@ def remarks_on(evaluation: SlideEvaluation, groups: Mapping | None) -> list[str]
         )
     order = evaluation.measures.get("uncertainty_error_spearman")
     if order is not None and math.isfinite(order):
-        words = "hardly" if order < 0.1 else "in part" if order < 0.4 else "well"
+        words = "hardly" if order < 0.2 else "in part" if order < 0.4 else "well"
         remarks.append(
             f"The uncertainty tells {words} which cells lie far from their places: its rank "
             f"correlation with their error is {order:.2f}."

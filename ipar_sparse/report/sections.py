@@ -16,6 +16,7 @@ from ..evaluation.results import (
     MODEL,
     NO_RECYCLES,
     NO_REFINEMENT,
+    RANDOM,
     SlideEvaluation,
 )
 from ..geometry.alignment import align
@@ -57,7 +58,7 @@ def map_sections(page: PageInput) -> list[dict]:
     """The maps as figures, for readers without JavaScript: cells by place, and by the first gene.
 
     Returns:
-        Title, text, figures (:func:`~ipar_sparse.report.html.draw_figure`) and warnings of each.
+        Title, text, figures (:func:`~ipar_sparse.report.html.draw_figure`) and what is unusual.
     """
     found = [_map_section(page.evaluation), _gene_section(page)]
     return [section for section in found if section is not None]
@@ -119,8 +120,11 @@ def _gene_section(page: PageInput) -> dict | None:
 
 
 def method_figures(evaluation: SlideEvaluation) -> list[dict]:
-    """The main metrics of every method as one figure; none without other methods."""
-    methods = evaluation.methods
+    """The main metrics of every method as one figure; none without other methods.
+
+    Random layouts are in the tables alone: their dots would press all others together.
+    """
+    methods = {name: values for name, values in evaluation.methods.items() if name != RANDOM}
     names = [name for name in _DOTS if sum(name in values for values in methods.values()) > 1]
     if evaluation.true is None or not names:
         return []
@@ -221,12 +225,12 @@ def _recycle_section(evaluation: SlideEvaluation) -> dict | None:
         "first figure. Distance correction and refinement, where a run has them, come afterwards."
     )
     figure = draw_figure("recycles", (10.0, height), draw, "The map after every recycle")
-    return _section("Recycle by recycle", text, [figure])
+    return _section("Pass by pass", text, [figure])
 
 
 def _attention_section(evaluation: SlideEvaluation) -> dict | None:
     figures, sentences = [], []
-    warnings = health_warnings(evaluation.measures, of_map=False)
+    unusual = health_warnings(evaluation.measures, of_map=False)
     if evaluation.focus:
         figures.append(_focus_figure(evaluation))
         count = len(evaluation.focus)
@@ -245,11 +249,11 @@ def _attention_section(evaluation: SlideEvaluation) -> dict | None:
         figures.append(_panel_figure(evaluation.measures, panels))
         below = "Below, measures" if evaluation.focus else "Measures"
         sentences.append(f"{below} of attention by recycle and head; green is the healthy range.")
-    if not figures and not warnings:
+    if not figures and not unusual:
         return None
-    if warnings and INITIAL in evaluation.methods:
+    if unusual and INITIAL in evaluation.methods:
         sentences.append(_worth_of_attention(evaluation))
-    return _section("Attention", " ".join(sentences), figures, warnings)
+    return _section("Attention", " ".join(sentences), figures, unusual)
 
 
 def _worth_of_attention(evaluation: SlideEvaluation) -> str:
@@ -309,8 +313,8 @@ def _training_section(page: PageInput) -> dict | None:
     return _section("Training", text, [figure])
 
 
-def _section(title: str, text: str, figures: list[dict], warnings: Sequence[str] = ()) -> dict:
-    return {"title": title, "text": text, "figures": figures, "warnings": warnings}
+def _section(title: str, text: str, figures: list[dict], unusual: Sequence[str] = ()) -> dict:
+    return {"title": title, "text": text, "figures": figures, "unusual": unusual}
 
 
 def _height(evaluation: SlideEvaluation, width: float) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation.comparison import direction
-from ..evaluation.results import FLOOR, MODEL, ORACLE, SlideEvaluation, role_of
+from ..evaluation.results import FLOOR, MODEL, ORACLE, RANDOM, SlideEvaluation, role_of
 from ..layout.uncertainty import square_errors
 from ..metrics.layout import METRICS, metric_info
 from .cells import CellTable
@@ -41,7 +41,6 @@ _MAIN = (
     "E_geo",
 )
 _RIVALS = 3  # baselines of the main table, beside chance
-_CHANCE = "random"
 
 
 def main_table(evaluation: SlideEvaluation) -> dict:
@@ -50,9 +49,9 @@ def main_table(evaluation: SlideEvaluation) -> dict:
     names = [name for name in _MAIN if name in table_metrics(evaluation)]
     first = (names or table_metrics(evaluation))[0]
     sign = direction(first) or 1
-    rivals = [m for m in methods if role_of(m) == "baseline" and m != _CHANCE]
+    rivals = [m for m in methods if role_of(m) == "baseline" and m != RANDOM]
     rivals.sort(key=lambda m: -sign * (finite(methods[m], first) or -sign * math.inf))
-    kept = [m for m in (MODEL, *rivals[:_RIVALS], _CHANCE, FLOOR) if m in methods]
+    kept = [m for m in (MODEL, *rivals[:_RIVALS], RANDOM, FLOOR) if m in methods]
     return metric_table(evaluation, kept, names)
 
 

@@ -40,8 +40,14 @@ def divide(
         slides = [slide for slide in slides if slide.name != name]
         if val:
             logger.info("%s is kept out of training and decides when to stop", name)
-    if not val:
-        logger.info("no validation slide: all epochs are run")
+    if not val and len(slides) == 1:
+        logger.warning(
+            "one training slide and none to validate on: what is peculiar to it is learned as the "
+            "plan of the tissue, and nothing here shows how much. Add slides, or score the run on "
+            "another slide before relying on its maps"
+        )
+    elif not val:
+        logger.info("no validation slide: training does not stop early")
     for slide in (*slides, *val):
         if slide.pos is None:
             raise UserError(f"{slide.name}: no positions to train on; see data/README.md")

@@ -307,7 +307,7 @@ def validate(parts: Trained, batches: Sequence[GraphBatch], epoch: int, loop: Lo
     row = {f"val_{name}": value for name, value in scores.items()}
     loop.log("model", {**row, "epoch": epoch, "best": int(better)})
     logger.info(
-        "epoch %d: validation E_geo %.3f on gated candidates, %.3f on true neighbours%s",
+        "epoch %d: validation E_geo (lower is better) %.3f, %.3f if true neighbours were known%s",
         epoch + 1,
         scores["hgate_e_geo"],
         scores["tedge_e_geo"],
