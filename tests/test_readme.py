@@ -62,6 +62,11 @@ def test_commands_options_and_settings_that_are_shown_exist(page):
             assert option in options, f"ipar-sparse {name} has no {option}"
 
 
+def test_it_is_short():
+    prose = re.sub(r"```.*?```|^\|.*?$|\]\([^)]*\)", "", README, flags=re.S | re.M)
+    assert len(re.findall(r"\S*\w\S*", prose)) < 500
+
+
 def test_its_files_exist():
     for path in re.findall(r"`((?:docs|data|experiments|benchmarks|ipar_sparse)/[^`]*)`", README):
         assert (ROOT / path).exists(), path
