@@ -204,7 +204,7 @@ def read_frame(store: Store, name: str, where: str | Path) -> pd.DataFrame:
 
 def suggest(name: object, options: Iterable[object]) -> str:
     """The end of an error line about an unknown name: the nearest known name, or some of them."""
-    known = [str(option) for option in options]
+    known = [str(option) for option in options if option is not None]  # X is layer None, of 0.13
     folded = str(name).casefold()
     close = [one for one in known if one.casefold() == folded]  # Actb for ACTB
     close = close or difflib.get_close_matches(str(name), known, 1, cutoff=0.5)
