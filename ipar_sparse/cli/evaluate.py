@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -94,11 +95,14 @@ def evaluate(
                 genes=asked,
                 command=f"ipar-sparse evaluate {run} {slide} --out {out}",
             )
-        k = max(predictor.config.eval.ks)
-        shown = {
-            "distance Spearman": "distance_spearman",
-            f"neighbour hit @{k}": f"neighbor_hit@{k}",
-            "E_geo": "E_geo_hgate",
-        }
-        scores = ", ".join(f"{name} {metrics[key]:.3f}" for name, key in shown.items())
+        scores = _scores(metrics, max(predictor.config.eval.ks))
         say(f"{one.name}: {summarize(found).text}\n{scores}\nreport: {folder / 'report.html'}")
+
+
+def _scores(metrics: Mapping[str, float], k: int) -> str:
+    shown = {
+        "distance Spearman": "distance_spearman",
+        f"neighbour hit @{k}": f"neighbor_hit@{k}",
+        "E_geo": "E_geo_hgate",
+    }
+    return ", ".join(f"{name} {metrics[key]:.3f}" for name, key in shown.items())
