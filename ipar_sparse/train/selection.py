@@ -239,7 +239,7 @@ def _try_choices(
     distance, hit = (_donors(found, name) for name in ("distance", "hit"))
     result.donors = len(hit)
     logger.info(
-        "with these settings, donors left out of short trainings reach distance Spearman "
+        "with these settings and short trainings, left-out donors reach distance Spearman "
         "%.3f ± %.3f and neighbour hit %.3f ± %.3f; `ipar-sparse info` shows all that was tried",
         distance.mean(),
         standard_error(distance),
