@@ -29,10 +29,11 @@ from .inference.placing import (
     embed_cells,
     place_cells,
     read_cells,
-    refuse_unlike,
+    refuse_cells,
     role_in_training,
 )
 from .inference.predictor import Predictor
+from .inference.reference import find_reference
 from .inference.run_folder import reading_settings
 from .inference.summary import RunSummary, summarize_run
 from .progress import quiet_stages, setup_logging
@@ -194,6 +195,8 @@ class IPAR(Pretrained):
         copy: bool = False,
         noise_samples: int | None = None,
         *,
+        reference: Cells | None = None,
+        keep_foreign: bool = False,
         strict: bool = False,
         layer: str | None = None,
         normalized: bool | None = None,
@@ -220,15 +223,19 @@ class IPAR(Pretrained):
             copy: fill and return a copy instead.
             noise_samples: predictions under training noise, which add to the uncertainty; the
                 run's setting if left out.
+            reference: training slide, as AnnData, a file or its name in the run. Fills
+                obsm["X_ipar_reference"] (n, 2) in its coordinates and units, and their expected
+                error obs["ipar_uncertainty_reference"] (n,). obs["ipar_foreign"] flags cells that
+                do not belong to the tissue, which have NaN there.
+            keep_foreign: give these cells a position there, too.
             strict: refuse a slide that is unlike the training slides.
             layer: layer that holds the expression; that of the run if left out.
             normalized: whether expression is log-normalised; recognised if left out.
             slide_key: obs column that names the slide of each cell; slides are placed apart. That
                 of the run if left out, where the cells have it; an empty one undoes it.
-            embedding: for a run that was trained on an embedding, where it is, as
-                ``"obsm:X_pca"``.
-            ignore_case: whether gene names that differ in letter case alone are one gene; as the
-                run did if left out.
+            embedding: of a run that was trained on one, e.g. ``"obsm:X_pca"``.
+            ignore_case: whether letter case of gene names is disregarded; as in the run if left
+                out.
             keep_empty: give cells without counts the average place, in place of NaN.
             report: folder for a page on which to explore the map; none is written if left out.
             genes: genes by which the page can colour cells, beside the most informative.
@@ -238,24 +245,21 @@ class IPAR(Pretrained):
             The cells if they are a copy or come from a file, else None.
 
         Raises:
-            UserError: the cells cannot be read, share no gene with the run, lack one of
-                ``genes``, or are fewer than 15; the folder of the report is in use; with
-                ``strict``, a slide is unlike the training slides.
+            UserError: the cells cannot be read, used or placed, or lack one of ``genes``; an
+                option means nothing; the folder of the report is in use; the reference is no
+                training slide or holds the cells; with ``strict``, a slide is unlike its own.
         """
         if report is not None:
             check_output_folder(Path(report), overwrite, "report")
-        slides, adata = self._read(
-            cells,
-            layer=layer,
-            normalized=normalized,
-            slide_key=slide_key,
-            embedding=embedding,
-            ignore_case=ignore_case,
-        )
+        if keep_foreign and reference is None:
+            raise UserError("keep_foreign means nothing without a reference; leave it out")
+        within = None if reference is None else find_reference(self.run, reference)
+        given = _given(layer=layer, normalized=normalized, slide_key=slide_key)
+        given |= _given(embedding=embedding, ignore_case=ignore_case)
+        slides, adata = self._read(cells, **given)
         check_genes(slides, genes)
-        if strict:
-            refuse_unlike(self.predictor, slides)
-        added = place_cells(self.predictor, slides, noise_samples, keep_empty)
+        refuse_cells(self.predictor, slides, strict, within)
+        added = place_cells(self.predictor, slides, noise_samples, keep_empty, within, keep_foreign)
         if report is not None:
             write_prediction_report(
                 self.predictor, slides, added, Path(report), genes=genes, command="IPAR.predict()"

@@ -58,6 +58,7 @@ def test_a_run_folder_holds_all_that_prediction_and_readers_need(small_run, smal
         "model",
         "relevant_components",
         "typicality",
+        "atlas",
     }
     assert RunConfig.load(small_run).unresolved() == []
     assert RunConfig.load_request(small_run) == small_config()

@@ -68,7 +68,8 @@ def test_initial_layouts_hold_where_most_dimensions_of_the_embedding_are_flat():
     scaler = EmbeddingScaler(32).fit([slide.h for slide in slides])
     for slide in slides:
         slide.h = scaler(slide.h)
-    fit_atlas(slides[:1], slides[1:], load_config(), Loop(0, torch.device("cpu")))
+    config = load_config(overrides=["model.init=atlas"])
+    fit_atlas(slides[:1], slides[1:], config, Loop(0, torch.device("cpu")))
     for slide in slides:
         found = evaluate_layout(slide.initial.numpy(), slide.pos.numpy())
         assert found["distance_spearman"] > 0.9

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,14 +15,37 @@ from . import options
 from .folders import removed_on_failure
 from .inputs import check_inputs, load_predictor, tell_notes
 from .messages import say
-from .options import OUTPUT, flag, given
+from .options import OUTPUT, RUNNING, flag, given
 from .results import outputs_of, tell_written
+
+if TYPE_CHECKING:
+    from ..data.slide import Slide
+    from ..inference.predictor import Predictor
 
 ObsmOnly = Annotated[
     bool,
     flag(
         "--out-obsm-only",
         "Write cell names and the results to --out, and no copy of the input's expression.",
+        OUTPUT,
+    ),
+]
+
+Reference = Annotated[
+    str | None,
+    flag(
+        "--reference",
+        "Training slide, by file or name, in whose own coordinates and units positions are wanted "
+        "as well.",
+        RUNNING,
+        "SLIDE",
+    ),
+]
+KeepForeign = Annotated[
+    bool,
+    flag(
+        "--keep-foreign",
+        "Give cells that do not belong to the tissue a position in the frame of --reference, too.",
         OUTPUT,
     ),
 ]
@@ -43,12 +67,14 @@ def predict(
             "results alone. A folder for several inputs.",
         ),
     ],
+    reference: Reference = None,
     noise_samples: options.NoiseSamples = None,
     layer: options.Layer = None,
     normalized: options.Normalized = None,
     slide_key: options.SlideKey = None,
     ignore_case: options.IgnoreCase = None,
     keep_empty: options.KeepEmpty = False,
+    keep_foreign: KeepForeign = False,
     embedding: options.Embedding = None,
     strict: options.Strict = False,
     device: options.Device = None,
@@ -62,48 +88,103 @@ def predict(
     from ..data.keys import Keys
 
     asked = options.listed(genes)
-    if asked and report is None:
-        raise UserError("--genes chooses genes of the page; add --report DIR, or leave it out")
+    _refuse_alone(
+        genes=(asked, "--report DIR", report),
+        keep_foreign=(keep_foreign, "--reference SLIDE", reference),
+    )
     if report is not None:
         check_output_folder(report, overwrite, "--report")
-    obsm, outputs = (Keys.PREDICTION, Keys.EMBEDDING), outputs_of(cells, out)
+    framed = () if reference is None else (Keys.REFERENCE,)
+    obsm, outputs = (Keys.PREDICTION, *framed, Keys.EMBEDDING), outputs_of(cells, out)
     taken = () if obsm_only else obsm
     for source, path in outputs.items():
         check_output(source, path, overwrite=overwrite, obsm=taken)
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
     reading |= given(ignore_case=ignore_case, device=device)
     data, optional = check_inputs(run, cells, require_pos=False, **reading), slide_key is None
+    wanted = given(noise_samples=noise_samples, keep_empty=keep_empty, keep_foreign=keep_foreign)
+    if reference is not None:
+        from ..inference.reference import find_reference
+
+        wanted["reference"] = find_reference(run, reference)
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
-    from ..data.writers import write_predictions
-    from ..inference.placing import certainty_columns, place_cells, read_cells, refuse_unlike
-    from ..progress import stage
+    from ..inference.placing import certainty_columns, read_cells, refuse_cells
 
-    columns = certainty_columns(predictor)
+    columns = certainty_columns(predictor, reference is not None)
     for source, path in outputs.items():
         obs = () if obsm_only else (*columns, Keys.EMPTY)
         check_output(source, path, overwrite=overwrite, obsm=taken, obs=obs)
+    first = strict or (reference is not None and len(outputs) > 1)
+    for source in outputs if first else ():  # nothing is written if one of them is refused
+        slides = read_cells(predictor, source, data, slide_key_optional=optional)
+        refuse_cells(predictor, slides, strict, wanted.get("reference"))
     writing: dict[str, Any] = given(slide_key=data.slide_key, results_alone=obsm_only)
-    for source in outputs if strict else ():  # nothing is written if one of them is refused
-        refuse_unlike(predictor, read_cells(predictor, source, data, slide_key_optional=optional))
     for source, path in outputs.items():
         slides = read_cells(predictor, source, data, slide_key_optional=optional)
         tell_notes(slides)
-        pages = []
         folder = report if report is None or len(outputs) == 1 else report / path.stem
-        with removed_on_failure(folder) if folder else nullcontext():
-            if folder:
-                from ..report import check_genes, write_prediction_report
-
-                check_genes(slides, asked)
-            added = place_cells(predictor, slides, noise_samples, keep_empty)
-            if folder:
-                command = f"ipar-sparse predict {run} {source} --out {path} --report {report}"
-                pages = write_prediction_report(
-                    predictor, slides, added, folder, genes=asked, command=command
-                )
-            with stage(f"Writing {path.name}"):
-                write_predictions(source, path, **vars(added), **writing, overwrite=overwrite)
+        command = f"ipar-sparse predict {run} {source} --out {path} --report {report}"
+        page = None if folder is None else (folder, asked, command)
+        pages = _place(predictor, slides, source, path, wanted, page, overwrite, writing)
         tell_written(slides, path, obsm, columns)
-        for page in pages:
-            say(f"report: {page}")
+        for one in pages:
+            say(f"report: {one}")
+
+
+def _place(
+    predictor: Predictor,
+    slides: Sequence[Slide],
+    source: Path,
+    out: Path,
+    wanted: dict[str, Any],
+    page: tuple[Path, list[str], str] | None,
+    overwrite: bool,
+    writing: dict[str, Any],
+) -> list[Path]:
+    """Places the cells of one file and writes what was found.
+
+    Args:
+        predictor: the trained run.
+        slides: of the file.
+        source: the file.
+        out: what is written.
+        wanted: of the prediction.
+        page: its folder, its genes and the command that made it; None for no page.
+        overwrite: replace earlier output.
+        writing: how results are written.
+
+    Returns:
+        The pages that were written.
+    """
+    from ..data.writers import write_predictions
+    from ..inference.placing import place_cells
+    from ..progress import stage
+
+    pages: list[Path] = []
+    with removed_on_failure(page[0]) if page else nullcontext():
+        if page:
+            from ..report import check_genes, write_prediction_report
+
+            check_genes(slides, page[1])
+        added = place_cells(predictor, slides, **wanted)
+        if page:
+            folder, genes, command = page
+            pages = write_prediction_report(
+                predictor, slides, added, folder, genes=genes, command=command
+            )
+        with stage(f"Writing {out.name}"):
+            write_predictions(source, out, **vars(added), **writing, overwrite=overwrite)
+    return pages
+
+
+def _refuse_alone(**options: tuple[Any, str, Any]) -> None:
+    """Refuses options that mean nothing without another one.
+
+    Args:
+        **options: by name: its value, the option that it needs, and the value of that.
+    """
+    for name, (value, other, needed) in options.items():
+        if value and needed is None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} means nothing without {other}; add that, or leave it out")

@@ -102,6 +102,9 @@ class TypicalityConfig(Section):
     """Share of cells with a p-value of at most 0.05 above which a slide is unlike in part."""
     unlike_p_value: Share = 0.01
     """Factor by which p-values are multiplied on a slide that is unlike the training slides."""
+    foreign_p_value: Share = 0.05
+    """P-value up to which a cell does not belong to the tissue, and has no position in the frame of
+    a reference slide. It is the share of own cells that are left out by mistake."""
     growth_below: Inside = 0.05
     """P-value below which uncertainty grows as the p-value falls; at 0 it is that of a map without
     information."""

@@ -7,8 +7,11 @@ class Keys:
     SPATIAL = "spatial"  # obsm, (n, 2): measured positions in the user's units; read only
     PREDICTION = "X_ipar"  # obsm, (n, 2): predicted positions, unit root-mean-square radius
     EMBEDDING = "X_ipar_embedding"  # obsm, (n, d): the embedding that the prediction is made from
+    REFERENCE = "X_ipar_reference"  # obsm, (n, 2): in the frame and units of a training slide
     UNCERTAINTY = "ipar_uncertainty"  # obs, (n,): predicted root mean square error, tissue radii
     TYPICALITY = "ipar_typicality"  # obs, (n,): p-value, small = unlike the training cells
+    UNCERTAINTY_REFERENCE = "ipar_uncertainty_reference"  # obs, (n,): the same in its units
+    FOREIGN = "ipar_foreign"  # obs, (n,): True for cells that do not belong to the tissue
     EMPTY = "ipar_empty"  # obs, (n,): True for cells without counts
     UNS = "ipar"  # uns: configuration, version, verdict and graph recall of the prediction
     SOURCE = (

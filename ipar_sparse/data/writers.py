@@ -27,8 +27,17 @@ from .slide import Slide
 from .sources import load_source
 
 _PIECE = 1 << 24  # bytes of a file copied at a time
-_OF_POSITIONS = (Keys.UNCERTAINTY, Keys.TYPICALITY, Keys.EMPTY)
-"""Columns of obs that belong to positions, and do not outlive them."""
+_OF_POSITIONS = {
+    "obs": (
+        Keys.UNCERTAINTY,
+        Keys.UNCERTAINTY_REFERENCE,
+        Keys.TYPICALITY,
+        Keys.FOREIGN,
+        Keys.EMPTY,
+    ),
+    "obsm": (Keys.REFERENCE,),
+}
+"""What belongs to positions, by slot, and does not outlive them."""
 
 
 def to_anndata(slide: Slide) -> anndata.AnnData:
@@ -95,6 +104,7 @@ def write_predictions(
     *,
     pos: np.ndarray | None = None,
     embedding: np.ndarray | None = None,
+    obsm: Mapping[str, np.ndarray] | None = None,
     obs: Mapping[str, np.ndarray] | None = None,
     uns: Mapping[str, Any] | None = None,
     slide_key: str | None = None,
@@ -114,6 +124,7 @@ def write_predictions(
         pos: positions (n, 2) in file order, for obsm["X_ipar"].
         embedding: embedding (n, d) in file order, for obsm["X_ipar_embedding"]. A table holds it
             where there are no positions.
+        obsm: further arrays to add, each (n, ...), by key.
         obs: columns to add, each (n,).
         uns: nested dict of plain values, for uns["ipar"].
         slide_key: obs column that a part of a file was sought in.
@@ -125,10 +136,9 @@ def write_predictions(
         ValueError: if an array has not one row per cell of the file.
     """
     found, out = Source.parse(source), Path(out)
-    given = {Keys.PREDICTION: pos, Keys.EMBEDDING: embedding}
-    obsm = {key: np.asarray(value) for key, value in given.items() if value is not None}
+    arrays = _arrays(pos, embedding, obsm)
     columns = {key: _storable(np.asarray(value)) for key, value in (obs or {}).items()}
-    taken: dict[str, Any] = {} if results_alone else {"obsm": obsm, "obs": columns}
+    taken: dict[str, Any] = {} if results_alone else {"obsm": arrays, "obs": columns}
     check_output(source, out, overwrite=overwrite, **taken)
     adata, as_it_is = None, not found.is_foreign and found.label is None
     if as_it_is and (results_alone or is_table(out) or found.suffix == out.suffix):
@@ -137,23 +147,23 @@ def write_predictions(
     else:
         adata = load_source(source, slide_key)
         names = adata.obs_names
-    for key, value in (obsm | columns).items():
+    for key, value in (arrays | columns).items():
         if len(value) != len(names):
             raise ValueError(
                 f"{key} has {len(value)} rows, expected {len(names)}: one per cell of {source}"
             )
-    if pos is not None and obsm[Keys.PREDICTION].shape != (len(names), 2):
+    if pos is not None and arrays[Keys.PREDICTION].shape != (len(names), 2):
         raise ValueError(f"pos has shape {np.shape(pos)}, expected ({len(names)}, 2)")
     if is_table(out):
-        _write_table(names, out, obsm, columns, overwrite)
+        _write_table(names, out, arrays, columns, overwrite)
         return
     if results_alone:
         adata = anndata.AnnData(obs=pd.DataFrame(index=names))
     if adata is not None:
-        add_predictions(adata, pos=pos, embedding=embedding, obs=obs, uns=uns)
+        add_predictions(adata, pos=pos, embedding=embedding, obsm=obsm, obs=obs, uns=uns)
         write_anndata(adata, out, overwrite=overwrite)
     else:
-        _write_copy(found, out, obsm, columns, _plain(dict(uns or {})), overwrite)
+        _write_copy(found, out, arrays, columns, _plain(dict(uns or {})), overwrite)
 
 
 def _write_copy(
@@ -168,8 +178,10 @@ def _write_copy(
         (copy_folder if source.path.is_dir() else _copy_file)(source.path, temp)
         with open_store(temp, mode="r+", inside=source.group) as store:
             if Keys.PREDICTION in obsm:
-                for key in _OF_POSITIONS:
+                for key in _OF_POSITIONS["obs"]:
                     _drop_column(store["obs"], key)
+                for key in set(_OF_POSITIONS["obsm"]).intersection(store.get("obsm", ())):
+                    del store["obsm"][key]
             for key, value in obsm.items():
                 _put(store, "obsm", key, value)
             for key, value in columns.items():
@@ -186,11 +198,14 @@ def _write_table(
     columns: Mapping[str, np.ndarray],
     overwrite: bool,
 ) -> None:
-    """A row a cell: its name, its position or else its embedding, and the obs columns."""
-    key = Keys.PREDICTION if Keys.PREDICTION in obsm else Keys.EMBEDDING
-    short = key.removeprefix("X_")
-    table = pd.DataFrame(obsm[key], index=pd.Index(names, name="cell"))
-    table.columns = [f"{short}_{number}" for number in range(1, table.shape[1] + 1)]
+    """A row a cell: its name, its positions or else its embedding, and the obs columns."""
+    table = pd.DataFrame(index=pd.Index(names, name="cell"))
+    for key, value in obsm.items():
+        if key == Keys.EMBEDDING and Keys.PREDICTION in obsm:
+            continue
+        for place in np.ndindex(value.shape[1:]):
+            name = "_".join([key.removeprefix("X_"), *(str(i + 1) for i in place)])
+            table[name] = value[(slice(None), *place)]
     with _replacing(out, overwrite) as temp:
         how = "gzip" if out.suffix == ".gz" else None
         table.assign(**columns).to_csv(temp, compression=how)
@@ -201,6 +216,7 @@ def add_predictions(
     *,
     pos: np.ndarray | None = None,
     embedding: np.ndarray | None = None,
+    obsm: Mapping[str, np.ndarray] | None = None,
     obs: Mapping[str, np.ndarray] | None = None,
     uns: Mapping[str, Any] | None = None,
 ) -> None:
@@ -210,18 +226,28 @@ def add_predictions(
         adata: n cells; changed in place.
         pos: positions (n, 2), for obsm["X_ipar"].
         embedding: embedding (n, d), for obsm["X_ipar_embedding"].
+        obsm: further arrays to add, each (n, ...), by key.
         obs: columns to add, each (n,).
         uns: nested dict of plain values, for uns["ipar"].
     """
-    for key, value in ((Keys.PREDICTION, pos), (Keys.EMBEDDING, embedding)):
-        if value is not None:
-            adata.obsm[key] = np.asarray(value)
-    for key in _OF_POSITIONS:
-        if pos is not None and key in adata.obs:
-            del adata.obs[key]
+    for slot, keys in _OF_POSITIONS.items() if pos is not None else ():
+        held = getattr(adata, slot)
+        for key in keys:
+            if key in held:
+                del held[key]
+    for key, value in _arrays(pos, embedding, obsm).items():
+        adata.obsm[key] = value
     for key, value in (obs or {}).items():
         adata.obs[key] = _storable(np.asarray(value))
     adata.uns[Keys.UNS] = _plain(dict(uns or {}))
+
+
+def _arrays(
+    pos: np.ndarray | None, embedding: np.ndarray | None, others: Mapping[str, np.ndarray] | None
+) -> dict[str, np.ndarray]:
+    """What goes to obsm, by key."""
+    given = {Keys.PREDICTION: pos, Keys.EMBEDDING: embedding, **(others or {})}
+    return {key: np.asarray(value) for key, value in given.items() if value is not None}
 
 
 def in_file_order(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..geometry.alignment import EmbeddedSlides, align_slides
+from ..geometry.alignment import EmbeddedSlides, Similarity, align, align_slides
 
 _SIDE = 48  # grid points along each side of the common frame
 _DENSITY_WIDTH = 0.08  # kernel width of the tissue density, in RMS radii of a slide
@@ -74,6 +74,9 @@ class Atlas(nn.Module):
     The weights are used if :math:`1 / \sum_s w_s^2`, the effective number of slides, is below half
     their number.
 
+    ``frames`` holds a similarity for each training slide, from the common frame to the slide's own
+    coordinates. It is empty before :meth:`fit`, and no part of the state.
+
     Args:
         channels: width d of the embedding.
         temperature: T.
@@ -112,6 +115,7 @@ class Atlas(nn.Module):
     ):
         super().__init__()
         self.channels, self.temperature, self.neighbors = channels, temperature, neighbors
+        self.frames: list[Similarity] = []
         self._field_options: dict[str, Any] = {
             "knots": knots,
             "knot_width": knot_width,
@@ -132,11 +136,13 @@ class Atlas(nn.Module):
         return len(self.known)
 
     @torch.no_grad()
-    def fit(self, slides: EmbeddedSlides) -> Atlas:
+    def fit(self, slides: EmbeddedSlides, places: Sequence[np.ndarray] | None = None) -> Atlas:
         """Learn field, noise and density, and remember training cells.
 
         Args:
             slides: pairs (embedding (n_s, d), positions (n_s, 2)) of training slides.
+            places: their positions in a common frame (n_s, 2), in RMS radii; found by
+                :func:`~ipar_sparse.geometry.alignment.align_slides` if left out.
 
         Raises:
             ValueError: without slides, or with embeddings of another width.
@@ -145,15 +151,17 @@ class Atlas(nn.Module):
             raise ValueError(f"an atlas is fitted on slides of embeddings (n, {self.channels})")
         pairs = [(_fit_sample(h), _fit_sample(pos)) for h, pos in slides]
         embeddings = [h for h, _ in pairs]
-        places = [torch.from_numpy(x) for x in align_slides(pairs)]
-        equal = torch.full((len(places),), 1 / len(places), dtype=torch.float64)
-        learned = fit_tissue_field(embeddings, places, equal, **self._field_options)
+        aligned = align_slides(pairs) if places is None else places
+        seats = [_fit_sample(x) for x in aligned]
+        self.frames = [align(x, pos)[1] for x, (_, pos) in zip(seats, pairs, strict=True)]
+        equal = torch.full((len(seats),), 1 / len(seats), dtype=torch.float64)
+        learned = fit_tissue_field(embeddings, seats, equal, **self._field_options)
         for name, value in learned._asdict().items():
             getattr(self, name).copy_(value)
-        share = _KNOWN_CELLS // len(places)
+        share = _KNOWN_CELLS // len(seats)
         known = [_sample(h, share) for h in embeddings]
         self.known = torch.cat(known).to(self.field)
-        self.places = torch.cat([_sample(x, share) for x in places]).to(self.field)
+        self.places = torch.cat([_sample(x, share) for x in seats]).to(self.field)
         sizes = torch.tensor([len(h) for h in known])
         self.origin = torch.arange(len(sizes)).repeat_interleave(sizes).to(self.field.device)
         return self

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,13 @@ from ..data.readers import read_files
 from ..data.slide import Slide, Warned
 from ..data.writers import in_file_order
 from ..errors import UserError
+from ..layout.uncertainty import widen
 from ..progress import track
 from .costs import check_prediction, slide_size
 from .predictor import Prediction, Predictor
+from .reference import Reference, refuse_reference_itself
 from .run_folder import check_encoder
+from .summary import frame_sentence
 from .typicality import UNLIKE
 
 logger = logging.getLogger(__name__)
@@ -42,12 +45,14 @@ class Additions:
         obs: columns, each (n,).
         uns: for uns["ipar"].
         pos: positions (n, 2), for obsm["X_ipar"]; None where cells are only embedded.
+        obsm: further arrays, each (n, ...).
     """
 
     embedding: np.ndarray
     obs: dict[str, np.ndarray]
     uns: dict[str, Any]
     pos: np.ndarray | None = None
+    obsm: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def read_cells(
@@ -86,6 +91,8 @@ def place_cells(
     slides: Sequence[Slide],
     noise_samples: int | None = None,
     keep_empty: bool = False,
+    reference: Reference | None = None,
+    keep_foreign: bool = False,
 ) -> Additions:
     """Positions, embedding, uncertainty and provenance of the cells of one file or object.
 
@@ -98,11 +105,15 @@ def place_cells(
         noise_samples: predictions under training noise; the run's setting if left out.
         keep_empty: give cells without counts the average place and the embedding of an average
             cell, with an uncertainty of one tissue radius.
+        reference: training slide in whose frame and units positions are wanted as well.
+        keep_foreign: give cells that do not belong to the tissue a position there, too.
 
     Raises:
-        UserError: a slide shares no gene with the run, lacks its embedding, or has fewer than 15
-            cells with counts.
+        UserError: a slide shares no gene with the run, lacks its embedding, has fewer than 15
+            cells with counts, or holds the cells of the reference.
     """
+    if reference is not None:
+        refuse_reference_itself(reference, slides)
     if predictor.device.type == "cuda":
         free = torch.cuda.mem_get_info(predictor.device)[0]
         sizes = [slide_size(slide) for slide in slides]
@@ -126,7 +137,7 @@ def place_cells(
     if Keys.TYPICALITY in certainty_columns(predictor):
         known = [one.typicality.p_value for one in predictions if one.typicality is not None]
         obs[Keys.TYPICALITY] = _in_file_order(slides, known, np.nan)
-    return Additions(
+    added = Additions(
         pos=_in_file_order(slides, [one.pos for one in predictions], average),
         embedding=_in_file_order(slides, [one.embedding for one in predictions], average),
         obs=obs,
@@ -136,15 +147,76 @@ def place_cells(
             "warnings": _warnings_of(slides) or None,
         },
     )
+    if reference is not None:
+        _add_reference(added, predictor, slides, predictions, reference, keep_foreign)
+    return added
 
 
-def refuse_unlike(predictor: Predictor, slides: Sequence[Slide]) -> None:
-    """Refuses slides that are unlike the training slides, before any is placed.
+def _add_reference(
+    added: Additions,
+    predictor: Predictor,
+    slides: Sequence[Slide],
+    predictions: Sequence[Prediction],
+    reference: Reference,
+    keep_foreign: bool,
+) -> None:
+    """Positions in the frame of a reference, their uncertainty, and what they rest on."""
+    settings = predictor.config.typicality
+    places, errors, flags = [], [], []
+    for one in predictions:
+        place, variance = predictor.atlas_places(one.embedding)
+        pos, error = reference.positions(place), reference.uncertainty(variance)
+        foreign = np.zeros(len(pos), dtype=bool)
+        if one.typicality is not None:
+            p_value, unlike = one.typicality.p_value, one.typicality.verdict == UNLIKE
+            foreign = p_value <= settings.foreign_p_value
+            error = widen(error, p_value, settings.growth_below, unlike)
+        hidden = foreign & (not keep_foreign)
+        places.append(np.where(hidden[:, None], np.nan, pos))
+        errors.append(np.where(hidden, np.nan, reference.radius * error))
+        flags.append(foreign)
+    added.obsm[Keys.REFERENCE] = _in_file_order(slides, places, np.nan)
+    added.obs[Keys.UNCERTAINTY_REFERENCE] = _in_file_order(slides, errors, np.nan)
+    added.obs[Keys.FOREIGN] = _in_file_order(slides, flags, False)
+    count, total = sum(int(flag.sum()) for flag in flags), sum(len(flag) for flag in flags)
+    added.uns["reference"] = {
+        **reference.describe(),
+        "foreign_p_value": settings.foreign_p_value,
+        "foreign_cells": count,
+        "foreign_kept": keep_foreign,
+    }
+    logger.info("in the frame of %s", frame_sentence(reference.frame))
+    if count:
+        logger.warning(
+            "%d of %d cells do not belong to the tissue (p-value up to %g): %s in the frame of %s",
+            count,
+            total,
+            settings.foreign_p_value,
+            "their positions mean little" if keep_foreign else "they have no position",
+            reference.name,
+        )
+
+
+def refuse_cells(
+    predictor: Predictor,
+    slides: Sequence[Slide],
+    strict: bool = False,
+    reference: Reference | None = None,
+) -> None:
+    """Refuses slides before any is placed.
+
+    Args:
+        predictor: the trained run.
+        slides: all slides of a file or object.
+        strict: whether slides that are unlike the training slides are refused.
+        reference: whose own cells are refused.
 
     Raises:
-        UserError: one is.
+        UserError: one is refused.
     """
-    for slide in slides:
+    if reference is not None:
+        refuse_reference_itself(reference, slides)
+    for slide in slides if strict else ():
         found = predictor.compare(informative(predictor.conform(slide)))
         if found is not None and found.verdict == UNLIKE:
             raise UserError(found.sentence(slide.name))
@@ -176,9 +248,16 @@ def _warnings_of(slides: Sequence[Slide]) -> list[str]:
     ]
 
 
-def certainty_columns(predictor: Predictor) -> tuple[str, ...]:
-    """The obs columns that say how much to believe a position, as :func:`place_cells` fills."""
-    return (Keys.UNCERTAINTY, *((Keys.TYPICALITY,) if predictor.typicality is not None else ()))
+def certainty_columns(predictor: Predictor, reference: bool = False) -> tuple[str, ...]:
+    """The obs columns that say how much to believe a position, as :func:`place_cells` fills.
+
+    Args:
+        predictor: the trained run.
+        reference: whether positions are given in the frame of a reference, too.
+    """
+    known = (Keys.TYPICALITY,) if predictor.typicality is not None else ()
+    framed = (Keys.UNCERTAINTY_REFERENCE, Keys.FOREIGN) if reference else ()
+    return (Keys.UNCERTAINTY, *known, *framed)
 
 
 def role_in_training(predictor: Predictor, slide: Slide) -> str | None:

@@ -86,7 +86,7 @@ class Predictor:
         scaler, gate, model: the trained modules, in evaluation mode.
         relevant_components: of the training slides.
         device: where they lie.
-        atlas: of the training slides, None where the run does not begin from one.
+        atlas: of the training slides; None for a run of an earlier version that has none.
         recorded: what the run says of its slides; see
             :func:`~ipar_sparse.data.records.recorded_inputs`.
         profile: what it knows of its input; None of a run on an embedding.
@@ -243,6 +243,21 @@ class Predictor:
             typicality=typicality,
         )
 
+    @torch.no_grad()
+    def atlas_places(self, embedding: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the common frame of the training slides, and their predictive variance.
+
+        Args:
+            embedding: of all cells of a slide (n, d), as a :class:`Prediction` holds it.
+
+        Returns:
+            (n, 2) in RMS radii of a slide and (n,) in squared ones, float64.
+        """
+        assert self.atlas is not None
+        found = self.atlas.mean_and_variance(torch.from_numpy(embedding).to(self.device))
+        place, variance = (values.double().cpu().numpy() for values in found)
+        return place, variance
+
     def compare(self, slide: Slide) -> SlideTypicality | None:
         """How like the training slides a slide is; None for a run of an earlier version."""
         if self.typicality is None:
@@ -314,8 +329,8 @@ def _modules(config: RunConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
     }
     if meta["genes"] is not None:
         modules["encoder"] = build_encoder(config, len(meta["genes"]))
-    if config.model.init == "atlas":
-        modules["atlas"] = Atlas(dim, cells=meta["metadata"].get("atlas_cells", 0))
+    if "atlas_cells" in meta["metadata"]:  # runs of earlier versions have one by some settings
+        modules["atlas"] = Atlas(dim, cells=meta["metadata"]["atlas_cells"])
     if sizes := meta["metadata"].get("typicality"):
         modules["typicality"] = build_typicality(config, sizes)
     return modules

@@ -62,6 +62,8 @@ def summarize_run(run: Path) -> RunSummary:
         rows["trained for"] = "\n".join(lines)
     rows["genes"] = f"{meta['metadata']['genes']:,}"
     rows |= _input_rows(recorded.get("profile"))
+    if frames := meta["metadata"].get("frames"):
+        rows["frame errors"] = "\n".join(map(frame_sentence, frames))
     rows["progress"] = unfinished(run) or "finished"
     if meta["best"] is not None:
         rows["best epoch"] = f"{meta['best_epoch'] + 1}, validation E_geo {meta['best']:.4g}"
@@ -73,6 +75,19 @@ def summarize_run(run: Path) -> RunSummary:
     decided = [f"{key} = {_text(config.get(key))}" for key in request.unresolved()]
     rows["selected"] = "\n".join(decided) or "nothing was left open"
     return rows
+
+
+def frame_sentence(frame: Mapping[str, Any]) -> str:
+    """The error in the frame of a training slide, in words.
+
+    Args:
+        frame: what a run says of it; see :func:`~ipar_sparse.train.atlas.describe_frames`.
+    """
+    error = frame["median_error"]
+    return (
+        f"{frame['name']}: half of its cells lie within {frame['radius'] * error:.4g} of their "
+        f"places ({error:.2f} of its radius), {frame['left_out']}"
+    )
 
 
 def _input_rows(profile: Mapping[str, Any] | None) -> dict[str, str]:

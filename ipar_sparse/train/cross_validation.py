@@ -24,6 +24,7 @@ from ..config import RunConfig
 from ..data.expression import Expression
 from ..data.slide import Slide
 from ..estimators import Atlas, EmbeddingScaler, RelevantComponents
+from ..estimators.frames import FrameError, frame_errors
 from ..estimators.regression import ridge_layout
 from ..graph import knn
 from ..inference import steps
@@ -182,6 +183,19 @@ class DonorFold:
             known = None if variance is None else variance.double().cpu().numpy()
             found.append((square_errors(layout, slide.pos), known))
         return found
+
+    def frame_errors(self, values: Mapping[str, Any]) -> dict[str, FrameError]:
+        """Errors of the left-out slides in their own frames, by name of slide.
+
+        Args:
+            values: of all settings that are selected, by key.
+        """
+        fitted = self._fitted(values)
+        known = [(slide.h, slide.pos) for slide in fitted.train]
+        left_out = [(slide.h, slide.pos) for slide in fitted.test]
+        group = range(len(known), len(known) + len(left_out))
+        found = frame_errors([*known, *left_out], [group])
+        return {slide.name: error for slide, error in zip(self.test, found, strict=True)}
 
     def _once(self, key, make):
         if key not in self._memory:

@@ -34,14 +34,14 @@ from ..inference.modules import build_encoder, build_gate_and_model
 from ..inference.run_folder import BEST, LAST, REFERENCE, read_meta
 from ..metrics.candidates import candidate_recall, sampled_candidate_recall
 from ..progress import quiet_stages, stage, track
-from .atlas import fit_atlas
+from .atlas import describe_frames, fit_atlas
 from .batches import Batches, EmbeddedSlide
 from .encoder import train_encoder
 from .loop import Loop, TrainingLoop
 from .members import check_members, divide, read_inputs
 from .model import Trained, train_gate, train_model
 from .run_folder import PARTS
-from .selection import select_settings
+from .selection import read_frame_errors, select_settings
 from .typicality import fit_typicality
 
 logger = logging.getLogger(__name__)
@@ -144,10 +144,9 @@ def fit(
                 [(slide.h, slide.pos) for slide in known]
             )
         fit_typicality(train, donors, genes, settings, loop)
-        if settings.model.init == "atlas":
-            with stage("Atlas"):
-                loop.modules["atlas"] = fit_atlas(known, unseen, settings, loop)
-            loop.state.metadata["atlas_cells"] = loop.modules["atlas"].cells
+        with stage("Atlas"):
+            atlas = loop.modules["atlas"] = fit_atlas(known, unseen, settings, loop)
+            describe_frames(atlas, known, donors, read_frame_errors(out), loop)
         with stage("Measuring candidates"):
             _measure_candidates(known, unseen, settings, loop)
         _save_reference(known, out)

@@ -12,13 +12,17 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config import DEFAULT_SELECTION, RunConfig
+from ..config.schema import SELECTION
 from ..data.expression import median_total
 from ..data.slide import Slide
+from ..estimators.frames import FrameError
+from ..files import parse_json
 from ..layout.uncertainty import disc_radius, fit_error_model
 from ..progress import Task, stage
 from .batches import SLIDE_STEPS
@@ -148,6 +152,8 @@ class SelectionResult:
         folds: names of the slides that were left out and learned from.
         choices: one table a choice: candidates with their scores, which was selected, and why.
         selected: the settings that were decided.
+        frame_errors: errors of left-out slides in their own frames, by name; see
+            :class:`~ipar_sparse.estimators.frames.FrameError`.
     """
 
     mode: str
@@ -155,6 +161,7 @@ class SelectionResult:
     folds: list[dict[str, list[str]]] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
     selected: dict[str, Any] = field(default_factory=dict)
+    frame_errors: dict[str, FrameError] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -209,6 +216,8 @@ def select_settings(
                 if calibrates:
                     task.advance(0, now="error model")
                     trial |= _error_model(folds, trial)
+                for fold in folds:
+                    result.frame_errors |= fold.frame_errors(trial)
                 values = {key: trial[key] if key in open_keys else values[key] for key in values}
             except TimeUp:
                 logger.warning("what was not tried takes its default")
@@ -218,6 +227,15 @@ def select_settings(
                 values |= {key: value for key, value in _untried(values).items() if key in left}
     result.selected = {key: values[key] for key in sorted(open_keys)}
     return given.with_values(result.selected), result
+
+
+def read_frame_errors(out: Path) -> dict[str, FrameError]:
+    """What :func:`select_settings` found of errors in frames, from the folder of a run."""
+    try:
+        found = parse_json((out / SELECTION).read_text()).get("frame_errors", {})
+        return {name: FrameError(*map(float, values)) for name, values in found.items()}
+    except (OSError, ValueError):
+        return {}
 
 
 def _try_choices(

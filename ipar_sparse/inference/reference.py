@@ -1,0 +1,154 @@
+"""A training slide as a frame of reference: positions in its own coordinates and units."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config import RunConfig
+from ..data.copies import identified
+from ..data.paths import Source
+from ..data.readers import read_files
+from ..data.records import recorded_inputs, role_in_training
+from ..data.slide import Slide
+from ..errors import UserError
+from .run_folder import find_checkpoint, read_meta
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A training slide whose frame positions are wanted in.
+
+    Args:
+        frame: what the run says of the frame; see
+            :func:`~ipar_sparse.train.atlas.describe_frames`.
+        record: what the run says of the slide; see
+            :func:`~ipar_sparse.data.records.recorded_inputs`.
+        slide: as it was read; None where it was given by name.
+    """
+
+    frame: dict[str, Any]
+    record: dict[str, Any]
+    slide: Slide | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the slide, in the run."""
+        return self.frame["name"]
+
+    @property
+    def radius(self) -> float:
+        """Root-mean-square radius of the slide, in its units."""
+        return self.frame["radius"]
+
+    def describe(self) -> dict[str, Any]:
+        """For ``uns["ipar"]["reference"]``."""
+        return {
+            "name": self.name,
+            "digest": self.frame["digest"],
+            "units": "those of the positions of the reference",
+            "rms_radius": self.radius,
+            "median_error": self.radius * self.frame["median_error"],
+            "relative_error": self.frame["median_error"],
+            "left_out": self.frame["left_out"],
+        }
+
+    def positions(self, places: np.ndarray) -> np.ndarray:
+        """Positions (n, 2) in the frame of the slide.
+
+        Args:
+            places: in the common frame of the training slides (n, 2), in RMS radii.
+        """
+        turned = np.asarray(places) @ np.array(self.frame["rotation"])
+        return self.radius * turned + np.array(self.frame["centre"])
+
+    def uncertainty(self, variance: np.ndarray) -> np.ndarray:
+        """Predicted root mean square error (n,) in RMS radii.
+
+        Args:
+            variance: predictive variance of the places (n,), in squared RMS radii.
+        """
+        return np.sqrt(self.frame["variance_ratio"] * np.asarray(variance, dtype=np.float64))
+
+
+def find_reference(run: Path, source: str | os.PathLike | AnnData) -> Reference:
+    """The training slide that a file or object holds, or that is called so.
+
+    A slide is known by what its cells hold, whatever its file is called now.
+
+    Args:
+        run: folder of a run.
+        source: AnnData, a file or folder of any known format, or the name of a training slide.
+
+    Raises:
+        UserError: the slide was not trained on or has no positions, or the run is of an earlier
+            version, whose slides have no frame.
+    """
+    frames = read_meta(find_checkpoint(run))["metadata"].get("frames")
+    if frames is None:
+        raise UserError(
+            f"{run} is of an earlier version, whose slides have no frames; train it again, or "
+            "leave out --reference"
+        )
+    recorded = recorded_inputs(run)
+    names = [one["name"] for one in frames]
+    slides: list[Slide] = []
+    if isinstance(source, str | os.PathLike) and not Source.parse(source).path.exists():
+        found = [one for one in frames if one["name"] == os.fspath(source)]
+        if not found:
+            raise UserError(
+                f"--reference {source}: no such file, and no slide that {run} was trained on has "
+                f"this name; it was trained on {_listed(names)}"
+            )
+    else:
+        data = RunConfig.load_request(run).data
+        read = read_files([source], data, require_pos=True, slide_key_optional=True)
+        slides = [identified(slide) for slide in read]
+        digests = {slide.digest for slide in slides}
+        found = [one for one in frames if one["digest"] in digests]
+        label = source if isinstance(source, str | os.PathLike) else slides[0].name
+        if not found:
+            held = any(one["digest"] in digests for one in recorded["val"])
+            why = "decided when its training stopped" if held else "is no slide of it"
+            raise UserError(
+                f"--reference {label}: {run} was not trained on it ({why}), so it has no frame; "
+                f"give one of {_listed(names)}"
+            )
+        if len(found) > 1:
+            raise UserError(
+                f"--reference {label}: holds {len(found)} training slides; pick one, e.g. "
+                f"--reference {found[0]['name']}"
+            )
+    digest = found[0]["digest"]
+    return Reference(
+        frame=found[0],
+        record=next(one for one in recorded["train"] if one["digest"] == digest),
+        slide=next((slide for slide in slides if slide.digest == digest), None),
+    )
+
+
+def refuse_reference_itself(reference: Reference, slides: Sequence[Slide]) -> None:
+    """Refuses cells that are those of the reference: their places in it are known.
+
+    Raises:
+        UserError: so they are.
+    """
+    for slide in slides:
+        if role_in_training({"train": [reference.record]}, slide) == "was trained on":
+            raise UserError(
+                f"{slide.name} holds the cells of the reference {reference.name}, whose positions "
+                "are known; give other cells, or another --reference"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{shown}, ..." if len(names) > 5 else shown
