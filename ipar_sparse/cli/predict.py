@@ -187,4 +187,4 @@ def _refuse_alone(**options: tuple[Any, str, Any]) -> None:
     for name, (value, other, needed) in options.items():
         if value and needed is None:
             option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} means nothing without {other}; add that, or leave it out")
+            raise UserError(f"{option} means nothing alone; add {other}, or leave it out")
