@@ -89,14 +89,14 @@ def _errors(
         ), found
     pairs = [(slide.h, slide.pos) for slide in train]
     if len(train) == 1:
-        how = "random quarters of them left out of the atlas alone"
+        how = "left out of the atlas alone, by random quarters"
         return (how, how), [errors_within(*pairs[0])]
     groups: dict[str, list[int]] = {}
     for number, slide in enumerate(train):
         groups.setdefault((donors or {}).get(slide.name, slide.name), []).append(number)
-    how, members = "its donor left out of the atlas alone", list(groups.values())
+    how, members = "left out of the atlas alone, with all of its donor", list(groups.values())
     if len(members) == 1 or len(members) == len(train):
-        how, members = "the slide left out of the atlas alone", [[i] for i in range(len(train))]
+        how, members = "left out of the atlas alone", [[i] for i in range(len(train))]
     found = frame_errors(pairs, members)
     order = np.argsort([number for group in members for number in group])
     return (how, how), [found[i] for i in order]
