@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
 import pandas as pd
 from anndata import AnnData
@@ -17,7 +17,7 @@ from .data.dissociated import read_dissociated
 from .data.readers import read_files, tell_apart
 from .data.records import recorded_slides
 from .data.slide import Slide, log_notes
-from .data.sources import load_source
+from .data.sources import Cells, load_source, named_sources
 from .data.splits import named_donors
 from .data.writers import add_predictions
 from .errors import UserError
@@ -49,9 +49,6 @@ from .train.run_folder import (
 )
 
 logger = logging.getLogger(__name__)
-
-Cells: TypeAlias = AnnData | str | os.PathLike
-"""Cells in memory, or a file or folder of any known format; ``"multi.h5ad::C"`` is a part."""
 
 
 class IPAR(Pretrained):
@@ -89,6 +86,9 @@ class IPAR(Pretrained):
         layer: str | None = None,
         normalized: bool | None = None,
         slide_key: str | None = None,
+        spatial_key: str | None = None,
+        ignore_case: bool | None = None,
+        drop_outliers: bool | None = None,
         seed: int | None = None,
         device: str | None = None,
         resume: bool = False,
@@ -115,6 +115,7 @@ class IPAR(Pretrained):
             layer: layer that holds the expression; X if left out.
             normalized: whether expression is log-normalised; recognised if left out.
             slide_key: obs column that names the slide of each cell, where an object holds several.
+            spatial_key, ignore_case, drop_outliers: as in :meth:`evaluate`.
             seed: of everything random.
             device: ``"cpu"``, ``"cuda"``, ...; a GPU where there is one if left out.
             resume: go on with the run in ``out`` and its settings. Of ``config``, only
@@ -129,13 +130,16 @@ class IPAR(Pretrained):
         """
         _show_messages()
         data = _given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
+        data |= _given(
+            spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers
+        )
         asked = {"data": data, "train": _given(seed=seed), "selection": _given(mode=select)}
         if resume:
             if out is None or preset or overwrite or cells is not None or any(asked.values()):
                 raise UserError(
                     "resume takes out, and the settings of the run there; leave the others out"
                 )
-            sources = [*_named(slides)[1], *_named(val)[1]]
+            sources = [*named_sources(slides)[1], *named_sources(val)[1]]
             _go_on(Path(out), sources, config, device=device, max_minutes=max_minutes, quiet=quiet)
             return cls.load(out, device or "auto")
         settings = _settings(config, preset=preset, **asked)
@@ -147,7 +151,7 @@ class IPAR(Pretrained):
         check_run_folder(out, overwrite)
         with quiet_stages(quiet):
             members, held = _read_members(slides, val, settings)
-            names, sources = _named(cells, kind="cells")
+            names, sources = named_sources(cells, kind="cells")
             others = read_dissociated(sources, settings.data, names)
         donors = named_donors(members, donors)
         with run_folder(out, resume=False):
@@ -304,6 +308,7 @@ class IPAR(Pretrained):
         layer: str | None = None,
         normalized: bool | None = None,
         slide_key: str | None = None,
+        spatial_key: str | None = None,
         embedding: str | None = None,
         ignore_case: bool | None = None,
         drop_outliers: bool | None = None,
@@ -319,6 +324,7 @@ class IPAR(Pretrained):
             baselines: whether to score simple methods; the run's setting if left out.
             class_key: obs column of cell classes, for the RSSD by class in the report.
             layer, normalized, slide_key, embedding, ignore_case, genes: as in :meth:`predict`.
+            spatial_key: obsm key of the positions, or two obs columns; the run's if left out.
             drop_outliers: leave out cells whose positions lie far outside the tissue.
             overwrite: replace an earlier report in ``out``.
 
@@ -339,6 +345,7 @@ class IPAR(Pretrained):
             layer=layer,
             normalized=normalized,
             slide_key=slide_key,
+            spatial_key=spatial_key,
             embedding=embedding,
             ignore_case=ignore_case,
             drop_outliers=drop_outliers,
@@ -428,9 +435,9 @@ def _filled(
 def _read_members(slides, val, settings: RunConfig) -> tuple[list[Slide], list[Slide] | None]:
     """Slides to train on and to validate on; None where training is to choose."""
     reading: dict[str, Any] = {"require_pos": True, "min_cells": settings.train.miniset_min}
-    names, sources = _named(slides)
+    names, sources = named_sources(slides)
     members = read_files(sources, settings.data, names=names, **reading)
-    names, sources = _named(val, start=len(sources))
+    names, sources = named_sources(val, start=len(sources))
     held = read_files(sources, settings.data, names=names, **reading)
     tell_apart([*members, *held])
     return members, None if val is None else held
@@ -457,24 +464,6 @@ def _settings(config, *, preset: str | None, **sections: Mapping[str, Any]) -> R
 
 def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _named(
-    slides: Cells | Sequence[Cells] | Mapping[str, Cells] | None,
-    start: int = 0,
-    kind: str = "slide",
-) -> tuple[list[str | None], list[Cells]]:
-    """Names and sources of slides; objects without a name are numbered, files have their own."""
-    if slides is None:
-        return [], []
-    if isinstance(slides, Mapping):
-        return [str(name) for name in slides], list(slides.values())
-    sources = [slides] if isinstance(slides, AnnData | str | os.PathLike) else list(slides)
-    numbers = range(start + 1, start + len(sources) + 1)
-    return [
-        f"{kind}{number}" if isinstance(source, AnnData) else None
-        for number, source in zip(numbers, sources, strict=True)
-    ], sources
 
 
 def _table(evaluation: SlideEvaluation, k: int) -> pd.DataFrame:

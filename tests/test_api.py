@@ -1,10 +1,13 @@
 """A model in a notebook: AnnData in, AnnData out, and the same as at the command line."""
 
+import inspect
+
 import anndata
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from small_run import SMALL
@@ -49,6 +52,27 @@ def trained(small_slides, tmp_path_factory):
         slides[:2], val=slides[2], donors=["a", "b"], config=settings(), out=out, seed=4
     )
     return model
+
+
+def test_options_of_the_commands_are_arguments_of_the_same_name_and_default():
+    """But those of a process and its files: what `load`, AnnData and `config` do in a notebook."""
+    commands = typer.main.get_command(cli.app).commands
+    process = {"run", "device", "log_file", "profile", "quiet", "help"}
+    elsewhere = {
+        "train": {"overrides", "donor_key", "donor_map", "donor_pattern"},  # config, donors
+        "predict": {"out", "obsm_only"},
+        "embed": {"out", "overwrite"},
+        "evaluate": set(),
+    }
+    for name, replaced in elsewhere.items():
+        ours = inspect.signature(getattr(IPAR, name)).parameters
+        for option in commands[name].params:
+            if option.name in process | replaced:
+                continue
+            assert option.name in ours, f"{name} {option.name}"
+            default = ours[option.name].default
+            if default is not inspect.Parameter.empty:
+                assert (option.default or None) == (default or None), f"{name} {option.name}"
 
 
 def test_the_name_costs_nothing_until_it_is_used():

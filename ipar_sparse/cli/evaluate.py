@@ -16,6 +16,15 @@ from .messages import note, say
 from .options import RUNNING, flag, given
 from .watched import loading
 
+Baselines = Annotated[
+    bool | None,
+    flag(
+        "--baselines/--no-baselines",
+        "Score simple methods beside the model. [dim]Default: as in the run[/dim]",
+        RUNNING,
+    ),
+]
+
 
 def evaluate(
     run: options.Run,
@@ -28,10 +37,7 @@ def evaluate(
     ],
     out: options.OutFolder,
     noise_samples: options.NoiseSamples = None,
-    baselines: Annotated[
-        bool,
-        flag("--baselines/--no-baselines", "Score simple methods beside the model.", RUNNING),
-    ] = True,
+    baselines: Baselines = None,
     class_key: Annotated[
         str | None,
         flag(

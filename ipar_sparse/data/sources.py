@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import anndata
 import numpy as np
@@ -18,6 +19,9 @@ from .keys import Keys
 from .paths import Source, vendor_files
 from .spatialdata_store import load_table, open_table
 from .vendors import read_vendor
+
+Cells: TypeAlias = anndata.AnnData | str | os.PathLike
+"""Cells in memory, or a file or folder of any known format; ``"multi.h5ad::C"`` is a part."""
 
 
 @dataclass
@@ -149,3 +153,32 @@ def told(adata: anndata.AnnData) -> list[str]:
         listed = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
         notes.append(f"left out, as they are no genes: {listed}")
     return notes
+
+
+def named_sources(
+    slides: Cells | Sequence[Cells] | Mapping[str, Cells] | None,
+    start: int = 0,
+    kind: str = "slide",
+) -> tuple[list[str | None], list[Cells]]:
+    """Names and sources of slides, as a person gives them.
+
+    Args:
+        slides: objects, files or folders; a mapping names them.
+        start: how many come before, in the numbers of objects without a name.
+        kind: that these numbers follow.
+
+    Returns:
+        A name for each source, and the sources; None where a file has its own.
+    """
+    if slides is None:
+        return [], []
+    if isinstance(slides, Mapping):
+        return [str(name) for name in slides], list(slides.values())
+    if isinstance(slides, anndata.AnnData | str | os.PathLike):
+        slides = [slides]
+    sources = list(slides)
+    numbers = range(start + 1, start + len(sources) + 1)
+    return [
+        f"{kind}{number}" if isinstance(source, anndata.AnnData) else None
+        for number, source in zip(numbers, sources, strict=True)
+    ], sources
