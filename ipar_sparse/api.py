@@ -112,9 +112,8 @@ class IPAR(Pretrained):
             preset: named variant to start from, e.g. ``"v1-rbf"``.
             select: how thoroughly settings are selected by cross-validation over donors.
             embedding: an embedding to use instead of a trained encoder, e.g. ``"obsm:X_pca"``.
-            layer: layer that holds the expression; X if left out.
-            normalized: whether expression is log-normalised; recognised if left out.
-            slide_key: obs column that names the slide of each cell, where an object holds several.
+            layer, normalized, slide_key: where expression is and what it is, and the obs column
+                of slides where an object holds several; recognised if left out.
             spatial_key, ignore_case, drop_outliers: as in :meth:`evaluate`.
             seed: of everything random.
             device: ``"cpu"``, ``"cuda"``, ...; a GPU where there is one if left out.
@@ -130,24 +129,18 @@ class IPAR(Pretrained):
         """
         _show_messages()
         data = _given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
-        data |= _given(
-            spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers
-        )
+        data |= _given(spatial_key=spatial_key, ignore_case=ignore_case)
+        data |= _given(drop_outliers=drop_outliers)
         asked = {"data": data, "train": _given(seed=seed), "selection": _given(mode=select)}
         if resume:
             if out is None or preset or overwrite or cells is not None or any(asked.values()):
-                raise UserError(
-                    "resume takes out, and the settings of the run there; leave the others out"
-                )
+                raise UserError("resume takes out, and its settings; leave the others out")
             sources = [*named_sources(slides)[1], *named_sources(val)[1]]
             _go_on(Path(out), sources, config, device=device, max_minutes=max_minutes, quiet=quiet)
             return cls.load(out, device or "auto")
         settings = _settings(config, preset=preset, **asked)
         resolve_device(device or settings.train.device)
-        if out is None:
-            out = Path(tempfile.mkdtemp(prefix="ipar_sparse-")) / "run"
-            logger.warning("the run goes to the temporary folder %s; save() keeps it", out)
-        out = Path(out)
+        out = _folder(out)
         check_run_folder(out, overwrite)
         with quiet_stages(quiet):
             members, held = _read_members(slides, val, settings)
@@ -441,6 +434,14 @@ def _read_members(slides, val, settings: RunConfig) -> tuple[list[Slide], list[S
     held = read_files(sources, settings.data, names=names, **reading)
     tell_apart([*members, *held])
     return members, None if val is None else held
+
+
+def _folder(out: str | os.PathLike | None) -> Path:
+    """The folder of a run; a temporary one, which is told, if none is given."""
+    if out is None:
+        out = Path(tempfile.mkdtemp(prefix="ipar_sparse-")) / "run"
+        logger.warning("the run goes to the temporary folder %s; save() keeps it", out)
+    return Path(out)
 
 
 def _go_on(out: Path, sources: Sequence[Cells], config: Any, **running: Any) -> None:
