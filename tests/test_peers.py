@@ -9,7 +9,7 @@ from scipy import sparse
 
 from benchmarks.peers import programs
 from benchmarks.peers.__main__ import most_alike, table
-from benchmarks.peers.naive import NAIVE, log_normalized
+from ipar_sparse.evaluation.naive import NAIVE, log_normalized
 
 DOES = {
     "places": "np.save(job / 'positions.npy', np.ones((4, 2)))",

@@ -21,6 +21,7 @@ from ipar_sparse.data.splits import plan_folds
 from ipar_sparse.data.writers import write_slide
 from ipar_sparse.errors import UserError
 from ipar_sparse.evaluation import study_run
+from ipar_sparse.evaluation.naive import NAIVE
 from ipar_sparse.evaluation.study_plan import (
     Study,
     baseline_variants,
@@ -88,6 +89,35 @@ def copy(done, tmp_path):
 def rows(out):
     with open(out / "results.csv") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_study_places_cells_of_another_assay_from_all_slides(slides, files, tmp_path):
+    cells = tmp_path / "cells.h5ad"
+    panel = slides[3].with_genes(slides[3].expression[:, :45], slides[3].genes[:45])
+    write_slide(panel, cells)
+    study = plan_study(files[:3], {"base": load_config(None, SETTINGS)}, seeds=(0,), cells=[cells])
+    (fold,) = study.folds
+    assert (fold.name, fold.test, fold.val, fold.train) == (
+        "cells",
+        ("cells",),
+        None,
+        ("A1", "A2", "B1"),
+    )
+    out = tmp_path / "out"
+    results = run_study(study, out, jobs=1)
+    assert (results.done, results.failed) == (1, {})
+    assert load_plan(out) == study
+    inputs = json.loads((out / "runs/base/cells/seed0/inputs.json").read_text())
+    assert [one["name"] for one in inputs["cells"]] == ["cells"]
+    assert set(inputs["profile"]["genes"]) <= set(panel.genes)
+    found = {row["method"]: row for row in rows(out) if row["metric"] == "distance_spearman"}
+    assert {"model", "atlas", *NAIVE} <= set(found)
+    assert float(found["20 most alike"]["value"]) > 0.05
+    write_slide(slides[0], tmp_path / "again.h5ad")
+    with pytest.raises(UserError, match="the same cells"):
+        plan_study(files, study.variants, seeds=(0,), cells=[tmp_path / "again.h5ad"])
+    with pytest.raises(UserError, match="both called A1"):
+        plan_study(files[:1], study.variants, seeds=(0,), cells=files[:1])
 
 
 def test_a_study_file_holds_variants(tmp_path):

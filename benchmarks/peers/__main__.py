@@ -30,11 +30,11 @@ from ipar_sparse.data.readers import read_files
 from ipar_sparse.data.slide import Slide
 from ipar_sparse.data.splits import find_donors, plan_folds
 from ipar_sparse.errors import UserError
+from ipar_sparse.evaluation.naive import NAIVE, closest, log_normalized
 from ipar_sparse.files import write_json
 from ipar_sparse.metrics.layout import evaluate_layout
 
-from .naive import NAIVE, log_normalized
-from .programs import PROGRAMS, Outcome, install, run
+from .programs import PROGRAMS, Attempt, install, run
 
 OWN = "ipar_sparse"
 SCORES = {
@@ -81,18 +81,16 @@ def in_common_terms(slides: Sequence[Slide], cells: Slide) -> list[anndata.AnnDa
 
 def most_alike(slides: Sequence[anndata.AnnData], cells: anndata.AnnData) -> anndata.AnnData:
     """The slide whose mean expression correlates most with that of the cells."""
-    expected = log_normalized(cells.X).mean(axis=0)
-    return max(
-        slides, key=lambda one: np.corrcoef(log_normalized(one.X).mean(axis=0), expected)[0, 1]
-    )
+    mean = log_normalized(cells.X).mean(axis=0)
+    return slides[closest([log_normalized(one.X).mean(axis=0) for one in slides], mean)]
 
 
-def outcomes(
+def attempts(
     slides: Sequence[anndata.AnnData],
     cells: anndata.AnnData,
     done: set[str],
     given: argparse.Namespace,
-) -> Iterator[tuple[str, str, Outcome]]:
+) -> Iterator[tuple[str, str, Attempt]]:
     """Program, slide that it was given, and what it left behind."""
     slide = most_alike(slides, cells)
     name = slide.uns["name"]
@@ -100,7 +98,7 @@ def outcomes(
         if label not in done:
             logs = log_normalized(slide.X), slide.obsm["spatial"], log_normalized(cells.X)
             begin = time.monotonic()
-            yield label, name, Outcome(match(*logs), "done", time.monotonic() - begin)
+            yield label, name, Attempt(match(*logs), "done", time.monotonic() - begin)
     for label in given.programs:
         if label in done:
             continue
@@ -116,13 +114,13 @@ def outcomes(
             python = Path(sys.executable)
             if label != OWN:
                 if error := install(label, given.environments):
-                    yield label, name, Outcome(None, "did not install", error=error)
+                    yield label, name, Attempt(None, "did not install", error=error)
                     continue
                 python = given.environments / label / "bin" / "python"
             yield label, name, run(label, python, job, given.minutes, given.gigabytes)
 
 
-def scored(found: Outcome, true: np.ndarray, same_frame: bool) -> dict[str, float]:
+def scored(found: Attempt, true: np.ndarray, same_frame: bool) -> dict[str, float]:
     """Scores of positions, and their median distance from the truth where both share a frame."""
     if found.pos is None:
         return {}
@@ -181,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             members = in_common_terms(slides, target)
             true = np.asarray(members[-1].obsm["spatial"])
             done = {row["program"] for row in rows if row["slide"] == name}
-            for program, onto, found in outcomes(members[:-1], members[-1], done, given):
+            for program, onto, found in attempts(members[:-1], members[-1], done, given):
                 row = {"slide": name, "program": program, "onto": onto, "cells": len(true)}
                 row |= {"genes": members[-1].n_vars, "state": found.state, "error": found.error}
                 row |= {"seconds": round(found.seconds, 1), "gigabytes": found.gigabytes or None}

@@ -26,7 +26,7 @@ PROGRAMS = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Attempt:
     """What a program left behind.
 
     Args:
@@ -70,7 +70,7 @@ def install(name: str, environments: Path) -> str | None:
     return None
 
 
-def run(name: str, python: Path, job: Path, minutes: float, gigabytes: float) -> Outcome:
+def run(name: str, python: Path, job: Path, minutes: float, gigabytes: float) -> Attempt:
     """Runs the adapter of a program on ``slide.h5ad`` and ``cells.h5ad`` of a folder.
 
     Args:
@@ -105,11 +105,11 @@ def run(name: str, python: Path, job: Path, minutes: float, gigabytes: float) ->
     if process.returncode == 0 and found.is_file():
         own = job / "positions_in_frame.npy"
         in_frame = np.load(own) if own.is_file() else None
-        return Outcome(np.load(found), "done", seconds, peak, in_frame=in_frame)
+        return Attempt(np.load(found), "done", seconds, peak, in_frame=in_frame)
     if state is None:
         short = "MemoryError" in error or "allocate" in error or process.returncode == -9
         state = "did not fit" if short else "failed"
-    return Outcome(None, state, seconds, peak, error)
+    return Attempt(None, state, seconds, peak, error)
 
 
 def _resident(pid: int) -> float:

@@ -44,6 +44,16 @@ Seeds = Annotated[
     str | None,
     flag("--seeds", "Training seeds, e.g. 0-4 or 0,3,7. [dim]Default: 0-2[/dim]", RUNNING, "N-M"),
 ]
+CellFiles = Annotated[
+    list[Path] | None,
+    flag(
+        "--cells",
+        "Cells of another assay, with positions to score by: runs on all slides place them, by "
+        "genes that they have. Can be repeated.",
+        READING,
+        "CELLS",
+    ),
+]
 Reference = Annotated[
     str | None,
     flag(
@@ -59,6 +69,7 @@ def experiment(
     out: options.OutFolder,
     what: Variants = None,
     slides: Slides = None,
+    cells: CellFiles = None,
     hold_out: HoldOut = None,
     donor_key: options.DonorKey = None,
     donor_pattern: options.DonorPattern = None,
@@ -91,6 +102,8 @@ def experiment(
             "give the slides, e.g. ipar-sparse experiment v1 --slides A.h5ad B.h5ad C.h5ad "
             "--out DIR"
         )
+    if cells and hold_out:
+        raise UserError("--hold-out means nothing beside --cells, which no run sees; leave it out")
     check_folder(out)
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
     data |= given(spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers)
@@ -108,6 +121,7 @@ def experiment(
         donor_key=donor_key,
         donor_pattern=donor_pattern,
         donor_map=donor_map,
+        cells=cells or (),
     )
 
     with loading():  # what is refused above does not wait for torch

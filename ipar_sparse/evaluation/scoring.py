@@ -28,6 +28,7 @@ from ..supervision.targets import build_target
 from .attention import attention_diagnostics
 from .baselines import BASELINES
 from .layouts import ablation_layouts, baseline_layouts, nearest_candidates, unchanged_notes
+from .naive import naive_layouts
 from .results import E_GEO_SUFFIX, FLOOR, MODEL, Provenance, SlideEvaluation
 
 _NEIGHBORS = 15  # of a cell, by which candidates and embedding are scored
@@ -40,6 +41,7 @@ def score_slide(
     noise_samples: int | None = None,
     baselines: bool | None = None,
     class_key: str | None = None,
+    known: Sequence[Slide] = (),
 ) -> SlideEvaluation:
     """Predict a slide and score the model, its ablations and the baselines; nothing is written.
 
@@ -50,6 +52,7 @@ def score_slide(
             left out.
         baselines: whether to score the baselines; the run's setting if left out.
         class_key: obs column of cell classes, for the RSSD by class.
+        known: training slides, onto which expression is matched as a further baseline.
 
     Raises:
         UserError: if the slide has no positions, fewer than three cells, or no such column.
@@ -82,6 +85,10 @@ def score_slide(
                 attention.weights,
                 lambda name: task.advance(now=name),
             )
+            if known and (genes := predictor.meta["genes"]):
+                total = predictor.config.data.target_sum or 1e4
+                conformed = [informative(predictor.conform(one)) for one in known]
+                layouts |= naive_layouts(slide, conformed, genes, total)
     layouts[FLOOR] = slide.pos
     if (typicality := prediction.typicality) is not None:
         typicality.tell(slide.name)

@@ -24,7 +24,7 @@ from ..config import PRESETS, RunConfig, load_config
 from ..config.schema import DECIDED_FROM_DATA
 from ..data.copies import find_copies, slide_digest
 from ..data.slide import Slide
-from ..data.splits import SLIDE, Fold, find_donors, plan_folds
+from ..data.splits import SLIDE, Fold, choose_validation, find_donors, plan_folds
 from ..errors import UserError
 from ..files import folder_name, parse_json, read_yaml, write_json
 from .jobs import Job
@@ -65,6 +65,7 @@ class Study:
         seeds: of everything random.
         reference: variant that the others are compared with.
         notes: what a reader should know about the plan.
+        cells: files of cells of another assay, which every fold places from all slides.
     """
 
     files: tuple[str, ...]
@@ -75,6 +76,7 @@ class Study:
     seeds: tuple[int, ...]
     reference: str
     notes: tuple[str, ...] = ()
+    cells: tuple[str, ...] = ()
 
     def config(self, variant: str, seed: int) -> RunConfig:
         """The configuration that is asked for in one run."""
@@ -95,6 +97,7 @@ def plan_study(
     donor_key: str | None = None,
     donor_pattern: str | None = None,
     donor_map: Path | None = None,
+    cells: Sequence[Path] = (),
 ) -> Study:
     """Reads the slides and decides which are held out when.
 
@@ -105,6 +108,8 @@ def plan_study(
         seeds: of everything random; all variants are run with each.
         reference: the variant compared with; the first one if left out.
         donor_key, donor_pattern, donor_map: as in :func:`~ipar_sparse.data.splits.find_donors`.
+        cells: files of cells of another assay. Each is placed by runs on all slides, whose genes
+            are chosen among its own; positions in it are looked at to score. Nothing is held out.
 
     Raises:
         UserError: on anything that cannot be run as asked.
@@ -125,15 +130,20 @@ def plan_study(
     per_setting = {_reading(config): config for config in variants.values()}
     slides = {s.name: s for config in per_setting.values() for s in read_all(files, config)}
     donors = find_donors(slides.values(), donor_key, donor_pattern, donor_map)
-    folds, notes = plan_folds(donors, hold_out)
+    cells = tuple(str(Path(path).absolute()) for path in cells)
+    if cells:
+        placed = {s.name: s for c in per_setting.values() for s in read_scored_cells(cells, c)}
+        folds, notes = _cell_folds(slides, placed, donors), list[str]()
+        slides, donors = slides | placed, donors | {name: name for name in placed}
+    else:
+        folds, notes = plan_folds(donors, hold_out)
     seeds = tuple(dict.fromkeys(seeds))
     if not seeds:
         raise UserError("a study needs a seed, e.g. --seeds 0-4")
     _check_slides(slides, folds, variants)
     digests = {name: _content_digest(slide) for name, slide in slides.items()}
-    return Study(
-        files, digests, donors, dict(variants), tuple(folds), seeds, reference, tuple(notes)
-    )
+    notes, folds = tuple(notes), tuple(folds)
+    return Study(files, digests, donors, dict(variants), folds, seeds, reference, notes, cells)
 
 
 def load_variants(
@@ -247,7 +257,7 @@ def load_plan(out: Path) -> Study:
         folds = tuple(
             Fold(f["name"], tuple(f["test"]), f["val"], tuple(f["train"])) for f in values["folds"]
         )
-        tuples = {name: tuple(values[name]) for name in ("files", "seeds", "notes")}
+        tuples = {name: tuple(values[name]) for name in ("files", "seeds", "notes", "cells")}
         return Study(**values | tuples | {"variants": variants, "folds": folds})
     except FileNotFoundError:
         raise UserError(f"{out} is no study: it has no {PLAN}; choose another --out") from None
@@ -266,7 +276,8 @@ def check_same_study(before: Study, study: Study, out: Path) -> None:
     Raises:
         UserError: they differ in slides, donors, folds, or in a variant or seed of the first.
     """
-    labels = {"digests": "slides", "donors": "donors", "folds": "held-out slides"}
+    labels = {"digests": "slides", "cells": "cells", "donors": "donors"}
+    labels |= {"folds": "held-out slides"}
     differs = [
         label for name, label in labels.items() if getattr(before, name) != getattr(study, name)
     ]
@@ -306,16 +317,43 @@ def read_all(files: Sequence[str], config: RunConfig) -> list[Slide]:
     return _read_cached(tuple(files), _reading(config))
 
 
-@lru_cache(maxsize=2)
-def _read_cached(files: tuple[str, ...], reading: str) -> list[Slide]:
-    from ..data.readers import read_file
+def read_scored_cells(files: Sequence[str], config: RunConfig) -> list[Slide]:
+    """Cells of another assay, with the positions that score them; kept in memory.
+
+    Raises:
+        UserError: a file cannot be read, or two hold cells of one name.
+    """
+    return _read_cached(tuple(files), _reading(config), True) if files else []
+
+
+@lru_cache(maxsize=4)
+def _read_cached(files: tuple[str, ...], reading: str, cells: bool = False) -> list[Slide]:
+    from ..data.dissociated import reading_cells
+    from ..data.readers import read_files
 
     data = RunConfig.model_validate({"data": json.loads(reading)}).data
-    slides = [slide for path in files for slide in read_file(Path(path), data, require_pos=True)]
+    if cells:
+        data = reading_cells(data).model_copy(update={"spatial_key": data.spatial_key})
+    slides = [
+        slide
+        for path in files
+        for slide in read_files([path], data, require_pos=True, slide_key_optional=cells)
+    ]
     for name, count in Counter(slide.name for slide in slides).items():
         if count > 1:
             raise UserError(f"{count} slides are called {name}; give each once, or rename a file")
     return slides
+
+
+def _cell_folds(
+    slides: Mapping[str, Slide], cells: Mapping[str, Slide], donors: Mapping[str, str]
+) -> list[Fold]:
+    """One fold for each slide of cells: all others are trained on, but for one that validates."""
+    if same := [name for name in cells if name in slides]:
+        raise UserError(f"cells and a slide are both called {same[0]}; rename a file")
+    val = choose_validation(donors)
+    train = tuple(name for name in slides if name != val)
+    return [Fold(name, (name,), val, train) for name in cells]
 
 
 def _check_slides(

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 
 from ..config import resolve_device
 from ..data.slide import Slide
+from ..data.splits import Fold
 from ..errors import UserError
 from ..files import atomic_write
 from ..inference.predictor import Predictor
@@ -35,6 +36,7 @@ from .study_plan import (
     encoder_task,
     load_plan,
     read_all,
+    read_scored_cells,
     save_plan,
     study_jobs,
 )
@@ -181,6 +183,7 @@ def _train_encoder(study: Study, out: Path, task: Task, stop: threading.Event | 
         study.config(task.variant, task.seed),
         folder,
         donors=cv_groups(study, fold),
+        cells=_cells(study, fold, slides),
         resume=is_resumable(folder),
         stop=stop,
     )
@@ -197,6 +200,7 @@ def _run(study: Study, out: Path, task: Task, stop: threading.Event | None) -> N
         config,
         out=folder,
         donors=cv_groups(study, fold),
+        cells=_cells(study, fold, slides),
         resume=is_resumable(folder),
         encoder=shared and out / shared.folder,
         stop=stop,
@@ -208,13 +212,21 @@ def _run(study: Study, out: Path, task: Task, stop: threading.Event | None) -> N
     for name in fold.test:
         if stop is not None and stop.is_set():
             raise KeyboardInterrupt
-        evaluations[name] = score_slide(predictor, slides[name], baselines=baselines)
+        known = [slides[one] for one in fold.train] if baselines else ()
+        evaluations[name] = score_slide(predictor, slides[name], baselines=baselines, known=known)
     scored = time.monotonic()
     save_run(folder, result, evaluations, training=trained - start, scoring=scored - trained)
 
 
 def _slides_by_name(study: Study, task: Task) -> dict[str, Slide]:
-    return {slide.name: slide for slide in read_all(study.files, study.variants[task.variant])}
+    config = study.variants[task.variant]
+    slides = [*read_all(study.files, config), *read_scored_cells(study.cells, config)]
+    return {slide.name: slide for slide in slides}
+
+
+def _cells(study: Study, fold: Fold, slides: Mapping[str, Slide]) -> list[Slide]:
+    """The cells that a run is trained for."""
+    return [slides[name] for name in fold.test] if study.cells else []
 
 
 def _score(out: Path, task: Task) -> str:

@@ -161,6 +161,7 @@ def fit_encoder(
     out: str | Path,
     *,
     donors: Mapping[str, str] | None = None,
+    cells: Sequence[Slide] = (),
     resume: bool = False,
     stop: threading.Event | None = None,
 ) -> None:
@@ -171,6 +172,7 @@ def fit_encoder(
         config: of any of these runs.
         out: directory to write to, made if missing.
         donors: slide name to donor; every slide is its own donor if left out.
+        cells: as in :func:`fit`.
         resume: continue from its last checkpoint.
         stop: looked at between steps.
 
@@ -181,7 +183,7 @@ def fit_encoder(
     out = Path(out)
     request, donors = _request(config, donors, out, resume, None)
     with _loop(out, request, resume, stop) as loop:
-        slides, _, genes = _prepare(slides, [], request, donors, loop, resume)
+        slides, _, genes = _prepare(slides, [], request, donors, loop, resume, cells)
         settings = _decide(slides, request, donors, genes, loop, resume)
         _build(settings, genes, loop, slides)
         loop.restore()

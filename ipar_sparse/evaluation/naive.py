@@ -1,6 +1,8 @@
-"""Matches of expression that any program has to beat, onto one slide."""
+"""Matches of expression onto one training slide, which any program has to beat."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import sparse
@@ -8,6 +10,9 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import normalize
+
+from ..data.expression import normalized_expression
+from ..data.slide import Slide
 
 NEIGHBORS = 20
 
@@ -44,7 +49,40 @@ def ridge(slide: np.ndarray, places: np.ndarray, cells: np.ndarray) -> np.ndarra
     return model.predict((cells - mean) / scale)
 
 
-NAIVE = {"20 most alike": most_alike, "20-NN in PCA-20": pca_neighbors, "ridge": ridge}
+NAIVE = {
+    "20 most alike": most_alike,
+    "20-NN in PCA-20": pca_neighbors,
+    "ridge of expression": ridge,
+}
+
+
+def naive_layouts(
+    cells: Slide, slides: Sequence[Slide], genes: Sequence[str], target_sum: float
+) -> dict[str, np.ndarray]:
+    """Every naive match, onto the slide whose mean expression correlates most with the cells'.
+
+    Args:
+        cells: n cells to place.
+        slides: training slides.
+        genes: by which cells are compared.
+        target_sum: total that counts are scaled to.
+
+    Returns:
+        Name to positions (n, 2), in the coordinates of that slide.
+    """
+    one, *others = (
+        np.asarray(normalized_expression(slide, genes, target_sum).toarray())
+        for slide in (cells, *slides)
+    )
+    chosen = closest([x.mean(axis=0) for x in others], one.mean(axis=0))
+    places = np.asarray(slides[chosen].pos)
+    return {name: match(others[chosen], places, one) for name, match in NAIVE.items()}
+
+
+def closest(means: Sequence[np.ndarray], mean: np.ndarray) -> int:
+    """Which of the slides with these mean expressions (G,) correlates most with another."""
+    found = [np.corrcoef(own, mean)[0, 1] for own in means]
+    return int(np.nanargmax(found)) if np.isfinite(found).any() else 0
 
 
 def log_normalized(counts: sparse.csr_matrix) -> np.ndarray:
