@@ -33,7 +33,7 @@ from .inference.placing import (
     role_in_training,
 )
 from .inference.predictor import Predictor
-from .inference.reference import find_reference
+from .inference.reference import frame_options
 from .inference.run_folder import reading_settings
 from .inference.summary import RunSummary, summarize_run
 from .progress import quiet_stages, setup_logging
@@ -193,6 +193,7 @@ class IPAR(Pretrained):
         noise_samples: int | None = None,
         *,
         reference: Cells | None = None,
+        top: int | None = None,
         keep_foreign: bool = False,
         strict: bool = False,
         layer: str | None = None,
@@ -224,7 +225,9 @@ class IPAR(Pretrained):
                 obsm["X_ipar_reference"] (n, 2) in its coordinates and units, and their expected
                 error obs["ipar_uncertainty_reference"] (n,). obs["ipar_foreign"] flags cells that
                 do not belong to the tissue, which have NaN there.
-            keep_foreign: give these cells a position there, too.
+            top: number m of most probable places. Fills obsm["X_ipar_top"] (n, m, 2), in the frame
+                of the reference or else the gauge of X_ipar, and obsm["ipar_top_weight"] (n, m).
+            keep_foreign: give foreign cells a position in the frame of the reference, too.
             strict: refuse a slide that is unlike the training slides.
             layer: layer that holds the expression; that of the run if left out.
             normalized: whether expression is log-normalised; recognised if left out.
@@ -248,15 +251,13 @@ class IPAR(Pretrained):
         """
         if report is not None:
             check_output_folder(Path(report), overwrite, "report")
-        if keep_foreign and reference is None:
-            raise UserError("keep_foreign means nothing without a reference; leave it out")
-        within = None if reference is None else find_reference(self.run, reference)
+        wanted = frame_options(self.run, reference, top, keep_foreign)
         given = _given(layer=layer, normalized=normalized, slide_key=slide_key)
         given |= _given(embedding=embedding, ignore_case=ignore_case)
         slides, adata = self._read(cells, **given)
         check_genes(slides, genes)
-        refuse_cells(self.predictor, slides, strict, within)
-        added = place_cells(self.predictor, slides, noise_samples, keep_empty, within, keep_foreign)
+        refuse_cells(self.predictor, slides, strict, wanted["reference"])
+        added = place_cells(self.predictor, slides, noise_samples, keep_empty, **wanted)
         if report is not None:
             write_prediction_report(
                 self.predictor, slides, added, Path(report), genes=genes, command="IPAR.predict()"

@@ -219,3 +219,41 @@ def test_errors_are_those_of_cross_validation_where_there_is_one(slides, tmp_pat
     for name, (median, ratio) in kept.items():
         assert (frames[name]["median_error"], frames[name]["variance_ratio"]) == (median, ratio)
         assert "cross-validation" in frames[name]["left_out"] and 0 < median < 3
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_the_command_writes_the_most_probable_places(run, slides, tmp_path, suffix):
+    cells, out = tmp_path / f"cells{suffix}", tmp_path / f"placed{suffix}"
+    write_slide(replace(slides[3], pos=None), cells)
+    asked = ["predict", str(run), str(cells), "--reference", "cortex2", "--top", "3"]
+    assert run_command([*asked, "--keep-foreign", "--out", str(out)]) == 0
+    placed = anndata.read_zarr(out) if suffix == ".zarr" else anndata.read_h5ad(out)
+    places, weights = placed.obsm[Keys.TOP], placed.obsm[Keys.TOP_WEIGHT]
+    assert places.shape == (300, 3, 2) and weights.shape == (300, 3)
+    np.testing.assert_array_equal(np.isnan(places).any(2), weights == 0)
+    assert (weights.sum(1) <= 1 + 1e-6).all() and (np.diff(weights, axis=1) <= 0).all()
+    said, radius = placed.uns["ipar"]["top"], placed.uns["ipar"]["reference"]["rms_radius"]
+    assert said["ambiguous_cells"] == (weights[:, 0] < said["ambiguous_below"]).sum()
+    true = in_frame_of(slides[1], slides[3])
+    error = np.linalg.norm(places - true[:, None], axis=2) / radius
+    assert np.median(np.nanmin(error, axis=1)) < 0.9 * np.median(error[:, 0]) < 0.5
+    apart = np.linalg.norm(places[:, 0] - placed.obsm[Keys.REFERENCE], axis=1) / radius
+    sure = weights[:, 0] > np.quantile(weights[:, 0], 0.9)  # then the place is the position
+    assert np.median(apart[sure]) < min(0.3, np.median(apart))
+
+
+def test_without_a_reference_places_are_in_the_gauge_of_the_map(run, slides):
+    placed = IPAR.load(run).predict(to_anndata(slides[3]), copy=True, top=1)
+    pos, places = placed.obsm[Keys.PREDICTION], placed.obsm[Keys.TOP][:, 0]
+    found = ~np.isnan(places).any(1)
+    _, move = align(places[found], pos[found])
+    assert placed.uns["ipar"]["top"]["frame"] == Keys.PREDICTION
+    assert not move.reflects and move.rotation[0, 0] > 0.9 and Keys.REFERENCE not in placed.obsm
+
+
+@pytest.mark.parametrize("top", ["0", "11", "-1"])
+def test_a_number_of_places_that_makes_no_sense_is_refused(run, slides, tmp_path, capsys, top):
+    write_slide(slides[3], tmp_path / "cells.h5ad")
+    asked = ["predict", str(run), str(tmp_path / "cells.h5ad"), "--out", str(tmp_path / "o.h5ad")]
+    assert run_command([*asked, "--top", top]) == 2
+    assert "1 to 10 places" in capsys.readouterr().err and not (tmp_path / "o.h5ad").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +41,16 @@ Reference = Annotated[
         "SLIDE",
     ),
 ]
+Top = Annotated[
+    int | None,
+    flag(
+        "--top",
+        "Also give the N most probable places of each cell, 10 at most, and their weights; in the "
+        "frame of --reference where there is one.",
+        OUTPUT,
+        "N",
+    ),
+]
 KeepForeign = Annotated[
     bool,
     flag(
@@ -68,6 +78,7 @@ def predict(
         ),
     ],
     reference: Reference = None,
+    top: Top = None,
     noise_samples: options.NoiseSamples = None,
     layer: options.Layer = None,
     normalized: options.Normalized = None,
@@ -84,52 +95,67 @@ def predict(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Place cells: positions go to obsm['X_ipar'] of a copy of the file."""
-    from ..data.headers import check_output
-    from ..data.keys import Keys
+    from ..inference.reference import frame_options
 
     asked = options.listed(genes)
-    _refuse_alone(
-        genes=(asked, "--report DIR", report),
-        keep_foreign=(keep_foreign, "--reference SLIDE", reference),
-    )
+    if asked and report is None:
+        raise UserError("--genes chooses genes of the page; add --report DIR, or leave it out")
     if report is not None:
         check_output_folder(report, overwrite, "--report")
-    framed = () if reference is None else (Keys.REFERENCE,)
-    obsm, outputs = (Keys.PREDICTION, *framed, Keys.EMBEDDING), outputs_of(cells, out)
+    obsm, outputs = _keys(reference, top), outputs_of(cells, out)
     taken = () if obsm_only else obsm
-    for source, path in outputs.items():
-        check_output(source, path, overwrite=overwrite, obsm=taken)
+    _check(outputs, overwrite, taken)
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
     reading |= given(ignore_case=ignore_case, device=device)
     data, optional = check_inputs(run, cells, require_pos=False, **reading), slide_key is None
-    wanted = given(noise_samples=noise_samples, keep_empty=keep_empty, keep_foreign=keep_foreign)
-    if reference is not None:
-        from ..inference.reference import find_reference
-
-        wanted["reference"] = find_reference(run, reference)
+    wanted = frame_options(run, reference, top, keep_foreign)
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
     from ..inference.placing import certainty_columns, read_cells, refuse_cells
 
     columns = certainty_columns(predictor, reference is not None)
-    for source, path in outputs.items():
-        obs = () if obsm_only else (*columns, Keys.EMPTY)
-        check_output(source, path, overwrite=overwrite, obsm=taken, obs=obs)
+    _check(outputs, overwrite, taken, () if obsm_only else columns)
     first = strict or (reference is not None and len(outputs) > 1)
     for source in outputs if first else ():  # nothing is written if one of them is refused
         slides = read_cells(predictor, source, data, slide_key_optional=optional)
-        refuse_cells(predictor, slides, strict, wanted.get("reference"))
+        refuse_cells(predictor, slides, strict, wanted["reference"])
+    wanted |= {"noise_samples": noise_samples, "keep_empty": keep_empty}
     writing: dict[str, Any] = given(slide_key=data.slide_key, results_alone=obsm_only)
+    writing["overwrite"] = overwrite
     for source, path in outputs.items():
         slides = read_cells(predictor, source, data, slide_key_optional=optional)
         tell_notes(slides)
         folder = report if report is None or len(outputs) == 1 else report / path.stem
         command = f"ipar-sparse predict {run} {source} --out {path} --report {report}"
         page = None if folder is None else (folder, asked, command)
-        pages = _place(predictor, slides, source, path, wanted, page, overwrite, writing)
+        pages = _place(predictor, slides, source, path, wanted, page, writing)
         tell_written(slides, path, obsm, columns)
         for one in pages:
             say(f"report: {one}")
+
+
+def _keys(reference: str | None, top: int | None) -> tuple[str, ...]:
+    """The obsm keys that are written."""
+    from ..data.keys import Keys
+
+    framed = () if reference is None else (Keys.REFERENCE,)
+    placed = () if top is None else (Keys.TOP, Keys.TOP_WEIGHT)
+    return (Keys.PREDICTION, *framed, *placed, Keys.EMBEDDING)
+
+
+def _check(
+    outputs: Mapping[Path, Path],
+    overwrite: bool,
+    obsm: Sequence[str],
+    obs: Sequence[str] = (),
+) -> None:
+    """Refuses outputs that cannot be written."""
+    from ..data.headers import check_output
+    from ..data.keys import Keys
+
+    for source, path in outputs.items():
+        columns = (*obs, Keys.EMPTY) if obs else ()
+        check_output(source, path, overwrite=overwrite, obsm=obsm, obs=columns)
 
 
 def _place(
@@ -139,7 +165,6 @@ def _place(
     out: Path,
     wanted: dict[str, Any],
     page: tuple[Path, list[str], str] | None,
-    overwrite: bool,
     writing: dict[str, Any],
 ) -> list[Path]:
     """Places the cells of one file and writes what was found.
@@ -151,7 +176,6 @@ def _place(
         out: what is written.
         wanted: of the prediction.
         page: its folder, its genes and the command that made it; None for no page.
-        overwrite: replace earlier output.
         writing: how results are written.
 
     Returns:
@@ -174,17 +198,5 @@ def _place(
                 predictor, slides, added, folder, genes=genes, command=command
             )
         with stage(f"Writing {out.name}"):
-            write_predictions(source, out, **vars(added), **writing, overwrite=overwrite)
+            write_predictions(source, out, **vars(added), **writing)
     return pages
-
-
-def _refuse_alone(**options: tuple[Any, str, Any]) -> None:
-    """Refuses options that mean nothing without another one.
-
-    Args:
-        **options: by name: its value, the option that it needs, and the value of that.
-    """
-    for name, (value, other, needed) in options.items():
-        if value and needed is None:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} means nothing alone; add {other}, or leave it out")

@@ -8,6 +8,8 @@ class Keys:
     PREDICTION = "X_ipar"  # obsm, (n, 2): predicted positions, unit root-mean-square radius
     EMBEDDING = "X_ipar_embedding"  # obsm, (n, d): the embedding that the prediction is made from
     REFERENCE = "X_ipar_reference"  # obsm, (n, 2): in the frame and units of a training slide
+    TOP = "X_ipar_top"  # obsm, (n, m, 2): most probable places, in the frame of REFERENCE if there
+    TOP_WEIGHT = "ipar_top_weight"  # obsm, (n, m): probability of each, sums to 1 at most
     UNCERTAINTY = "ipar_uncertainty"  # obs, (n,): predicted root mean square error, tissue radii
     TYPICALITY = "ipar_typicality"  # obs, (n,): p-value, small = unlike the training cells
     UNCERTAINTY_REFERENCE = "ipar_uncertainty_reference"  # obs, (n,): the same in its units

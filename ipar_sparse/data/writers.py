@@ -35,7 +35,7 @@ _OF_POSITIONS = {
         Keys.FOREIGN,
         Keys.EMPTY,
     ),
-    "obsm": (Keys.REFERENCE,),
+    "obsm": (Keys.REFERENCE, Keys.TOP, Keys.TOP_WEIGHT),
 }
 """What belongs to positions, by slot, and does not outlive them."""
 

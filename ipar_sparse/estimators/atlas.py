@@ -10,7 +10,7 @@ atlas averages both answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -259,16 +259,48 @@ class Atlas(nn.Module):
 
     def _posterior(self, h: Tensor, learned: TissueField) -> tuple[Tensor, Tensor]:
         """Mean (n, 2) and variance (n,) of the place given the embedding."""
+        grid = learned.grid[learned.log_density.isfinite()]
+        values = torch.cat([grid, grid.square().sum(1, keepdim=True)], dim=1)
+        blocks = [weight @ values for weight in self._on_tissue(h, learned, _BLOCK)]
+        return _mean_and_variance(torch.cat(blocks).to(h.dtype))
+
+    def _on_tissue(self, h: Tensor, learned: TissueField, block: int) -> Iterator[Tensor]:
+        """Posterior weights of the grid points that are tissue (b, P), block of cells by block."""
         tissue = learned.log_density.isfinite()
-        grid, prior, field = (x[tissue] for x in learned[:3])
+        prior, field = learned.log_density[tissue], learned.field[tissue]
         # |h - f|^2 without |h|^2, which is the same at every place
         prior = prior - self.temperature / 2 * field.square().sum(1)
-        values = torch.cat([grid, grid.square().sum(1, keepdim=True)], dim=1)
-        blocks = []
-        for part in (h.to(field) @ learned.whiten).split(_BLOCK):
-            log_posterior = torch.addmm(prior, part, field.T, alpha=self.temperature)
-            blocks.append(log_posterior.softmax(1) @ values)
-        return _mean_and_variance(torch.cat(blocks).to(h.dtype))
+        for part in (h.to(field) @ learned.whiten).split(block):
+            yield torch.addmm(prior, part, field.T, alpha=self.temperature).softmax(1)
+
+    @torch.no_grad()
+    def distribution(self, h: Tensor, block: int = 1024) -> tuple[Tensor, Iterator[Tensor]]:
+        """Where each cell may be: half the posterior, half the nearest training cells.
+
+        Args:
+            h: embeddings (n, d) of all cells of a slide.
+            block: cells at once.
+
+        Returns:
+            A lattice of P places (P, 2) in RMS radii of a slide, the second coordinate running
+            fastest; and the weights of these places (b, P), rows summing to 1, block by block.
+        """
+        self._check(h)
+        nearest = self._nearest_cells(h)
+        learned = self._field_for(nearest)
+        return learned.grid, self._weights(h, nearest, learned, block)
+
+    @torch.no_grad()
+    def _weights(
+        self, h: Tensor, nearest: Tensor, learned: TissueField, block: int
+    ) -> Iterator[Tensor]:
+        tissue, seat = learned.log_density.isfinite(), nearest_in_lattice(learned.grid, self.places)
+        share = torch.full((), 0.5 / max(nearest.size(1), 1)).to(learned.grid)
+        parts = nearest.split(block)
+        for weight, near in zip(self._on_tissue(h, learned, block), parts, strict=True):
+            whole = weight.new_zeros(len(weight), len(tissue))
+            whole[:, tissue] = weight / 2
+            yield whole.scatter_add_(1, seat[near], share.expand(near.shape))
 
     def _nearest_cells(self, h: Tensor) -> Tensor:
         """Nearest training cells in the embedding (n, k)."""
@@ -373,6 +405,20 @@ def _mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor]:
 def _lattice(low: Tensor, high: Tensor, side: int) -> Tensor:
     axes = [torch.linspace(a, b, side, dtype=torch.float64) for a, b in zip(low, high, strict=True)]
     return torch.cartesian_prod(*axes)
+
+
+def nearest_in_lattice(lattice: Tensor, places: Tensor) -> Tensor:
+    """Number of the lattice point nearest to each place (m,).
+
+    Args:
+        lattice: of :meth:`Atlas.distribution` (P, 2).
+        places: (m, 2), in the same frame.
+    """
+    low, high = lattice.aminmax(dim=0)
+    side = math.isqrt(len(lattice))
+    step = ((high - low) / (side - 1)).clamp(min=1e-12)
+    cell = ((places.to(lattice) - low) / step).round().long().clamp(0, side - 1)
+    return cell[:, 0] * side + cell[:, 1]
 
 
 def _plane_and_bumps(x: Tensor, centres: Tensor, width: float) -> Tensor:

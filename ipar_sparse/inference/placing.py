@@ -22,6 +22,8 @@ from ..data.readers import read_files
 from ..data.slide import Slide, Warned
 from ..data.writers import in_file_order
 from ..errors import UserError
+from ..estimators.modes import AMBIGUOUS, SEPARATION
+from ..geometry.alignment import align
 from ..layout.uncertainty import widen
 from ..progress import track
 from .costs import check_prediction, slide_size
@@ -93,6 +95,7 @@ def place_cells(
     keep_empty: bool = False,
     reference: Reference | None = None,
     keep_foreign: bool = False,
+    top: int | None = None,
 ) -> Additions:
     """Positions, embedding, uncertainty and provenance of the cells of one file or object.
 
@@ -107,6 +110,7 @@ def place_cells(
             cell, with an uncertainty of one tissue radius.
         reference: training slide in whose frame and units positions are wanted as well.
         keep_foreign: give cells that do not belong to the tissue a position there, too.
+        top: number of most probable places wanted of each cell, as well.
 
     Raises:
         UserError: a slide shares no gene with the run, lacks its embedding, has fewer than 15
@@ -147,35 +151,42 @@ def place_cells(
             "warnings": _warnings_of(slides) or None,
         },
     )
+    hidden = [np.zeros(len(one.pos), dtype=bool) for one in predictions]
     if reference is not None:
-        _add_reference(added, predictor, slides, predictions, reference, keep_foreign)
+        hidden = _add_in_frame(added, predictor, slides, predictions, reference, keep_foreign)
+    if top is not None:
+        _add_top(added, predictor, slides, predictions, reference, hidden, top)
     return added
 
 
-def _add_reference(
+def _add_in_frame(
     added: Additions,
     predictor: Predictor,
     slides: Sequence[Slide],
     predictions: Sequence[Prediction],
     reference: Reference,
     keep_foreign: bool,
-) -> None:
-    """Positions in the frame of a reference, their uncertainty, and what they rest on."""
+) -> list[np.ndarray]:
+    """Positions in the frame of a reference, their uncertainty, and what they rest on.
+
+    Returns:
+        For each slide, which of its cells have no position there (n,).
+    """
     settings = predictor.config.typicality
-    places, errors, flags = [], [], []
+    positions, errors, flags, hidden = [], [], [], []
     for one in predictions:
         place, variance = predictor.atlas_places(one.embedding)
-        pos, error = reference.positions(place), reference.uncertainty(variance)
+        pos, error = reference.similarity(place), reference.uncertainty(variance)
         foreign = np.zeros(len(pos), dtype=bool)
         if one.typicality is not None:
             p_value, unlike = one.typicality.p_value, one.typicality.verdict == UNLIKE
             foreign = p_value <= settings.foreign_p_value
             error = widen(error, p_value, settings.growth_below, unlike)
-        hidden = foreign & (not keep_foreign)
-        places.append(np.where(hidden[:, None], np.nan, pos))
-        errors.append(np.where(hidden, np.nan, reference.radius * error))
         flags.append(foreign)
-    added.obsm[Keys.REFERENCE] = _in_file_order(slides, places, np.nan)
+        hidden.append(foreign & (not keep_foreign))
+        positions.append(np.where(hidden[-1][:, None], np.nan, pos))
+        errors.append(np.where(hidden[-1], np.nan, reference.radius * error))
+    added.obsm[Keys.REFERENCE] = _in_file_order(slides, positions, np.nan)
     added.obs[Keys.UNCERTAINTY_REFERENCE] = _in_file_order(slides, errors, np.nan)
     added.obs[Keys.FOREIGN] = _in_file_order(slides, flags, False)
     count, total = sum(int(flag.sum()) for flag in flags), sum(len(flag) for flag in flags)
@@ -195,6 +206,47 @@ def _add_reference(
             "their positions mean little" if keep_foreign else "they have no position",
             reference.name,
         )
+    return hidden
+
+
+def _add_top(
+    added: Additions,
+    predictor: Predictor,
+    slides: Sequence[Slide],
+    predictions: Sequence[Prediction],
+    reference: Reference | None,
+    hidden: Sequence[np.ndarray],
+    count: int,
+) -> None:
+    """The most probable places, in the frame of a reference or the gauge of the map."""
+    places, weights = [], []
+    for one, without in zip(predictions, hidden, strict=True):
+        place, weight = predictor.top_places(one.embedding, count)
+        move = align(predictor.atlas_places(one.embedding)[0], one.pos)[1]
+        if reference is not None:
+            move = reference.similarity
+        shown = np.isfinite(place).all(2)
+        place[shown] = move(place[shown])
+        place[without], weight[without] = np.nan, np.nan
+        places.append(place)
+        weights.append(weight)
+    added.obsm[Keys.TOP] = _in_file_order(slides, places, np.nan)
+    added.obsm[Keys.TOP_WEIGHT] = _in_file_order(slides, weights, np.nan)
+    first = np.concatenate([weight[:, 0] for weight in weights])
+    unsure, known = int((first < AMBIGUOUS).sum()), int(np.isfinite(first).sum())
+    added.uns["top"] = {
+        "places": count,
+        "frame": Keys.PREDICTION if reference is None else Keys.REFERENCE,
+        "separation": SEPARATION,
+        "ambiguous_below": AMBIGUOUS,
+        "ambiguous_cells": unsure,
+    }
+    logger.info(
+        "for %d of %d cells one place does not suffice: the first weighs less than %g",
+        unsure,
+        known,
+        AMBIGUOUS,
+    )
 
 
 def refuse_cells(

@@ -20,6 +20,7 @@ from ..data.records import recorded_inputs
 from ..data.slide import Slide, log_notes
 from ..errors import UserError
 from ..estimators import Atlas, EmbeddingScaler, RelevantComponents, Typicality
+from ..estimators.modes import top_places
 from ..geometry.alignment import square_displacement
 from ..graph import NeighborTable
 from ..layout.uncertainty import ErrorModel, predict_rmse, widen
@@ -257,6 +258,21 @@ class Predictor:
         found = self.atlas.mean_and_variance(torch.from_numpy(embedding).to(self.device))
         place, variance = (values.double().cpu().numpy() for values in found)
         return place, variance
+
+    def top_places(self, embedding: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The most probable places of each cell, by :mod:`~ipar_sparse.estimators.modes`.
+
+        Args:
+            embedding: of all cells of a slide (n, d), as a :class:`Prediction` holds it.
+            count: places of a cell.
+
+        Returns:
+            Places (n, count, 2) in the common frame of the training slides, and weights (n, count).
+        """
+        assert self.atlas is not None
+        found = top_places(self.atlas, torch.from_numpy(embedding).to(self.device), count)
+        place, weight = (values.double().cpu().numpy() for values in found)
+        return place, weight
 
     def compare(self, slide: Slide) -> SlideTypicality | None:
         """How like the training slides a slide is; None for a run of an earlier version."""

@@ -13,7 +13,6 @@ import numpy as np
 from ..config import RunConfig
 from ..data.copies import identified
 from ..data.paths import Source
-from ..data.readers import read_files
 from ..data.records import recorded_inputs, role_in_training
 from ..data.slide import Slide
 from ..errors import UserError
@@ -21,6 +20,11 @@ from .run_folder import find_checkpoint, read_meta
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from ..geometry.alignment import Similarity
+
+MOST_PLACES = 10
+"""Most probable places of a cell that can be asked for, at most."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,13 @@ class Reference:
             "left_out": self.frame["left_out"],
         }
 
-    def positions(self, places: np.ndarray) -> np.ndarray:
-        """Positions (n, 2) in the frame of the slide.
+    @property
+    def similarity(self) -> Similarity:
+        """From the common frame of the training slides, in RMS radii, to that of the slide."""
+        from ..geometry.alignment import Similarity  # torch, for which no refusal waits
 
-        Args:
-            places: in the common frame of the training slides (n, 2), in RMS radii.
-        """
-        turned = np.asarray(places) @ np.array(self.frame["rotation"])
-        return self.radius * turned + np.array(self.frame["centre"])
+        rotation, centre = np.array(self.frame["rotation"]), np.array(self.frame["centre"])
+        return Similarity(self.radius, rotation, centre)
 
     def uncertainty(self, variance: np.ndarray) -> np.ndarray:
         """Predicted root mean square error (n,) in RMS radii.
@@ -109,6 +112,8 @@ def find_reference(run: Path, source: str | os.PathLike | AnnData) -> Reference:
                 f"this name; it was trained on {_listed(names)}"
             )
     else:
+        from ..data.readers import read_files  # with what reads files
+
         data = RunConfig.load_request(run).data
         read = read_files([source], data, require_pos=True, slide_key_optional=True)
         slides = [identified(slide) for slide in read]
@@ -133,6 +138,37 @@ def find_reference(run: Path, source: str | os.PathLike | AnnData) -> Reference:
         record=next(one for one in recorded["train"] if one["digest"] == digest),
         slide=next((slide for slide in slides if slide.digest == digest), None),
     )
+
+
+def frame_options(
+    run: Path,
+    reference: str | os.PathLike | AnnData | None,
+    top: int | None = None,
+    keep_foreign: bool = False,
+) -> dict[str, Any]:
+    """What is asked for beside the map, in the terms of ``place_cells``.
+
+    Args:
+        run: folder of a run.
+        reference: see :func:`find_reference`.
+        top: number of most probable places of each cell.
+        keep_foreign: give foreign cells a position in the frame of the reference.
+
+    Raises:
+        UserError: the reference is none, or an option makes no sense or means nothing.
+    """
+    if keep_foreign and reference is None:
+        raise UserError("--keep-foreign means nothing without --reference SLIDE; leave it out")
+    if top is not None:
+        if not isinstance(top, int) or not 1 <= top <= MOST_PLACES:
+            raise UserError(f"--top {top}: ask for 1 to {MOST_PLACES} places of each cell")
+        if "atlas_cells" not in read_meta(find_checkpoint(run))["metadata"]:
+            raise UserError(
+                f"{run} is of an earlier version and has no atlas; train it again, or leave out "
+                "--top"
+            )
+    found = None if reference is None else find_reference(run, reference)
+    return {"reference": found, "top": top, "keep_foreign": keep_foreign}
 
 
 def refuse_reference_itself(reference: Reference, slides: Sequence[Slide]) -> None:
