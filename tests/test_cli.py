@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -404,14 +405,17 @@ def test_cross_validation_scores_are_told_with_their_noise(run, tmp_path, capsys
     assert "mlp – – –" in shown and "initial layout: the best score" in shown
 
 
-def test_selected_settings_are_told(slides, tmp_path, capsys):
+def test_selected_settings_are_told(slides, tmp_path, capfd):
     files = [str(slides / f"cortex{i}.h5ad") for i in (1, 2)]
     config, out = str(slides / "tiny.yaml"), str(tmp_path / "run")
     asked = {"refine.steps": 0, "refine.distance_correction_steps": 0, "model.recycling": True}
     more = [word for key, value in asked.items() for word in ("--set", f"{key}={value}")]
     assert cli.run_command(["train", *files, "--out", out, "--config", config, *more]) == 0
+    told = capfd.readouterr().err
+    assert told.count("neighbour hit") == 1  # scores once, not after every choice
+    assert not re.search("miniset|recycle|anchor", re.sub(r"\(train\..*?\)", "", told))
     assert cli.run_command(["info", out]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capfd.readouterr().out.split())
     for word in ("over 2 donors", "initial layout", "atlas 0.", "model.init =", "±", "yes"):
         assert word in shown
 

@@ -21,6 +21,7 @@ from ipar_sparse.inference.run_folder import BEST, LAST, read_meta, unfinished
 from ipar_sparse.metrics.layout import evaluate_layout
 from ipar_sparse.train.fit import REFERENCE, fit, fit_encoder
 from ipar_sparse.train.history import HISTORY, read_history
+from ipar_sparse.train.members import divide
 
 
 def same_tensors(a, b):
@@ -350,3 +351,14 @@ def test_an_encoder_that_was_stopped_is_resumed_to_the_same_bits_and_not_shared_
         fit(small_slides[:2], [], small_config(), tmp_path / "run", encoder=halved)
     fit_encoder(small_slides[:2], small_config(), halved, resume=True)
     assert same_tensors(halved / LAST, whole / LAST)
+
+
+@pytest.mark.parametrize(
+    ("count", "level", "said"),
+    [(1, "WARNING", "score the run on another slide"), (2, "INFO", "does not stop early")],
+)
+def test_one_slide_alone_is_a_warning(small_slides, caplog, count, level, said):
+    with caplog.at_level("INFO", logger="ipar_sparse"):
+        divide(small_slides[:count], [], None)
+    (told,) = caplog.records
+    assert told.levelname == level and said in told.message
