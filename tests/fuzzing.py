@@ -15,7 +15,7 @@ import pandas as pd
 from hypothesis import strategies as st
 from scipy import sparse
 
-HANG = 60  # seconds after which a command is taken to hang
+HANG = 300  # seconds after which a command is taken to hang, on a machine that is busy, too
 SLACK = 64 << 20  # bytes that allocators keep
 
 ODD_NAMES = [

@@ -622,6 +622,50 @@ def _(bench):
     return bench.place("counts", adata)
 
 
+def remade(adata: anndata.AnnData, change: Callable[[np.ndarray], np.ndarray]) -> anndata.AnnData:
+    """A slide with values that are made of its counts (n, G)."""
+    changed = adata.copy()
+    changed.X = sparse.csr_matrix(change(changed.X.toarray().astype(np.float64)), dtype=np.float32)
+    return changed
+
+
+@row("run on counts, slide of logarithms of logarithms", rho=0.5, says="is a guess: give counts")
+def _(bench):
+    return bench.place("counts", remade(logged(bench.unseen()), np.log1p))
+
+
+@row("run on counts, logarithms over the largest of their gene", rho=0.5, says="vary otherwise")
+def _(bench):
+    return bench.place("counts", remade(logged(bench.unseen()), lambda x: x / x.max(axis=0)))
+
+
+@row("run on counts, slide of counts per length and million", rho=0.5, says="vary otherwise than")
+def _(bench):
+    length = np.random.default_rng(0).uniform(0.5, 10, GENES)
+    return bench.place(
+        "counts", remade(logged(bench.unseen(), 1e6), lambda x: np.expm1(x) / length)
+    )
+
+
+@row("run on counts, slide of yes and no", rho=0.45, says="vary otherwise than on the training")
+def _(bench):
+    return bench.place("counts", remade(bench.unseen(), lambda x: x > 0))
+
+
+@row(
+    "run on counts, slide of half counts, half logarithms", rho=0.5, says="give values of one kind"
+)
+def _(bench):
+    logs = logged(bench.unseen()).X.toarray()
+    half = np.arange(CELLS)[:, None] % 2 == 0
+    return bench.place("counts", remade(bench.unseen(), lambda x: np.where(half, x, logs)))
+
+
+@row("30 of 120 genes filled with zeros", rho=0.45, says="30 genes that training slides express")
+def _(bench):
+    return bench.place("counts", remade(bench.unseen(), lambda x: x * (np.arange(GENES) >= 30)))
+
+
 @row("the second training slide has its gene names in another order", rho=0, says="leave it out")
 def _(bench):
     other = bench.slides[1].copy()

@@ -33,6 +33,13 @@ _LEVEL = 2.0  # expression so many times higher or lower is on another scale
 _MUCH = 0.2  # of the variance; a run that lost more should be trained for the cells
 _AGREEMENT = 0.3  # rank correlation of mean expression; shuffled names give 0
 
+_HELD = 20.0  # cells of a slide that should hold a gene; by chance, none of them does so never
+_SILENT = 0.05  # of the genes; a few are silent in some donors
+_KNOWN = 0.1  # relative error of a mean that is known well enough
+_SPREAD = 0.2  # of the logarithm of mean expression between slides; less tells nothing
+_SCATTER = -0.7  # correlation of changes of mean and of scatter; real slides have -0.75 or less
+_GIVE_COUNTS = "give counts, or cells may be placed wrongly"
+
 Scaling = Literal["total", "logs", "unscaled", "as given"]
 
 
@@ -154,7 +161,9 @@ def profile_inputs(
     moments = [mean_and_variance(slide, genes, profile.total) for slide in known]
     mean, variance = np.mean(moments, axis=0)
     if scaling != "as given" and len(whole) > 1:  # genes that vary most differ by slide, too
-        known = _compared(known, [_mean_of_some(slide, shared, profile.total) for slide in whole])
+        known = _compared(
+            known, [_moments_of_some(slide, shared, profile.total)[0] for slide in whole]
+        )
     return known, replace(profile, mean=mean.tolist(), variance=variance.tolist()), missing
 
 
@@ -348,6 +357,8 @@ def _as_counts(slide: Slide, whose: str) -> Slide:
         return slide
     matrix = inverted(slide.expression, slide.values or Values("log1p"))
     said = f"logarithms turned back, to scale cells as those of {whose}"
+    if slide.values is not None and slide.values.guessed:
+        said = Warned(f"{said}; whether they are logarithms is a guess: {_GIVE_COUNTS}")
     return _with_notes(replace(slide, expression=matrix, normalized=False), [said])
 
 
@@ -380,9 +391,30 @@ def _differences(slide: Slide, profile: InputProfile, missing: Sequence[str]) ->
     absent = set(missing)
     present = np.array([gene not in absent for gene in profile.genes])
     genes = [gene for gene in profile.genes if gene not in absent]
-    own = _mean_of_some(slide, genes, profile.total)
+    own, variance = _moments_of_some(slide, genes, profile.total)
     known = np.asarray(profile.mean)[present]
     said: list[str] = []
+    cells, was = min(_CELLS, int((~slide.empty).sum())), np.asarray(profile.variance)[present]
+    # at least this share of training cells holds the gene (Paley and Zygmund)
+    held = np.square(known) / np.maximum(np.square(known) + was, 1e-12)
+    silent = np.flatnonzero((own == 0) & (held * cells > _HELD))
+    if len(silent) > _SILENT * len(genes):
+        named = some_names([genes[i] for i in silent])
+        said.append(
+            Warned(
+                f"{len(silent)} genes that training slides express hold nothing here ({named}): "
+                "leave them out if they were not measured; fewer genes place cells less well"
+            )
+        )
+    well = np.sqrt(variance / max(cells, 1)) < _KNOWN * own
+    if _scatters_otherwise(own[well], variance[well], known[well], was[well]):
+        said.append(
+            Warned(
+                "genes vary otherwise than on the training slides, as if each had been scaled (to "
+                "its length, maximum or variance), or values were ranks, yes and no, or logarithms "
+                f"of logarithms: {_GIVE_COUNTS}"
+            )
+        )
     level = own.mean() / max(known.mean(), 1e-12)
     if not 1 / _LEVEL < level < _LEVEL:
         plain = slide.values is None or str(slide.values) == "counts"
@@ -396,12 +428,30 @@ def _differences(slide: Slide, profile: InputProfile, missing: Sequence[str]) ->
     return said + _unlike_genes(own, known)
 
 
-def _mean_of_some(slide: Slide, genes: Sequence[str], total: float) -> np.ndarray:
-    """Mean expression (G,) of evenly spaced cells that are not empty."""
+def _scatters_otherwise(own: np.ndarray, scatter: np.ndarray, *known: np.ndarray) -> bool:
+    """Whether genes vary for their mean (G,) as they do on no other slide.
+
+    A gene that is expressed more is counted with less relative scatter, whatever the tissue, but
+    not one that was multiplied.
+    """
+    seen = (own > 1e-3) & (known[0] > 1e-3) & (scatter > 0) & (known[1] > 0)  # no division by 0
+    if seen.sum() < FEW_GENES:
+        return False
+    more = np.log(own[seen] / known[0][seen])
+    relative = np.log(scatter[seen] / known[1][seen]) - 2 * more
+    if np.std(more) < _SPREAD or np.ptp(relative) == 0:
+        return False
+    return bool(np.corrcoef(more, relative)[0, 1] > _SCATTER)
+
+
+def _moments_of_some(
+    slide: Slide, genes: Sequence[str], total: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance (G,) of evenly spaced cells that are not empty."""
     cells = np.flatnonzero(~slide.empty)
     if len(cells) > _CELLS:
         cells = cells[np.linspace(0, len(cells) - 1, _CELLS).astype(np.int64)]
-    return mean_and_variance(slide.take(cells), genes, total)[0]
+    return mean_and_variance(slide.take(cells), genes, total)
 
 
 def _unlike_genes(own: np.ndarray, known: np.ndarray, whose: str = "") -> list[str]:

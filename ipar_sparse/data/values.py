@@ -23,6 +23,7 @@ _SAMPLE = 1000  # cells that are looked at
 _VALUES = 1 << 21  # of them, at most so many values
 _CELLS = 10  # fewer tell nothing by their totals
 _RATIOS = 200  # fewer tell nothing
+_SOME = 0.02  # of the cells; fewer are not a kind of their own
 _CONSTANT = 0.02  # spread of totals, relative to their median
 _LARGEST_LOG = 40.0  # no logarithm of counts reaches it
 _LOG_CEILING = 20.0  # log1p of anything countable stays below this
@@ -139,6 +140,18 @@ def recognize_values(matrix: sparse.csr_matrix) -> Values:
     if data.max() > _LOG_CEILING or np.std(sums["log1p"]) > _VARYING * np.mean(sums["log1p"]):
         return Values("none", None, totals["none"], guessed=True)
     return Values("log1p", None, totals["log1p"], guessed=True)
+
+
+def second_kind(matrix: sparse.csr_matrix) -> Values | None:
+    """What some cells hold, where they hold logarithms and the others whole numbers."""
+    rows = _sample(matrix)
+    if not len(rows.data):
+        return None
+    broken = np.add.reduceat(rows.data != np.rint(rows.data), rows.indptr[:-1], dtype=np.int64) > 0
+    if not _SOME < broken.mean() < 1 - _SOME:
+        return None
+    found = recognize_values(take_rows(rows, np.flatnonzero(broken)))
+    return found if found.logged and not found.guessed else None
 
 
 def _sample(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
