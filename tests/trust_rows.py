@@ -661,7 +661,11 @@ def _(bench):
     return bench.place("counts", remade(bench.unseen(), lambda x: np.where(half, x, logs)))
 
 
-@row("30 of 120 genes filled with zeros", rho=0.45, says="30 genes that training slides express")
+@row(
+    "30 of 120 genes filled with zeros",
+    rho=0.45,
+    says="genes that training slides express hold nothing",
+)
 def _(bench):
     return bench.place("counts", remade(bench.unseen(), lambda x: x * (np.arange(GENES) >= 30)))
 
