@@ -15,7 +15,7 @@ from ipar_sparse.cli import run_command
 from ipar_sparse.config import DataConfig
 from ipar_sparse.data.dissociated import record_cells
 from ipar_sparse.data.input_profile import conform, profile_inputs
-from ipar_sparse.data.slide import Warned
+from ipar_sparse.data.notes import Warned
 from ipar_sparse.data.writers import to_anndata, write_slide
 from ipar_sparse.errors import UserError
 from ipar_sparse.inference.predictor import Predictor

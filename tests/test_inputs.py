@@ -11,10 +11,12 @@ from ipar_sparse.config.schema import DataConfig
 from ipar_sparse.data.gene_names import kind_of_names, rename_genes, stem
 from ipar_sparse.data.input_profile import InputProfile, conform, profile_inputs
 from ipar_sparse.data.names import safe_name, safe_names, unique_names
+from ipar_sparse.data.notes import Warned
 from ipar_sparse.data.positions import as_positions, flatness, stray_cells, stretch
 from ipar_sparse.data.readers import read_files
 from ipar_sparse.data.simulation import simulate
-from ipar_sparse.data.slide import Slide, Warned
+from ipar_sparse.data.slide import Slide
+from ipar_sparse.data.spatial_order import neighbor_agreement, told_of_order
 from ipar_sparse.data.values import recognize_values
 from ipar_sparse.errors import UserError
 
@@ -275,6 +277,15 @@ def test_cells_without_information_are_flagged_and_move_no_other(members):
     assert "3 cells have counts, but none in the genes of the run" in told(found)
     with pytest.raises(UserError, match="no cell has counts in the genes of the run"):
         conform(slide.take(np.arange(150, 153)), profile)
+
+
+def test_positions_in_another_order_than_the_cells_are_told_of():
+    slide = simulate("cortex", slides=1, spots=300, genes=60, seed=2)[0]
+    order = np.random.default_rng(0).permutation(300)
+    mixed = replace(slide, pos=slide.pos[order])
+    assert neighbor_agreement(slide, slide.genes) > 8 > 4 > neighbor_agreement(mixed, slide.genes)
+    assert "another order than the cells" in told(told_of_order(mixed, slide.genes, 1e4))
+    assert told_of_order(slide, slide.genes, 1e4) is slide
 
 
 def test_positions_are_taken_from_the_columns_that_vary():

@@ -698,6 +698,68 @@ def _(bench):
     return bench.retrained("numbered", slides)
 
 
+def with_positions(slides, change: Callable[[np.ndarray], np.ndarray]) -> list[anndata.AnnData]:
+    """Slides whose positions (n, 2) are changed."""
+    changed = [one.copy() for one in slides]
+    for one in changed:
+        one.obsm["spatial"] = change(one.obsm["spatial"].copy())
+    return changed
+
+
+@row("positions in another order than cells", rho=-1, says="may be in another order than the cells")
+def _(bench):
+    rng = np.random.default_rng(0)
+    return bench.retrained("mixed up", with_positions(bench.slides[:2], rng.permutation))
+
+
+@row("half of the positions filled with (0, 0)", rho=-1, says="150 of 300 cells")
+def _(bench):
+    return bench.retrained("half filled", half_filled(bench.slides[:2]))
+
+
+@row("half of the positions filled with (0, 0), --drop-outliers", rho=0.5, says="left out")
+def _(bench):
+    return bench.retrained("half dropped", half_filled(bench.slides[:2]), "--drop-outliers")
+
+
+def half_filled(slides) -> list[anndata.AnnData]:
+    return with_positions(slides, lambda pos: pos * (np.arange(len(pos)) % 2)[:, None])
+
+
+@row("one cell at 1e12", rho=-1, says="times wider: if their positions were filled in")
+def _(bench):
+    def fill(pos):
+        pos[0] = 1e12
+        return pos
+
+    return bench.retrained("afar", with_positions(bench.slides[:2], fill))
+
+
+@row("x in pixels, y in other units", rho=-1, says="times as long as wide")
+def _(bench):
+    return bench.retrained("stretched", with_positions(bench.slides[:2], lambda pos: pos * [1, 20]))
+
+
+@row("the second training slide is per length and million", rho=0.5, says="if they were multiplied")
+def _(bench):
+    length = np.random.default_rng(0).uniform(0.5, 10, GENES)
+    other = remade(logged(bench.slides[1], 1e6), lambda x: np.expm1(x) / length)
+    return bench.retrained("per length", [bench.slides[0], other])
+
+
+@row("the second training slide, times a million", rho=0.5, says="if they were multiplied")
+def _(bench):
+    return bench.retrained("times", [bench.slides[0], remade(bench.slides[1], lambda x: x * 1e6)])
+
+
+@row("one gene", rho=0, says="1 genes hardly place cells")
+def _(bench):
+    slides = [one[:, :1].copy() for one in bench.slides[:3]]
+    told = bench.train("one gene", slides[:2], val=slides[2])
+    told.rho = 0.0  # all cells lie at one point
+    return told
+
+
 @row("positions in columns of obs", says="obs has x and y")
 def _(bench):
     slides = [one.copy() for one in bench.slides[:2]]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def tell_notes(slides: Iterable[Slide]) -> None:
     """Prints what was recognised in the slides, and what may be wrong."""
-    from ..data.slide import Warned
+    from ..data.notes import Warned
 
     for slide in slides:
         for text in slide.notes:

@@ -10,8 +10,9 @@ import pandas as pd
 
 from ..errors import UserError
 from .anndata_store import some_names
+from .notes import Warned
 from .positions import flatness, stray_cells, stretch
-from .slide import Slide, Warned
+from .slide import Slide
 
 MAX_CATEGORIES = 250  # a column of more distinct labels identifies cells, it does not group them
 _SECTION = re.compile(
@@ -19,6 +20,7 @@ _SECTION = re.compile(
     re.IGNORECASE,
 )
 _SECTION_CELLS = 15  # of a slide
+_LONG = 8  # times as long as wide: longer tissues are rare
 
 
 def checked(
@@ -51,7 +53,9 @@ def checked(
         )
     if slide.pos is None:
         return slide
-    if shape := flatness(slide.pos):
+    stray = stray_cells(slide.pos) if require_pos else np.zeros(slide.num_cells, bool)
+    # of cells that lie very far off, all others are a point
+    if shape := flatness(slide.pos[~stray]):
         if require_pos:
             raise UserError(
                 f"{where}: the positions of {slide.name} are {shape}; a slide needs two dimensions"
@@ -60,7 +64,14 @@ def checked(
         return replace(slide, pos=None)
     if not require_pos:
         return slide
-    stray = stray_cells(slide.pos)
+    length, width = np.sort(np.ptp(slide.pos[~stray], axis=0))[::-1]
+    if length > _LONG * width:
+        slide.notes.append(
+            Warned(
+                f"the tissue is {length / width:.3g} times as long as wide: if x and y are in "
+                "different units, a map learned from it is wrong"
+            )
+        )
     if stray.any() and drop_outliers:
         slide.notes.append(f"{stray.sum()} cells that lie outside the tissue are left out")
         slide = slide.take(np.flatnonzero(~stray))

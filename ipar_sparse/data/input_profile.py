@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from ..config.schema import DataConfig
 from ..errors import UserError
 from .anndata_store import some_names
 from .copies import identified
+from .differences import GIVE_COUNTS, compare_training, differences
 from .expression import (
     in_memory,
     log_normalize,
@@ -22,23 +22,15 @@ from .expression import (
     select_genes,
 )
 from .gene_names import FEW_GENES, check_shared, kind_of_names, rename_genes, said_of_case
-from .on_disk import row_blocks, row_sums, smallest_value
-from .slide import Slide, Warned
+from .notes import Warned
+from .on_disk import row_blocks, row_sums
+from .slide import Slide
 from .values import Values, inverted, rescaled
 
 _SAME_TOTAL = 1.02  # totals of slides that were scaled alike
 _OTHER_TOTAL = 1.5  # and of slides that were not
-_CELLS = 5000  # cells by which genes are compared
-_LEVEL = 2.0  # expression so many times higher or lower is on another scale
 _MUCH = 0.2  # of the variance; a run that lost more should be trained for the cells
-_AGREEMENT = 0.3  # rank correlation of mean expression; shuffled names give 0
 
-_HELD = 20.0  # cells of a slide that should hold a gene; by chance, none of them does so never
-_SILENT = 0.05  # of the genes; a few are silent in some donors
-_KNOWN = 0.1  # relative error of a mean that is known well enough
-_SPREAD = 0.2  # of the logarithm of mean expression between slides; less tells nothing
-_SCATTER = -0.7  # correlation of changes of mean and of scatter; real slides have -0.75 or less
-_GIVE_COUNTS = "give counts, or cells may be placed wrongly"
 
 Scaling = Literal["total", "logs", "unscaled", "as given"]
 
@@ -142,6 +134,9 @@ def profile_inputs(
     if data.max_genes is not None and len(genes) > data.max_genes:
         genes = select_genes(known, genes, data.max_genes)
     known = [informative(_emptied(in_memory(slide, genes), genes)) for slide in known]
+    if len(genes) < FEW_GENES:
+        said = Warned(f"{len(genes)} genes hardly place cells; {FEW_GENES} or more are usual")
+        known[0] = _with_notes(known[0], [said])
     total = data.target_sum or median_total(known)
     values = first.values or Values("none", "counts")
     profile = InputProfile(
@@ -160,22 +155,11 @@ def profile_inputs(
     )
     moments = [mean_and_variance(slide, genes, profile.total) for slide in known]
     mean, variance = np.mean(moments, axis=0)
-    if scaling != "as given" and len(whole) > 1:  # genes that vary most differ by slide, too
-        known = _compared(
-            known, [_moments_of_some(slide, shared, profile.total)[0] for slide in whole]
-        )
+    if scaling != "as given" and len(whole) > 1:
+        # over all genes, since those that vary most are others on each slide
+        told = compare_training(whole, shared, profile.total)
+        known = [_with_notes(*pair) for pair in zip(known, told, strict=True)]
     return known, replace(profile, mean=mean.tolist(), variance=variance.tolist()), missing
-
-
-def _compared(slides: Sequence[Slide], means: Sequence[np.ndarray]) -> list[Slide]:
-    """Training slides, with a warning where one expresses its genes unlike the others."""
-    told = []
-    for i, slide in enumerate(slides):
-        others = [mean for j, mean in enumerate(means) if j != i]
-        if i or len(slides) > 2:  # of two slides, the second is told of
-            slide = _with_notes(slide, _unlike_genes(means[i], np.mean(others, axis=0), "other "))
-        told.append(slide)
-    return told
 
 
 def _among(shared: Sequence[str], cell_genes: Sequence[str]) -> list[str]:
@@ -267,7 +251,14 @@ def conform(slide: Slide, profile: InputProfile, ignore_case: bool | None = None
         raise UserError(
             f"{slide.name}: no cell has counts in the genes of the run; choose another layer"
         )
-    return _with_notes(slide, _differences(slide, profile, missing))
+    if not len(profile.mean) or profile.scaling == "as given":
+        return slide
+    lost = set(missing)
+    present = np.array([gene not in lost for gene in profile.genes])
+    genes = [gene for gene in profile.genes if gene not in lost]
+    mean, variance = (np.asarray(part)[present] for part in (profile.mean, profile.variance))
+    said = differences(slide, genes, mean, variance, profile.total, bool(missing))
+    return _with_notes(slide, said)
 
 
 def _lost(slide: Slide, profile: InputProfile, missing: Sequence[str]) -> str:
@@ -358,7 +349,7 @@ def _as_counts(slide: Slide, whose: str) -> Slide:
     matrix = inverted(slide.expression, slide.values or Values("log1p"))
     said = f"logarithms turned back, to scale cells as those of {whose}"
     if slide.values is not None and slide.values.guessed:
-        said = Warned(f"{said}; whether they are logarithms is a guess: {_GIVE_COUNTS}")
+        said = Warned(f"{said}; whether they are logarithms is a guess: {GIVE_COUNTS}")
     return _with_notes(replace(slide, expression=matrix, normalized=False), [said])
 
 
@@ -378,96 +369,6 @@ def _emptied(slide: Slide, genes: Sequence[str]) -> Slide:
     inside = np.isin(slide.genes.astype(str), np.asarray(genes, dtype=str))
     stored = [block[:, inside].getnnz(axis=1) for _, block in row_blocks(slide.expression)]
     return replace(slide, empty=slide.empty | (np.concatenate(stored) == 0))
-
-
-def _differences(slide: Slide, profile: InputProfile, missing: Sequence[str]) -> list[str]:
-    """Differences from the training slides that cannot be undone."""
-    if (
-        not len(profile.mean)
-        or profile.scaling == "as given"
-        or smallest_value(slide.expression) < 0
-    ):
-        return []
-    absent = set(missing)
-    present = np.array([gene not in absent for gene in profile.genes])
-    genes = [gene for gene in profile.genes if gene not in absent]
-    own, variance = _moments_of_some(slide, genes, profile.total)
-    known = np.asarray(profile.mean)[present]
-    said: list[str] = []
-    cells, was = min(_CELLS, int((~slide.empty).sum())), np.asarray(profile.variance)[present]
-    # at least this share of training cells holds the gene (Paley and Zygmund)
-    held = np.square(known) / np.maximum(np.square(known) + was, 1e-12)
-    silent = np.flatnonzero((own == 0) & (held * cells > _HELD))
-    if len(silent) > _SILENT * len(genes):
-        named = some_names([genes[i] for i in silent])
-        said.append(
-            Warned(
-                f"{len(silent)} genes that training slides express hold nothing here ({named}): "
-                "leave them out if they were not measured; fewer genes place cells less well"
-            )
-        )
-    well = np.sqrt(variance / max(cells, 1)) < _KNOWN * own
-    if _scatters_otherwise(own[well], variance[well], known[well], was[well]):
-        said.append(
-            Warned(
-                "genes vary otherwise than on the training slides, as if each had been scaled (to "
-                "its length, maximum or variance), or values were ranks, yes and no, or logarithms "
-                f"of logarithms: {_GIVE_COUNTS}"
-            )
-        )
-    level = own.mean() / max(known.mean(), 1e-12)
-    if not 1 / _LEVEL < level < _LEVEL:
-        plain = slide.values is None or str(slide.values) == "counts"
-        if plain and level < 1:
-            why = "since its cells hold fewer counts of these genes: they are placed less well"
-        elif plain and missing:
-            why = "since cells are scaled over fewer genes: they may be placed wrongly"
-        else:
-            why = "so it may have been scaled otherwise and cells be placed wrongly: give counts"
-        said.append(Warned(f"expression is {level:.2g} times that of the training slides, {why}"))
-    return said + _unlike_genes(own, known)
-
-
-def _scatters_otherwise(own: np.ndarray, scatter: np.ndarray, *known: np.ndarray) -> bool:
-    """Whether genes vary for their mean (G,) as they do on no other slide.
-
-    A gene that is expressed more is counted with less relative scatter, whatever the tissue, but
-    not one that was multiplied.
-    """
-    seen = (own > 1e-3) & (known[0] > 1e-3) & (scatter > 0) & (known[1] > 0)  # no division by 0
-    if seen.sum() < FEW_GENES:
-        return False
-    more = np.log(own[seen] / known[0][seen])
-    relative = np.log(scatter[seen] / known[1][seen]) - 2 * more
-    if np.std(more) < _SPREAD or np.ptp(relative) == 0:
-        return False
-    return bool(np.corrcoef(more, relative)[0, 1] > _SCATTER)
-
-
-def _moments_of_some(
-    slide: Slide, genes: Sequence[str], total: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance (G,) of evenly spaced cells that are not empty."""
-    cells = np.flatnonzero(~slide.empty)
-    if len(cells) > _CELLS:
-        cells = cells[np.linspace(0, len(cells) - 1, _CELLS).astype(np.int64)]
-    return mean_and_variance(slide.take(cells), genes, total)
-
-
-def _unlike_genes(own: np.ndarray, known: np.ndarray, whose: str = "") -> list[str]:
-    """A warning where mean expression (G,) is not ranked as on the training slides."""
-    if len(own) < FEW_GENES or np.ptp(own) == 0 or np.ptp(known) == 0:
-        return []
-    agreement = float(spearmanr(own, known).statistic)
-    if agreement >= _AGREEMENT:
-        return []
-    advice = "leave it out, or mend them" if whose else "do not trust the places"
-    return [
-        Warned(
-            f"genes are not expressed as on the {whose}training slides (rank correlation of their "
-            f"means {agreement:.2f}): another tissue, or gene names in another order; {advice}"
-        )
-    ]
 
 
 def _unlike(values: Values, profile: InputProfile) -> Warned:

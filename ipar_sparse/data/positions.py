@@ -8,6 +8,7 @@ from .anndata_store import some_names
 
 _STRETCH = 3.0  # a few cells that widen the tissue so many times lie elsewhere
 _FEW = 0.1  # of the cells
+_HEAP = 10  # a place of so many times more cells than others is no place
 _SAME = 0.02  # of the cells; so many at one point are not placed there
 _FLAT = 1e-6  # width of a line, relative to its length
 
@@ -78,7 +79,7 @@ def flatness(pos: np.ndarray) -> str | None:
 
 
 def stray_cells(pos: np.ndarray) -> np.ndarray:
-    """Cells that are not where the tissue is (n,): few, and far from all others or at one point.
+    """Cells that are not where the tissue is (n,): few far from all others, or many at one point.
 
     Args:
         pos: positions (n, 2).
@@ -93,9 +94,10 @@ def stray_cells(pos: np.ndarray) -> np.ndarray:
     usual = ordered[int((1 - _FEW) * n) - 1]
     stray |= reach > _STRETCH * max(usual, 1e-300)
     _, place, count = np.unique(pos, axis=0, return_inverse=True, return_counts=True)
-    heaped = count[place.ravel()] >= max(5, _SAME * n)
-    if heaped.mean() <= _FEW:  # where many share a place, places are coarse
-        stray |= heaped
+    heaped = count >= max(5, _SAME * n)
+    if count[heaped].sum() > _FEW * n:  # where many share a place, places are coarse
+        heaped &= count > _HEAP * np.median(count)
+    stray |= heaped[place.ravel()]
     return stray
 
 

@@ -42,9 +42,9 @@ from .names import safe_names, unique_names
 from .on_disk import BLOCK, block_length, is_large, read_to_disk, release
 from .paths import Source
 from .positions import as_positions
-from .slide import Slide, Warned
+from .slide import Slide
 from .sources import Opened, open_source, pick_rows
-from .values import interpret, second_kind
+from .values import interpret
 
 _LARGEST = 1e15  # squares of what is larger leave float32
 _DENSE = 1 << 31  # numbers of a sparse table that is read dense
@@ -179,11 +179,6 @@ def read_slides(
             layers = [*store.get("layers", ()), *(["raw"] if "raw" in store else [])]
             _refuse_zeros(expression, layers, part, optional=vectors is not None)
             _check_values(expression, normalized, cell_names, genes, part, layers)
-            if other := second_kind(expression):
-                kinds = f"some cells hold whole numbers and others {other}"
-                notes.append(
-                    Warned(f"{kinds}: give values of one kind, or they are placed wrongly")
-                )
             expression, normalized, values, said = interpret(expression, normalized)
             notes += said
         columns = _label_columns(obs)

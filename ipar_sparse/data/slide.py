@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .notes import Warned
+
 if TYPE_CHECKING:
     from scipy import sparse
 
     from .values import Values
-
-
-class Warned(str):
-    """A note on something that may make a result wrong, and cannot be undone."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
+from .notes import Warned
 from .on_disk import changed_values, take_rows
 
 Scale = Literal["counts", "total", "cells"] | None
@@ -142,16 +143,19 @@ def recognize_values(matrix: sparse.csr_matrix) -> Values:
     return Values("log1p", None, totals["log1p"], guessed=True)
 
 
-def second_kind(matrix: sparse.csr_matrix) -> Values | None:
-    """What some cells hold, where they hold logarithms and the others whole numbers."""
+def _of_two_kinds(matrix: sparse.csr_matrix) -> list[str]:
+    """A warning where some cells hold logarithms and others whole numbers."""
     rows = _sample(matrix)
     if not len(rows.data):
-        return None
+        return []
     broken = np.add.reduceat(rows.data != np.rint(rows.data), rows.indptr[:-1], dtype=np.int64) > 0
     if not _SOME < broken.mean() < 1 - _SOME:
-        return None
+        return []
     found = recognize_values(take_rows(rows, np.flatnonzero(broken)))
-    return found if found.logged and not found.guessed else None
+    if not found.logged or found.guessed:
+        return []
+    kinds = f"some cells hold whole numbers and others {found}"
+    return [Warned(f"{kinds}: give values of one kind, or they are placed wrongly")]
 
 
 def _sample(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -207,27 +211,31 @@ def interpret(
     Returns:
         The matrix, whether it is log-normalised, what the values were, and lines that say so.
     """
-    found = recognize_values(matrix)
+    found, kinds = recognize_values(matrix), _of_two_kinds(matrix)
     if asked is not None:
-        return matrix, asked, found, _contradiction(found, asked)
+        return matrix, asked, found, [*kinds, *_contradiction(found, asked)]
     if found.transform == "none":
-        return matrix, False, found, _said_of_counts(found)
+        return matrix, False, found, [*kinds, *_said_of_counts(found)]
     if found.scale == "counts" or found.transform == "sqrt":
         how = "squared" if found.transform == "sqrt" else "turned back to counts"
         return (
             changed_values(matrix, INVERSES[found.transform]),
             False,
             found,
-            [f"values are {found}: {how} (--normalized uses them as they are)"],
+            [*kinds, f"values are {found}: {how} (--normalized uses them as they are)"],
         )
     if found.guessed:
         return (
             matrix,
             True,
             found,
-            ["values are not whole numbers: taken as log-normalised (--counts if they are counts)"],
+            [
+                *kinds,
+                "values are not whole numbers: taken as log-normalised (--counts if they are "
+                "counts)",
+            ],
         )
-    return matrix, True, found, [f"values are {found}: taken as log-normalised"]
+    return matrix, True, found, [*kinds, f"values are {found}: taken as log-normalised"]
 
 
 def _said_of_counts(found: Values) -> list[str]:

@@ -145,7 +145,7 @@ def project(
 
 
 def _fixed_signs(axes: np.ndarray) -> Tensor:
-    return svd_flip(torch.from_numpy(np.ascontiguousarray(axes))).float()
+    return svd_flip(torch.from_numpy(np.array(axes, order="C"))).float()
 
 
 def _to_unit_variance(total: float) -> float:

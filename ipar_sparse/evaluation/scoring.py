@@ -14,7 +14,8 @@ from .. import __version__
 from ..config import RunConfig
 from ..data.anndata_store import suggest
 from ..data.input_profile import informative
-from ..data.slide import Slide, Warned
+from ..data.notes import Warned
+from ..data.slide import Slide
 from ..errors import UserError
 from ..inference.placing import role_in_training
 from ..inference.predictor import Prediction, Predictor

@@ -13,9 +13,10 @@ import numpy as np
 from ..config import DataConfig, RunConfig
 from ..data.copies import identified
 from ..data.input_profile import InputProfile, conform
+from ..data.notes import Warned
 from ..data.readers import read_files
 from ..data.records import recorded_inputs, role_in_training
-from ..data.slide import Slide, Warned
+from ..data.slide import Slide
 from ..errors import UserError
 from .costs import prediction_cost, slide_size
 from .run_folder import find_checkpoint, read_meta, unfinished

@@ -18,8 +18,9 @@ from ..config import DataConfig
 from ..data import records
 from ..data.input_profile import informative
 from ..data.keys import Keys
+from ..data.notes import Warned
 from ..data.readers import read_files
-from ..data.slide import Slide, Warned
+from ..data.slide import Slide
 from ..data.writers import in_file_order
 from ..errors import UserError
 from ..estimators.modes import AMBIGUOUS, SEPARATION

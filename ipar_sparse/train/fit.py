@@ -23,6 +23,7 @@ from ..data.dissociated import record_cells
 from ..data.expression import Expression, in_memory
 from ..data.input_profile import conform, informative, profile_inputs
 from ..data.slide import Slide, log_notes
+from ..data.spatial_order import told_of_order
 from ..errors import UserError
 from ..estimators import EmbeddingScaler, RelevantComponents
 from ..files import atomic_write
@@ -246,6 +247,8 @@ def _prepare(
         with stage("Comparing slides"):
             train, profile, missing = profile_inputs(train, request.data, chosen.get("cell_genes"))
             val = [informative(in_memory(conform(slide, profile), profile.genes)) for slide in val]
+            of = profile.genes, profile.total
+            train, val = ([told_of_order(slide, *of) for slide in part] for part in (train, val))
         inputs["profile"], genes = profile.as_dict(), list(profile.genes)
         if missing:
             logger.info("%d genes are not on every training slide: left out", len(missing))
