@@ -18,6 +18,7 @@ _TRAINING = {
     "l_long": "long range",
     "l_gate": "gate",
 }
+_MARGIN = 0.08  # above the highest value, which markers would touch
 _VALIDATION = {
     "val_hgate_e_geo": "gated candidates (as in predictions)",
     "val_tedge_e_geo": "true neighbours (an oracle)",
@@ -123,7 +124,7 @@ def recycle_curves(
         low, high = min(0.0, *values), max(values)
         for bound in (healthy.low, healthy.high):
             high = max(high, bound) if math.isfinite(bound) else high
-        high += 0.05 * (high - low)
+        high += _MARGIN * (high - low)
         ax.axhspan(
             max(healthy.low, low),
             min(healthy.high, high),
@@ -134,7 +135,8 @@ def recycle_curves(
         )
         ax.set_ylim(low, high)
     elif values:
-        ax.set_ylim(bottom=min(0.0, *values))
+        low, high = min(0.0, *values), max(0.0, *values)
+        ax.set_ylim(low, high + (_MARGIN * (high - low) or 1.0))
     ax.set_title(title or name, fontsize=10, color=INK)
     ax.set_xlabel("recycle", fontsize=9)
     if lines:

@@ -55,7 +55,9 @@ def position_colors(pos) -> np.ndarray:
     pos = as_layout(pos)
     low, high = np.quantile(pos, [0.01, 0.99], axis=0)
     u, v = np.clip((pos - low) / np.maximum(high - low, 1e-300), 0, 1).T[..., None]
-    corners = {side: to_oklab(to_rgba_array(list(colors))[:, :3]) for side, colors in _CORNERS.items()}
+    corners = {
+        side: to_oklab(to_rgba_array(list(colors))[:, :3]) for side, colors in _CORNERS.items()
+    }
     bottom = (1 - u) * corners["low"][0] + u * corners["low"][1]
     top = (1 - u) * corners["high"][0] + u * corners["high"][1]
     return from_oklab((1 - v) * bottom + v * top)

@@ -87,7 +87,7 @@ def remarks_on(evaluation: SlideEvaluation, groups: Mapping | None) -> list[str]
     if evaluation.true is None:
         remarks.append(
             "Measured positions were not looked at, so nothing here says how right the map is. "
-            "Where the file has any, `ipar-sparse evaluate` compares the map with them."
+            "Where the file has any, the command evaluate compares the map with them."
         )
     if groups and len(groups["rows"]) > 1:
         most, least = groups["rows"][0], groups["rows"][-1]

@@ -32,7 +32,7 @@ _PANELS = {
     "attn_recall@30": "Attention on true neighbours",
     "logit_std": "Standard deviation of logits",
     "attention_entropy_relative": "Entropy of attention (1: uniform)",
-    "step_size": "Movement of the map |ΔX|/√n",
+    "step_size": "Movement |ΔX|/√n",
 }
 _COUNTS = ("No", "One", "Two", "Three", "Four", "Five", "Six")
 
@@ -221,7 +221,7 @@ def _recycle_section(evaluation: SlideEvaluation) -> dict | None:
 
     height = math.ceil(len(layouts) / 4) * _height(evaluation, 2.4)
     text = (
-        "The initial layout and the map after each pass through the model, in the colours of the "
+        "The initial layout and the map after each pass through the model (a recycle), in the colours of the "
         "first figure. Distance correction and refinement, where a run has them, come afterwards."
     )
     figure = draw_figure("recycles", (10.0, height), draw, "The map after every recycle")
