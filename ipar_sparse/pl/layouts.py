@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 CONTINUOUS = colormaps["viridis"].with_extremes(bad=FAINT)
 
 # one axis is blue to orange, which red-green blindness keeps apart, the other dark to light
-_CORNERS = {"low": ("#0B2A6B", "#7A2300"), "high": ("#8CD3F0", "#FFD166")}
+_CORNERS = {"low": ["#0B2A6B", "#7A2300"], "high": ["#8CD3F0", "#FFD166"]}
 _FOCUS = LinearSegmentedColormap.from_list("focus", ["#F3C98B", "#D55E00", "#5A1A00"])
 
 
@@ -55,9 +55,7 @@ def position_colors(pos) -> np.ndarray:
     pos = as_layout(pos)
     low, high = np.quantile(pos, [0.01, 0.99], axis=0)
     u, v = np.clip((pos - low) / np.maximum(high - low, 1e-300), 0, 1).T[..., None]
-    corners = {
-        side: to_oklab(to_rgba_array(list(colors))[:, :3]) for side, colors in _CORNERS.items()
-    }
+    corners = {side: to_oklab(to_rgba_array(colors)[:, :3]) for side, colors in _CORNERS.items()}
     bottom = (1 - u) * corners["low"][0] + u * corners["low"][1]
     top = (1 - u) * corners["high"][0] + u * corners["high"][1]
     return from_oklab((1 - v) * bottom + v * top)
