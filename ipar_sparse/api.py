@@ -33,7 +33,7 @@ from .inference.placing import (
     role_in_training,
 )
 from .inference.predictor import Predictor
-from .inference.reference import frame_options
+from .inference.reference import find_reference, frame_options
 from .inference.run_folder import reading_settings
 from .inference.summary import RunSummary, summarize_run
 from .progress import quiet_stages, setup_logging
@@ -299,6 +299,7 @@ class IPAR(Pretrained):
         noise_samples: int | None = None,
         baselines: bool | None = None,
         class_key: str | None = None,
+        reference: Cells | None = None,
         layer: str | None = None,
         normalized: bool | None = None,
         slide_key: str | None = None,
@@ -317,6 +318,7 @@ class IPAR(Pretrained):
             noise_samples: predictions under training noise; the run's setting if left out.
             baselines: whether to score simple methods; the run's setting if left out.
             class_key: obs column of cell classes, for the RSSD by class in the report.
+            reference: training slide in whose frame positions were measured; adds that error.
             layer, normalized, slide_key, embedding, ignore_case, genes: as in :meth:`predict`.
             spatial_key: obsm key of the positions, or two obs columns; the run's if left out.
             drop_outliers: leave out cells whose positions lie far outside the tissue.
@@ -333,6 +335,7 @@ class IPAR(Pretrained):
         """
         if out is not None:
             check_output_folder(Path(out), overwrite)
+        within = None if reference is None else find_reference(self.run, reference)
         slides, _ = self._read(
             slide,
             require_pos=True,
@@ -357,6 +360,7 @@ class IPAR(Pretrained):
                 noise_samples=noise_samples,
                 baselines=baselines,
                 class_key=class_key,
+                reference=within,
             )
             if out is not None:
                 folder = Path(out) if len(slides) == 1 else Path(out) / folder_name(one.name)

@@ -15,8 +15,11 @@ from ipar_sparse.cli import run_command
 from ipar_sparse.data.keys import Keys
 from ipar_sparse.data.simulation import simulate
 from ipar_sparse.data.writers import to_anndata, write_slide
+from ipar_sparse.evaluation.scoring import score_slide
 from ipar_sparse.geometry.alignment import align
 from ipar_sparse.inference.checkpoint import save_checkpoint
+from ipar_sparse.inference.predictor import Predictor
+from ipar_sparse.inference.reference import find_reference
 from ipar_sparse.inference.run_folder import BEST, read_meta
 from ipar_sparse.train.fit import fit
 
@@ -65,6 +68,21 @@ def test_unseen_cells_lie_where_they_are_in_coordinates_and_units_of_a_slide(run
         stated = placed.obs[Keys.UNCERTAINTY_REFERENCE].to_numpy()
         assert 0.5 < np.sqrt(np.square(stated).mean() / np.square(error).mean()) < 2.0
         assert said["name"] == slide.name and "left out" in said["left_out"]
+
+
+def test_scores_hold_the_error_in_the_frame_that_positions_were_measured_in(run, slides):
+    first, measured = slides[0], replace(slides[3], pos=in_frame_of(slides[0], slides[3]))
+    predictor, reference = Predictor.load(run), find_reference(run, first.name)
+    found = score_slide(predictor, measured, baselines=False, reference=reference).methods["model"]
+    placed = IPAR.load(run).predict(
+        to_anndata(slides[3]), copy=True, reference=first.name, keep_foreign=True
+    )
+    error = np.median(np.linalg.norm(placed.obsm[Keys.REFERENCE] - measured.pos, axis=1))
+    radius = np.sqrt(np.square(measured.pos - measured.pos.mean(0)).sum(1).mean())
+    assert found["frame_error"] == pytest.approx(error, rel=1e-4)
+    assert found["frame_error_radii"] == pytest.approx(error / radius, rel=1e-4)
+    with pytest.raises(UserError, match="holds the cells of the reference"):
+        score_slide(predictor, first, baselines=False, reference=reference)
 
 
 def test_two_outputs_on_one_reference_can_be_overlaid(run, slides):

@@ -25,6 +25,26 @@ Baselines = Annotated[
     ),
 ]
 
+ClassKey = Annotated[
+    str | None,
+    flag(
+        "--class-key",
+        "obs column of cell classes; adds the published score that sums over classes.",
+        RUNNING,
+        "COLUMN",
+    ),
+]
+MeasuredIn = Annotated[
+    str | None,
+    flag(
+        "--reference",
+        "Training slide, by file or name, in whose frame the positions were measured; adds the "
+        "error in that frame.",
+        RUNNING,
+        "SLIDE",
+    ),
+]
+
 
 def evaluate(
     run: options.Run,
@@ -38,15 +58,8 @@ def evaluate(
     out: options.OutFolder,
     noise_samples: options.NoiseSamples = None,
     baselines: Baselines = None,
-    class_key: Annotated[
-        str | None,
-        flag(
-            "--class-key",
-            "obs column of cell classes; adds the published score that sums over classes.",
-            RUNNING,
-            "COLUMN",
-        ),
-    ] = None,
+    class_key: ClassKey = None,
+    reference: MeasuredIn = None,
     layer: options.Layer = None,
     normalized: options.Normalized = None,
     slide_key: options.SlideKey = None,
@@ -66,6 +79,11 @@ def evaluate(
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
     reading |= given(spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers)
     data = check_inputs(run, [slide], require_pos=True, device=device, **reading)
+    within = None
+    if reference is not None:
+        from ..inference.reference import find_reference
+
+        within = find_reference(run, reference)
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
     from ..inference.placing import read_cells, role_in_training
@@ -92,6 +110,7 @@ def evaluate(
                 noise_samples=noise_samples,
                 baselines=baselines,
                 class_key=class_key,
+                reference=within,
             )
             metrics = write_evaluation(
                 predictor,

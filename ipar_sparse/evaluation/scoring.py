@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from .. import __version__
 from ..config import RunConfig
@@ -19,6 +20,7 @@ from ..data.slide import Slide
 from ..errors import UserError
 from ..inference.placing import role_in_training
 from ..inference.predictor import Prediction, Predictor
+from ..inference.reference import Reference, refuse_reference_itself
 from ..layout.uncertainty import calibration_metrics, square_errors
 from ..metrics.diagnostics import candidate_recall
 from ..metrics.layout import evaluate_layout
@@ -43,6 +45,7 @@ def score_slide(
     baselines: bool | None = None,
     class_key: str | None = None,
     known: Sequence[Slide] = (),
+    reference: Reference | None = None,
 ) -> SlideEvaluation:
     """Predict a slide and score the model, its ablations and the baselines; nothing is written.
 
@@ -54,9 +57,11 @@ def score_slide(
         baselines: whether to score the baselines; the run's setting if left out.
         class_key: obs column of cell classes, for the RSSD by class.
         known: training slides, onto which expression is matched as a further baseline.
+        reference: training slide in whose frame the positions of this one were measured.
 
     Raises:
-        UserError: if the slide has no positions, fewer than three cells, or no such column.
+        UserError: if the slide has no positions, fewer than three cells, no such column, or the
+            cells of the reference.
     """
     settings = predictor.config.eval
     slide = informative(predictor.conform(slide))
@@ -68,6 +73,8 @@ def score_slide(
         hint = suggest(class_key, slide.obs)
         raise UserError(f"{slide.name}: obs has no column {class_key!r} of classes; {hint}")
     classes = None if class_key is None else slide.obs[class_key]
+    if reference is not None:
+        refuse_reference_itself(reference, [slide])
     with stage("Predicting"):
         samples = settings.noise_samples if noise_samples is None else noise_samples
         prediction = predictor.predict(slide, noise_samples=samples)
@@ -78,22 +85,13 @@ def score_slide(
     with stage("Attention"):
         attention = attention_diagnostics(predictor, h, prediction, slide.pos)
     if settings.baselines if baselines is None else baselines:
-        with stage("Baselines", total=len(BASELINES)) as task:
-            layouts |= baseline_layouts(
-                predictor,
-                slide,
-                prediction,
-                attention.weights,
-                lambda name: task.advance(now=name),
-            )
-            if known and (genes := predictor.meta["genes"]):
-                total = predictor.config.data.target_sum or 1e4
-                conformed = [informative(predictor.conform(one)) for one in known]
-                layouts |= naive_layouts(slide, conformed, genes, total)
+        layouts |= _competitors(predictor, slide, prediction, attention.weights, known)
     layouts[FLOOR] = slide.pos
     if (typicality := prediction.typicality) is not None:
         typicality.tell(slide.name)
     methods = _score_layouts(layouts, slide.pos, predictor.config, classes)
+    if reference is not None:
+        methods[MODEL] |= _frame_errors(predictor, prediction, slide.pos, reference)
     return SlideEvaluation(
         slide=slide.name,
         pred=prediction.pos,
@@ -108,6 +106,35 @@ def score_slide(
         verdict=None if typicality is None else typicality.sentence(),
         provenance=provenance_of(predictor, slide, prediction.cautions, unchanged_notes(layouts)),
     )
+
+
+def _competitors(
+    predictor: Predictor,
+    slide: Slide,
+    prediction: Prediction,
+    attention: Tensor | None,
+    known: Sequence[Slide],
+) -> dict[str, np.ndarray]:
+    """Layouts of all baselines, with training slides also of naive matches onto one of them."""
+    with stage("Baselines", total=len(BASELINES)) as task:
+        layouts = baseline_layouts(
+            predictor, slide, prediction, attention, lambda name: task.advance(now=name)
+        )
+        if known and (genes := predictor.meta["genes"]):
+            total = predictor.config.data.target_sum or 1e4
+            conformed = [informative(predictor.conform(one)) for one in known]
+            layouts |= naive_layouts(slide, conformed, genes, total)
+    return layouts
+
+
+def _frame_errors(
+    predictor: Predictor, prediction: Prediction, pos: np.ndarray, reference: Reference
+) -> dict[str, float]:
+    """Median distance of all cells from their places, in units of the reference and in radii."""
+    found = reference.similarity(predictor.atlas_places(prediction.embedding)[0])
+    error = float(np.median(np.linalg.norm(found - pos, axis=1)))
+    radius = float(np.sqrt(np.square(pos - pos.mean(axis=0)).sum(axis=1).mean()))
+    return {"frame_error": error, "frame_error_radii": error / radius}
 
 
 def e_geo_of_layouts(

@@ -98,6 +98,18 @@ METRICS: dict[str, MetricInfo] = {
         "lower",
         0.0,
     ),
+    "frame_error": MetricInfo(
+        "Median error in the frame",
+        "Half of the cells lie nearer to their place, in the units of the reference.",
+        "lower",
+        0.0,
+    ),
+    "frame_error_radii": MetricInfo(
+        "Median error in the frame, in radii",
+        "The same over the root-mean-square radius of the cells.",
+        "lower",
+        0.0,
+    ),
     "lambda_ratio": MetricInfo(
         "Shape ratio λ₂/λ₁",
         "Short against long axis of the map; below 0.01 it has collapsed to a line.",

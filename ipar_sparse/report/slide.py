@@ -17,6 +17,7 @@ from ..geometry.alignment import align
 from ..geometry.neighborhoods import as_layout
 from ..inference.placing import Additions
 from ..inference.predictor import Predictor
+from ..inference.reference import Reference
 from ..layout.uncertainty import square_errors
 from ..progress import stage, track
 from ..train.history import HISTORY, read_history
@@ -45,6 +46,7 @@ def evaluate_slide(
     noise_samples: int | None = None,
     baselines: bool | None = None,
     class_key: str | None = None,
+    reference: Reference | None = None,
     genes: Sequence[str] = (),
     command: str | None = None,
 ) -> dict[str, float]:
@@ -57,6 +59,7 @@ def evaluate_slide(
         noise_samples: predictions under training noise; the run's setting if left out.
         baselines: whether to score the baselines; the run's setting if left out.
         class_key: obs column of cell classes, for the RSSD by class.
+        reference: training slide in whose frame the positions were measured.
         genes: genes by which the page can colour cells, beside the most informative.
         command: what the report names as its origin.
 
@@ -74,6 +77,7 @@ def evaluate_slide(
         noise_samples=noise_samples,
         baselines=baselines,
         class_key=class_key,
+        reference=reference,
     )
     return write_evaluation(predictor, slide, evaluation, out, genes=genes, command=command)
 

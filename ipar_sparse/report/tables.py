@@ -27,6 +27,8 @@ _NOT_IN_TABLE = {
     "contact_f1",
     "rssd",
     "rssd_by_class",
+    "frame_error",
+    "frame_error_radii",
 }
 """Not scores, another column in other words (misplacement is the root of the Procrustes error), or
 measures of other papers. They stand in the list of further measures."""
