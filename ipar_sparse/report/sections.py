@@ -222,7 +222,8 @@ def _recycle_section(evaluation: SlideEvaluation) -> dict | None:
     height = math.ceil(len(layouts) / 4) * _height(evaluation, 2.4)
     text = (
         "The initial layout and the map after each pass through the model (a recycle), in the "
-        "colours of the first figure. Distance correction and refinement, where a run has them, come afterwards."
+        "colours of the first figure. Distance correction and refinement, where a run has them, "
+        "come afterwards."
     )
     figure = draw_figure("recycles", (10.0, height), draw, "The map after every recycle")
     return _section("Pass by pass", text, [figure])
