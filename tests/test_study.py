@@ -95,7 +95,8 @@ def test_a_study_places_cells_of_another_assay_from_all_slides(slides, files, tm
     cells = tmp_path / "cells.h5ad"
     panel = slides[3].with_genes(slides[3].expression[:, :45], slides[3].genes[:45])
     write_slide(panel, cells)
-    study = plan_study(files[:3], {"base": load_config(None, SETTINGS)}, seeds=(0,), cells=[cells])
+    variants = {"base": load_config(None, SETTINGS)}
+    study = plan_study(files[:3], variants, seeds=(0,), cells=[cells], frame="A2")
     (fold,) = study.folds
     assert (fold.name, fold.test, fold.val, fold.train) == (
         "cells",
@@ -116,6 +117,9 @@ def test_a_study_places_cells_of_another_assay_from_all_slides(slides, files, tm
     write_slide(slides[0], tmp_path / "again.h5ad")
     with pytest.raises(UserError, match="the same cells"):
         plan_study(files, study.variants, seeds=(0,), cells=[tmp_path / "again.h5ad"])
+    assert any(row["metric"] == "frame_error" for row in rows(out))
+    with pytest.raises(UserError, match="no run is trained on such a slide; give A1, A2, B1"):
+        plan_study(files[:3], variants, seeds=(0,), cells=[cells], frame="B2")
     with pytest.raises(UserError, match="both called A1"):
         plan_study(files[:1], study.variants, seeds=(0,), cells=files[:1])
 

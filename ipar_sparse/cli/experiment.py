@@ -54,6 +54,16 @@ CellFiles = Annotated[
         "CELLS",
     ),
 ]
+Frame = Annotated[
+    str | None,
+    flag(
+        "--frame",
+        "Name of the slide in whose frame positions of --cells were measured; adds the error in "
+        "that frame.",
+        READING,
+        "NAME",
+    ),
+]
 Reference = Annotated[
     str | None,
     flag(
@@ -70,6 +80,7 @@ def experiment(
     what: Variants = None,
     slides: Slides = None,
     cells: CellFiles = None,
+    frame: Frame = None,
     hold_out: HoldOut = None,
     donor_key: options.DonorKey = None,
     donor_pattern: options.DonorPattern = None,
@@ -104,6 +115,8 @@ def experiment(
         )
     if cells and hold_out:
         raise UserError("--hold-out means nothing beside --cells, which no run sees; leave it out")
+    if frame and not cells:
+        raise UserError("--frame is that of --cells; add these, or leave it out")
     check_folder(out)
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
     data |= given(spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers)
@@ -122,6 +135,7 @@ def experiment(
         donor_pattern=donor_pattern,
         donor_map=donor_map,
         cells=cells or (),
+        frame=frame,
     )
 
     with loading():  # what is refused above does not wait for torch

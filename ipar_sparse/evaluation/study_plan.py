@@ -66,6 +66,7 @@ class Study:
         reference: variant that the others are compared with.
         notes: what a reader should know about the plan.
         cells: files of cells of another assay, which every fold places from all slides.
+        frame: training slide in whose frame their positions were measured.
     """
 
     files: tuple[str, ...]
@@ -77,6 +78,7 @@ class Study:
     reference: str
     notes: tuple[str, ...] = ()
     cells: tuple[str, ...] = ()
+    frame: str | None = None
 
     def config(self, variant: str, seed: int) -> RunConfig:
         """The configuration that is asked for in one run."""
@@ -98,6 +100,7 @@ def plan_study(
     donor_pattern: str | None = None,
     donor_map: Path | None = None,
     cells: Sequence[Path] = (),
+    frame: str | None = None,
 ) -> Study:
     """Reads the slides and decides which are held out when.
 
@@ -110,6 +113,7 @@ def plan_study(
         donor_key, donor_pattern, donor_map: as in :func:`~ipar_sparse.data.splits.find_donors`.
         cells: files of cells of another assay. Each is placed by runs on all slides, whose genes
             are chosen among its own; positions in it are looked at to score. Nothing is held out.
+        frame: name of the slide in whose frame positions of the cells were measured.
 
     Raises:
         UserError: on anything that cannot be run as asked.
@@ -134,6 +138,9 @@ def plan_study(
     if cells:
         placed = {s.name: s for c in per_setting.values() for s in read_scored_cells(cells, c)}
         folds, notes = _cell_folds(slides, placed, donors), list[str]()
+        if frame is not None and any(frame not in fold.train for fold in folds):
+            trained = ", ".join(folds[0].train)
+            raise UserError(f"--frame {frame}: no run is trained on such a slide; give {trained}")
         slides, donors = slides | placed, donors | {name: name for name in placed}
     else:
         folds, notes = plan_folds(donors, hold_out)
@@ -143,7 +150,8 @@ def plan_study(
     _check_slides(slides, folds, variants)
     digests = {name: _content_digest(slide) for name, slide in slides.items()}
     notes, folds = tuple(notes), tuple(folds)
-    return Study(files, digests, donors, dict(variants), folds, seeds, reference, notes, cells)
+    given = dict(variants), folds, seeds, reference, notes, cells, frame
+    return Study(files, digests, donors, *given)
 
 
 def load_variants(

@@ -21,6 +21,7 @@ from ..data.splits import Fold
 from ..errors import UserError
 from ..files import atomic_write
 from ..inference.predictor import Predictor
+from ..inference.reference import find_reference
 from ..progress import console, log_to
 from ..train.fit import fit, fit_encoder
 from ..train.run_folder import is_resumable
@@ -212,8 +213,13 @@ def _run(study: Study, out: Path, task: Task, stop: threading.Event | None) -> N
     for name in fold.test:
         if stop is not None and stop.is_set():
             raise KeyboardInterrupt
-        known = [slides[one] for one in fold.train] if baselines else ()
-        evaluations[name] = score_slide(predictor, slides[name], baselines=baselines, known=known)
+        evaluations[name] = score_slide(
+            predictor,
+            slides[name],
+            baselines=baselines,
+            known=[slides[one] for one in fold.train] if baselines else (),
+            reference=find_reference(folder, study.frame) if study.frame else None,
+        )
     scored = time.monotonic()
     save_run(folder, result, evaluations, training=trained - start, scoring=scored - trained)
 
