@@ -28,6 +28,8 @@ _HOME = {
     "load_config": "config",
     "fit": "train.fit",
     "Predictor": "inference.predictor",
+    "composition": "inference.mapping",
+    "expected_expression": "inference.mapping",
     "UserError": "errors",
     "IPAR": "api",
 }

@@ -19,11 +19,12 @@ from .data.records import recorded_slides
 from .data.slide import Slide, log_notes
 from .data.sources import Cells, load_source, named_sources
 from .data.splits import named_donors
-from .data.writers import add_predictions
+from .data.writers import add_predictions, write_anndata
 from .errors import UserError
 from .evaluation.results import SlideEvaluation, role_of
 from .evaluation.scoring import score_slide
 from .files import check_output_folder, folder_name
+from .inference.mapping import map_to_spots
 from .inference.placing import (
     Additions,
     embed_cells,
@@ -33,7 +34,7 @@ from .inference.placing import (
     role_in_training,
 )
 from .inference.predictor import Predictor
-from .inference.reference import find_reference, frame_options
+from .inference.reference import check_mapping, find_reference, frame_options
 from .inference.run_folder import reading_settings
 from .inference.summary import RunSummary, summarize_run
 from .progress import quiet_stages, setup_logging
@@ -194,6 +195,7 @@ class IPAR(Pretrained):
         *,
         reference: Cells | None = None,
         top: int | None = None,
+        mapping: str | os.PathLike | None = None,
         keep_foreign: bool = False,
         strict: bool = False,
         layer: str | None = None,
@@ -212,21 +214,20 @@ class IPAR(Pretrained):
         turned and mirrored at will. obsm["X_ipar_embedding"] (n, d) is what they come from.
         obs["ipar_uncertainty"] (n,) is the expected error in the same units.
         obs["ipar_typicality"] (n,) is a p-value, small for cells unlike the training cells.
-        uns["ipar"] says how they were made, and holds the verdict on each slide. An earlier
-        prediction is replaced. Cells without counts in the genes of the run get NaN, and
-        obs["ipar_empty"] flags them.
+        uns["ipar"] holds the verdict on each slide. An earlier prediction is replaced. Cells
+        without counts in the genes of the run get NaN; obs["ipar_empty"] flags them.
 
         Args:
             cells: AnnData, filled in place; or a file, which is read and left as it is.
             copy: fill and return a copy instead.
-            noise_samples: predictions under training noise, which add to the uncertainty; the
-                run's setting if left out.
+            noise_samples: predictions under training noise; the run's setting if left out.
             reference: training slide, as AnnData, a file or its name in the run. Fills
                 obsm["X_ipar_reference"] (n, 2) in its coordinates and units, and their expected
                 error obs["ipar_uncertainty_reference"] (n,). obs["ipar_foreign"] flags cells that
                 do not belong to the tissue, which have NaN there.
             top: number m of most probable places. Fills obsm["X_ipar_top"] (n, m, 2), in the frame
                 of the reference or else the gauge of X_ipar, and obsm["ipar_top_weight"] (n, m).
+            mapping: file for an AnnData of cells x spots of the reference, sparse.
             keep_foreign: give foreign cells a position in the frame of the reference, too.
             strict: refuse a slide that is unlike the training slides.
             layer: layer that holds the expression; that of the run if left out.
@@ -234,30 +235,33 @@ class IPAR(Pretrained):
             slide_key: obs column that names the slide of each cell; slides are placed apart. That
                 of the run if left out, where the cells have it; an empty one undoes it.
             embedding: of a run that was trained on one, e.g. ``"obsm:X_pca"``.
-            ignore_case: whether letter case of gene names is disregarded; as in the run if left
-                out.
+            ignore_case: whether letter case of gene names is disregarded; the run's if left out.
             keep_empty: give cells without counts the average place, in place of NaN.
             report: folder for a page on which to explore the map; none is written if left out.
             genes: genes by which the page can colour cells, beside the most informative.
-            overwrite: replace an earlier report.
+            overwrite: replace an earlier report or mapping.
 
         Returns:
             The cells if they are a copy or come from a file, else None.
 
         Raises:
-            UserError: the cells cannot be read, used or placed, or lack one of ``genes``; an
-                option means nothing; the folder of the report is in use; the reference is no
-                training slide or holds the cells; with ``strict``, a slide is unlike its own.
+            UserError: the cells cannot be read, used or placed; an output is in use; the reference
+                is no training slide or holds the cells; with ``strict``, a slide is unlike its own.
         """
         if report is not None:
             check_output_folder(Path(report), overwrite, "report")
-        wanted = frame_options(self.run, reference, top, keep_foreign)
-        given = _given(layer=layer, normalized=normalized, slide_key=slide_key)
-        given |= _given(embedding=embedding, ignore_case=ignore_case)
-        slides, adata = self._read(cells, **given)
+        if mapping is not None:
+            check_mapping(mapping, reference, [cells], overwrite)
+        wanted = frame_options(self.run, reference, top, keep_foreign, mapping is not None)
+        reading = {"layer": layer, "normalized": normalized, "slide_key": slide_key}
+        reading |= {"embedding": embedding, "ignore_case": ignore_case}
+        slides, adata = self._read(cells, **reading)
         check_genes(slides, genes)
         refuse_cells(self.predictor, slides, strict, wanted["reference"])
         added = place_cells(self.predictor, slides, noise_samples, keep_empty, **wanted)
+        if mapping is not None:
+            found = map_to_spots(self.predictor, slides, added, wanted["reference"])
+            write_anndata(found, mapping, overwrite=overwrite)
         if report is not None:
             write_prediction_report(
                 self.predictor, slides, added, Path(report), genes=genes, command="IPAR.predict()"

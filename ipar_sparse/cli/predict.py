@@ -51,6 +51,15 @@ Top = Annotated[
         "N",
     ),
 ]
+Mapped = Annotated[
+    Path | None,
+    flag(
+        "--mapping",
+        "Also write an AnnData of cells x spots of --reference, sparse, whose rows sum to 1.",
+        OUTPUT,
+        "FILE",
+    ),
+]
 KeepForeign = Annotated[
     bool,
     flag(
@@ -79,6 +88,7 @@ def predict(
     ],
     reference: Reference = None,
     top: Top = None,
+    mapping: Mapped = None,
     noise_samples: options.NoiseSamples = None,
     layer: options.Layer = None,
     normalized: options.Normalized = None,
@@ -105,10 +115,12 @@ def predict(
     obsm, outputs = _keys(reference, top), outputs_of(cells, out)
     taken = () if obsm_only else obsm
     _check(outputs, overwrite, taken)
+    if mapping is not None:
+        _check_mapping(mapping, reference, outputs, overwrite)
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
     reading |= given(ignore_case=ignore_case, device=device)
     data, optional = check_inputs(run, cells, require_pos=False, **reading), slide_key is None
-    wanted = frame_options(run, reference, top, keep_foreign)
+    wanted = frame_options(run, reference, top, keep_foreign, mapping is not None)
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
     from ..inference.placing import certainty_columns, read_cells, refuse_cells
@@ -128,7 +140,7 @@ def predict(
         folder = report if report is None or len(outputs) == 1 else report / path.stem
         command = f"ipar-sparse predict {run} {source} --out {path} --report {report}"
         page = None if folder is None else (folder, asked, command)
-        pages = _place(predictor, slides, source, path, wanted, page, writing)
+        pages = _place(predictor, slides, source, path, wanted, page, mapping, writing)
         tell_written(slides, path, obsm, columns)
         for one in pages:
             say(f"report: {one}")
@@ -158,6 +170,17 @@ def _check(
         check_output(source, path, overwrite=overwrite, obsm=obsm, obs=columns)
 
 
+def _check_mapping(
+    mapping: Path, reference: str | None, outputs: Mapping[Path, Path], overwrite: bool
+) -> None:
+    """Refuses a mapping that cannot be written."""
+    from ..inference.reference import check_mapping
+
+    if len(outputs) > 1:
+        raise UserError(f"--mapping goes with one input, given {len(outputs)}; run them one by one")
+    check_mapping(mapping, reference, (*outputs, *outputs.values()), overwrite)
+
+
 def _place(
     predictor: Predictor,
     slides: Sequence[Slide],
@@ -165,6 +188,7 @@ def _place(
     out: Path,
     wanted: dict[str, Any],
     page: tuple[Path, list[str], str] | None,
+    mapping: Path | None,
     writing: dict[str, Any],
 ) -> list[Path]:
     """Places the cells of one file and writes what was found.
@@ -176,6 +200,7 @@ def _place(
         out: what is written.
         wanted: of the prediction.
         page: its folder, its genes and the command that made it; None for no page.
+        mapping: file of the assignment to spots; None for none.
         writing: how results are written.
 
     Returns:
@@ -199,4 +224,11 @@ def _place(
             )
         with stage(f"Writing {out.name}"):
             write_predictions(source, out, **vars(added), **writing)
+        if mapping is not None:
+            from ..data.writers import write_anndata
+            from ..inference.mapping import map_to_spots
+
+            found = map_to_spots(predictor, slides, added, wanted["reference"])
+            write_anndata(found, mapping, overwrite=writing["overwrite"])
+            say(f"{found.n_obs} cells x {found.n_vars} spots in {mapping}")
     return pages

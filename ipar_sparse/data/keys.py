@@ -15,6 +15,7 @@ class Keys:
     UNCERTAINTY_REFERENCE = "ipar_uncertainty_reference"  # obs, (n,): the same in its units
     FOREIGN = "ipar_foreign"  # obs, (n,): True for cells that do not belong to the tissue
     EMPTY = "ipar_empty"  # obs, (n,): True for cells without counts
+    CELLS = "ipar_cells"  # obs of spots, (m,): expected number of cells that are mapped to a spot
     UNS = "ipar"  # uns: configuration, version, verdict and graph recall of the prediction
     SOURCE = (
         "ipar_source"  # uns: format, unit of positions and what was left out of a vendor's file

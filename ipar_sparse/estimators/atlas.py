@@ -274,33 +274,37 @@ class Atlas(nn.Module):
             yield torch.addmm(prior, part, field.T, alpha=self.temperature).softmax(1)
 
     @torch.no_grad()
-    def distribution(self, h: Tensor, block: int = 1024) -> tuple[Tensor, Iterator[Tensor]]:
+    def distribution(
+        self, h: Tensor, block: int = 1024, nearest: bool = True
+    ) -> tuple[Tensor, Iterator[Tensor]]:
         """Where each cell may be: half the posterior, half the nearest training cells.
 
         Args:
             h: embeddings (n, d) of all cells of a slide.
             block: cells at once.
+            nearest: whether nearest training cells take part; else it is the posterior alone.
 
         Returns:
             A lattice of P places (P, 2) in RMS radii of a slide, the second coordinate running
             fastest; and the weights of these places (b, P), rows summing to 1, block by block.
         """
         self._check(h)
-        nearest = self._nearest_cells(h)
-        learned = self._field_for(nearest)
-        return learned.grid, self._weights(h, nearest, learned, block)
+        found = self._nearest_cells(h)
+        learned = self._field_for(found)
+        return learned.grid, self._weights(h, found, learned, block, 0.5 if nearest else 0.0)
 
     @torch.no_grad()
     def _weights(
-        self, h: Tensor, nearest: Tensor, learned: TissueField, block: int
+        self, h: Tensor, nearest: Tensor, learned: TissueField, block: int, share: float
     ) -> Iterator[Tensor]:
+        """Weights (b, P) of the lattice, of which the nearest cells (n, k) have a share."""
         tissue, seat = learned.log_density.isfinite(), nearest_in_lattice(learned.grid, self.places)
-        share = torch.full((), 0.5 / max(nearest.size(1), 1)).to(learned.grid)
+        each = torch.full((), share / max(nearest.size(1), 1)).to(learned.grid)
         parts = nearest.split(block)
         for weight, near in zip(self._on_tissue(h, learned, block), parts, strict=True):
             whole = weight.new_zeros(len(weight), len(tissue))
-            whole[:, tissue] = weight / 2
-            yield whole.scatter_add_(1, seat[near], share.expand(near.shape))
+            whole[:, tissue] = (1 - share) * weight
+            yield whole.scatter_add_(1, seat[near], each.expand(near.shape))
 
     def _nearest_cells(self, h: Tensor) -> Tensor:
         """Nearest training cells in the embedding (n, k)."""

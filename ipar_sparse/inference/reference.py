@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,12 @@ import numpy as np
 
 from ..config import RunConfig
 from ..data.copies import identified
+from ..data.headers import check_suffix
 from ..data.paths import Source
 from ..data.records import recorded_inputs, role_in_training
 from ..data.slide import Slide
 from ..errors import UserError
+from ..files import check_folder
 from .run_folder import find_checkpoint, read_meta
 
 if TYPE_CHECKING:
@@ -145,6 +147,7 @@ def frame_options(
     reference: str | os.PathLike | AnnData | None,
     top: int | None = None,
     keep_foreign: bool = False,
+    spots: bool = False,
 ) -> dict[str, Any]:
     """What is asked for beside the map, in the terms of ``place_cells``.
 
@@ -153,6 +156,7 @@ def frame_options(
         reference: see :func:`find_reference`.
         top: number of most probable places of each cell.
         keep_foreign: give foreign cells a position in the frame of the reference.
+        spots: whether the slide of the reference is wanted, and not its frame alone.
 
     Raises:
         UserError: the reference is none, or an option makes no sense or means nothing.
@@ -168,7 +172,50 @@ def frame_options(
                 "--top"
             )
     found = None if reference is None else find_reference(run, reference)
+    if spots and found is not None and found.slide is None:
+        path = found.record["path"]
+        if path is None or not Source.parse(path).path.exists():
+            raise UserError(
+                f"--mapping needs the spots of {found.name}, whose file is not where it was in "
+                "training; give it by --reference FILE"
+            )
+        found = find_reference(run, path)
     return {"reference": found, "top": top, "keep_foreign": keep_foreign}
+
+
+def check_mapping(
+    mapping: str | os.PathLike,
+    reference: str | os.PathLike | AnnData | None,
+    others: Iterable[str | os.PathLike | AnnData],
+    overwrite: bool,
+) -> None:
+    """Refuses an output of assignments to spots that cannot be written.
+
+    Args:
+        mapping: the file.
+        reference: whose spots cells are assigned to.
+        others: inputs and outputs beside it.
+        overwrite: allow an existing file.
+
+    Raises:
+        UserError: it has no reference, is another file of the same command, exists, or has a name
+            of no known format.
+    """
+    path = Path(mapping)
+    if reference is None:
+        raise UserError(
+            "--mapping assigns cells to the spots of --reference SLIDE; add that, or leave it out"
+        )
+    check_suffix(path)
+    check_folder(path.parent)
+    names = [one for one in (*others, reference) if isinstance(one, str | os.PathLike)]
+    if any(Source.parse(one).path.resolve() == path.resolve() for one in names):
+        raise UserError(
+            f"--mapping {path}: is an input or another output of this command; give it a name of "
+            "its own"
+        )
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists; choose another --mapping or pass --overwrite")
 
 
 def refuse_reference_itself(reference: Reference, slides: Sequence[Slide]) -> None:
