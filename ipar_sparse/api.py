@@ -253,7 +253,7 @@ class IPAR(Pretrained):
         if mapping is not None:
             check_mapping(mapping, reference, [cells], overwrite)
         wanted = frame_options(self.run, reference, top, keep_foreign, mapping is not None)
-        reading = {"layer": layer, "normalized": normalized, "slide_key": slide_key}
+        reading: dict[str, Any] = {"layer": layer, "normalized": normalized, "slide_key": slide_key}
         reading |= {"embedding": embedding, "ignore_case": ignore_case}
         slides, adata = self._read(cells, **reading)
         check_genes(slides, genes)
