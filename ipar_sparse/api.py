@@ -197,6 +197,7 @@ class IPAR(Pretrained):
         top: int | None = None,
         mapping: str | os.PathLike | None = None,
         keep_foreign: bool = False,
+        adapt: bool | None = None,
         strict: bool = False,
         layer: str | None = None,
         normalized: bool | None = None,
@@ -222,18 +223,17 @@ class IPAR(Pretrained):
             copy: fill and return a copy instead.
             noise_samples: predictions under training noise; the run's setting if left out.
             reference: training slide, as AnnData, a file or its name in the run. Fills
-                obsm["X_ipar_reference"] (n, 2) in its coordinates and units, and their expected
-                error obs["ipar_uncertainty_reference"] (n,). obs["ipar_foreign"] flags cells that
-                do not belong to the tissue, which have NaN there.
+                obsm["X_ipar_reference"] (n, 2) in its coordinates and units, NaN for cells that
+                obs["ipar_foreign"] flags, and their error obs["ipar_uncertainty_reference"] (n,).
             top: number m of most probable places. Fills obsm["X_ipar_top"] (n, m, 2), in the frame
                 of the reference or else the gauge of X_ipar, and obsm["ipar_top_weight"] (n, m).
             mapping: file for an AnnData of cells x spots of the reference, sparse.
             keep_foreign: give foreign cells a position in the frame of the reference, too.
+            adapt: whether the adapter for other assays takes part; as the cells ask for if None.
             strict: refuse a slide that is unlike the training slides.
             layer: layer that holds the expression; that of the run if left out.
             normalized: whether expression is log-normalised; recognised if left out.
-            slide_key: obs column that names the slide of each cell; slides are placed apart. That
-                of the run if left out, where the cells have it; an empty one undoes it.
+            slide_key: obs column of slides, which are placed apart; the run's if None, "" for none.
             embedding: of a run that was trained on one, e.g. ``"obsm:X_pca"``.
             ignore_case: whether letter case of gene names is disregarded; the run's if left out.
             keep_empty: give cells without counts the average place, in place of NaN.
@@ -245,8 +245,7 @@ class IPAR(Pretrained):
             The cells if they are a copy or come from a file, else None.
 
         Raises:
-            UserError: the cells cannot be read, used or placed; an output is in use; the reference
-                is no training slide or holds the cells; with ``strict``, a slide is unlike its own.
+            UserError: the cells, an output or the reference cannot be used, or are refused.
         """
         if report is not None:
             check_output_folder(Path(report), overwrite, "report")
@@ -258,7 +257,8 @@ class IPAR(Pretrained):
         slides, adata = self._read(cells, **reading)
         check_genes(slides, genes)
         refuse_cells(self.predictor, slides, strict, wanted["reference"])
-        added = place_cells(self.predictor, slides, noise_samples, keep_empty, **wanted)
+        wanted |= {"noise_samples": noise_samples, "keep_empty": keep_empty, "adapt": adapt}
+        added = place_cells(self.predictor, slides, **wanted)
         if mapping is not None:
             found = map_to_spots(self.predictor, slides, added, wanted["reference"])
             write_anndata(found, mapping, overwrite=overwrite)

@@ -53,6 +53,7 @@ def test_a_run_folder_holds_all_that_prediction_and_readers_need(small_run, smal
     names = [f"train:{slide.name}" for slide in train] + [f"val:{val[0].name}"]
     assert list(meta["metadata"]["candidate_recall"]) == names
     assert set(meta["modules"]) == {
+        "adapter",
         "encoder",
         "scaler",
         "gate",

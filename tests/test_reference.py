@@ -193,7 +193,7 @@ def test_a_run_of_an_earlier_version_has_no_frames(run, slides, tmp_path):
     model = IPAR.load(run)
     model.save(tmp_path / "old")
     meta = read_meta(tmp_path / "old" / BEST)
-    for key in ("frames", "atlas_cells"):
+    for key in ("frames", "atlas_cells", "adapter"):
         meta["metadata"].pop(key)
     modules = {
         name: getattr(model.predictor, name)

@@ -68,6 +68,15 @@ KeepForeign = Annotated[
         OUTPUT,
     ),
 ]
+Adapt = Annotated[
+    bool | None,
+    flag(
+        "--adapt/--no-adapt",
+        "Whether the adapter for cells of another assay takes part. [dim]Default: where the run "
+        "was trained for them, or they hold far more or fewer genes[/dim]",
+        RUNNING,
+    ),
+]
 
 
 def predict(
@@ -89,6 +98,7 @@ def predict(
     reference: Reference = None,
     top: Top = None,
     mapping: Mapped = None,
+    adapt: Adapt = None,
     noise_samples: options.NoiseSamples = None,
     layer: options.Layer = None,
     normalized: options.Normalized = None,
@@ -131,7 +141,7 @@ def predict(
     for source in outputs if first else ():  # nothing is written if one of them is refused
         slides = read_cells(predictor, source, data, slide_key_optional=optional)
         refuse_cells(predictor, slides, strict, wanted["reference"])
-    wanted |= {"noise_samples": noise_samples, "keep_empty": keep_empty}
+    wanted |= {"noise_samples": noise_samples, "keep_empty": keep_empty, "adapt": adapt}
     writing: dict[str, Any] = given(slide_key=data.slide_key, results_alone=obsm_only)
     writing["overwrite"] = overwrite
     for source, path in outputs.items():

@@ -1,5 +1,7 @@
 """Settings of what follows the recycles: refinement, uncertainty and scores."""
 
+from typing import Literal
+
 from .types import Inside, Positive, Rate, Section, Share, Steps, Weight
 
 
@@ -26,6 +28,23 @@ class RefineConfig(Section):
     skip_if_overlap: Weight = 0.5
     """Refinement is left out where this fraction of nearest candidates are neighbours in the layout
     already."""
+
+
+class AdapterConfig(Section):
+    """Cells of another assay: placed by the training cells whose expression is most like theirs."""
+
+    mode: Literal["auto", "always", "never"] = "auto"
+    """When the adapter takes part: where the run was trained for the cells, or they hold far more
+    or fewer genes than training cells (auto); always; or never."""
+    temperature: Rate = 0.2
+    """Temperature of the posterior over training cells. Lower it to trust the most similar ones
+    more."""
+    anchor_weight: Weight = 15.0
+    """Weight that holds the cells that it places in refinement, in place of
+    ``refine.anchor_weight``. Lower it for more neighbours and worse distances."""
+    detection_ratio: Rate = 1.5
+    """The adapter is used where cells hold so many times more or fewer genes than the cells of any
+    training slide."""
 
 
 class UncertaintyConfig(Section):

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import atomic_write, parse_json, parse_yaml
 from .inputs import DataConfig, EncoderConfig, GraphConfig
 from .model import ModelConfig
-from .prediction import EvalConfig, RefineConfig, TypicalityConfig, UncertaintyConfig
+from .prediction import AdapterConfig, EvalConfig, RefineConfig, TypicalityConfig, UncertaintyConfig
 from .training import SelectionConfig, TrainConfig
 from .types import Section
 from .validation import explain, merge
@@ -65,6 +65,7 @@ class RunConfig(Section):
     graph: GraphConfig = GraphConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    adapter: AdapterConfig = AdapterConfig()
     refine: RefineConfig = RefineConfig()
     uncertainty: UncertaintyConfig = UncertaintyConfig()
     typicality: TypicalityConfig = TypicalityConfig()

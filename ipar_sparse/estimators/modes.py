@@ -37,10 +37,20 @@ def top_places(atlas: Atlas, h: Tensor, count: int) -> tuple[Tensor, Tensor]:
         Places (n, count, 2) in the common frame, in RMS radii; and weights (n, count), of sum 1 at
         most, the largest first. A cell of fewer places has NaN and weight 0 for the others.
     """
-    grid, blocks = atlas.distribution(h)
-    if not len(h):
-        return h.new_zeros(0, count, 2), h.new_zeros(0, count)
-    found = [_of_block(weight, grid, count) for weight in blocks]
+    return places_of(*atlas.distribution(h), count)
+
+
+@torch.no_grad()
+def places_of(grid: Tensor, blocks: Iterator[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """:func:`top_places` of any distribution over a lattice.
+
+    Args:
+        grid, blocks: as :meth:`Atlas.distribution` gives them.
+        count: places of a cell.
+    """
+    found = [_of_block(weight, grid, count) for weight in blocks if len(weight)]
+    if not found:
+        return grid.new_zeros(0, count, 2), grid.new_zeros(0, count)
     return torch.cat([place for place, _ in found]), torch.cat([weight for _, weight in found])
 
 

@@ -131,7 +131,7 @@ def _frame_errors(
     predictor: Predictor, prediction: Prediction, pos: np.ndarray, reference: Reference
 ) -> dict[str, float]:
     """Median distance of all cells from their places, in units of the reference and in radii."""
-    found = reference.similarity(predictor.atlas_places(prediction.embedding)[0])
+    found = reference.similarity(predictor.frame_places(prediction)[0])
     error = float(np.median(np.linalg.norm(found - pos, axis=1)))
     radius = float(np.sqrt(np.square(pos - pos.mean(axis=0)).sum(axis=1).mean()))
     return {"frame_error": error, "frame_error_radii": error / radius}

@@ -97,6 +97,7 @@ def place_cells(
     reference: Reference | None = None,
     keep_foreign: bool = False,
     top: int | None = None,
+    adapt: bool | None = None,
 ) -> Additions:
     """Positions, embedding, uncertainty and provenance of the cells of one file or object.
 
@@ -112,6 +113,7 @@ def place_cells(
         reference: training slide in whose frame and units positions are wanted as well.
         keep_foreign: give cells that do not belong to the tissue a position there, too.
         top: number of most probable places wanted of each cell, as well.
+        adapt: whether the adapter for other assays places the cells; as the run is set if left out.
 
     Raises:
         UserError: a slide shares no gene with the run, lacks its embedding, has fewer than 15
@@ -131,7 +133,8 @@ def place_cells(
                 "%s %s: its map says nothing about how unseen slides are placed", slide.name, role
             )
     predictions = [
-        predictor.predict(slide, noise_samples=samples) for slide in track(slides, "Placing cells")
+        predictor.predict(slide, noise_samples=samples, adapt=adapt)
+        for slide in track(slides, "Placing cells")
     ]
     for slide, one in zip(slides, predictions, strict=True):
         if one.typicality is not None:
@@ -149,6 +152,11 @@ def place_cells(
         uns={
             **_provenance(predictor, _graphs_of(slides, predictions)),
             **_certainty(predictor, slides, predictions),
+            "adapted": {
+                slide.name: one.adapted
+                for slide, one in zip(slides, predictions, strict=True)
+                if one.adapted is not None
+            },
             "warnings": _warnings_of(slides) or None,
         },
     )
@@ -176,7 +184,7 @@ def _add_in_frame(
     settings = predictor.config.typicality
     positions, errors, flags, hidden = [], [], [], []
     for one in predictions:
-        place, variance = predictor.atlas_places(one.embedding)
+        place, variance = predictor.frame_places(one)
         pos, error = reference.similarity(place), reference.uncertainty(variance)
         foreign = np.zeros(len(pos), dtype=bool)
         if one.typicality is not None:
@@ -222,8 +230,8 @@ def _add_top(
     """The most probable places, in the frame of a reference or the gauge of the map."""
     places, weights = [], []
     for one, without in zip(predictions, hidden, strict=True):
-        place, weight = predictor.top_places(one.embedding, count)
-        move = align(predictor.atlas_places(one.embedding)[0], one.pos)[1]
+        place, weight = predictor.top_places(one, count)
+        move = align(predictor.frame_places(one)[0], one.pos)[1]
         if reference is not None:
             move = reference.similarity
         shown = np.isfinite(place).all(2)

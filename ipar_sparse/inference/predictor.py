@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 
 from ..config import RunConfig
@@ -19,14 +20,17 @@ from ..data.input_profile import InputProfile, informative
 from ..data.records import recorded_inputs
 from ..data.slide import Slide, log_notes
 from ..errors import UserError
-from ..estimators import Atlas, EmbeddingScaler, RelevantComponents, Typicality
-from ..estimators.modes import top_places
+from ..estimators import Adapter, Atlas, EmbeddingScaler, RelevantComponents, Typicality
+from ..estimators.adapter import mean_and_variance, mixture
+from ..estimators.atlas import nearest_in_lattice
+from ..estimators.modes import places_of
 from ..geometry.alignment import square_displacement
 from ..graph import NeighborTable
 from ..layout.uncertainty import ErrorModel, predict_rmse, widen
 from ..nn import EdgeGateSoft, IPALiteModel, SharedEncoder
 from ..progress import stage, track
 from . import steps
+from .adapting import shares_of, why_adapted
 from .checkpoint import read_checkpoint, states_of
 from .embedding import embed_slide
 from .input_check import in_terms_of, load_profile
@@ -54,6 +58,11 @@ class Prediction:
         uncertainty: predicted root mean square error of each cell (n,), in tissue radii.
         typicality: how like the training cells they are; None for a run that does not tell.
         cautions: lines that whoever reads the map must know.
+        adapted: why the adapter placed the cells, in words; None where it did not.
+        places: positions (n, 2) by the adapter in the common frame of the training slides, and
+            their predictive variance (n,), in RMS radii; None where it did not place the cells.
+        shares: what the adapter took the cells by; see
+            :func:`~ipar_sparse.inference.adapting.shares_of`.
     """
 
     pos: np.ndarray
@@ -66,6 +75,9 @@ class Prediction:
     uncertainty: np.ndarray | None = None
     typicality: SlideTypicality | None = None
     cautions: list[str] = field(default_factory=list)
+    adapted: str | None = None
+    places: tuple[np.ndarray, np.ndarray] | None = None
+    shares: tuple[sparse.csr_matrix, np.ndarray] | None = None
     _candidates: Callable[[], NeighborTable] | None = None
 
     @cached_property
@@ -92,6 +104,7 @@ class Predictor:
             :func:`~ipar_sparse.data.records.recorded_inputs`.
         profile: what it knows of its input; None of a run on an embedding.
         typicality: of the training slides; None for a run of an earlier version.
+        adapter: of the training slides; None on an embedding, or for a run of an earlier version.
     """
 
     run: Path
@@ -107,6 +120,7 @@ class Predictor:
     recorded: dict = field(default_factory=dict)
     profile: InputProfile | None = None
     typicality: Typicality | None = None
+    adapter: Adapter | None = None
 
     @classmethod
     def load(cls, run: str | Path, device: torch.device | str = "cpu") -> Predictor:
@@ -142,6 +156,7 @@ class Predictor:
             recorded=recorded,
             profile=load_profile(recorded, config, meta),
             typicality=modules.get("typicality"),
+            adapter=modules.get("adapter"),
         )
 
     def conform(self, slide: Slide, ignore_case: bool | None = None) -> Slide:
@@ -191,7 +206,9 @@ class Predictor:
         return h
 
     @torch.no_grad()
-    def predict(self, slide: Slide, noise_samples: int = 1) -> Prediction:
+    def predict(
+        self, slide: Slide, noise_samples: int = 1, adapt: bool | None = None
+    ) -> Prediction:
         """Place the cells of a slide from their expression alone; positions are not looked at.
 
         Cells without information take no part; ``informative(predictor.conform(slide))`` has the
@@ -201,6 +218,7 @@ class Predictor:
             slide: its n cells that hold information are placed.
             noise_samples: with more than one, that many layouts are also predicted under the noise
                 of training and aligned; cells that move more are more uncertain.
+            adapt: whether the adapter places the cells; as ``adapter.mode`` says if left out.
 
         Raises:
             UserError: the slide has fewer than 15 cells with counts, shares no gene with the run,
@@ -217,19 +235,25 @@ class Predictor:
         with stage("Candidates"):
             graph = steps.attention_graph(h, candidates, config)
         with stage("Initial layout"):
-            initial, variance = steps.initial_layout(h, config, self.atlas)
+            why, shares = self._adapted(slide, adapt)
+            places = None if shares is None else self._adapted_places(shares, h)
+            initial, variance = steps.initial_layout(h, config, self.atlas, places)
         with stage("Passes of attention"):
             bias, logits = steps.gate_bias(self.gate, h, graph, config)
-            trajectory = steps.recycle(self.model, h, graph, bias, initial)
+            if places is None:
+                trajectory = steps.recycle(self.model, h, graph, bias, initial)
+            else:  # the passes were trained on what the encoder makes of training cells
+                trajectory = [initial]
         with stage("Neighbours for refinement"):
             nearest = steps.refinement_graph(h, candidates, self.relevant_components, config)
         with stage("Distance correction"):
             pos = steps.correct_distances(trajectory[-1], h, variance, config)
         with stage("Refinement"):
-            pos = steps.refine(pos, nearest, config)
+            anchor = None if places is None else config.adapter.anchor_weight
+            pos = steps.refine(pos, nearest, config, anchor)
         layouts = [layout.double().cpu().numpy() for layout in trajectory]
         displacement = None
-        if noise_samples > 1:
+        if noise_samples > 1 and places is None:
             displacement = self._displacement(h, initial, trajectory[-1], noise_samples)
         return Prediction(
             pos=pos.double().cpu().numpy(),
@@ -242,37 +266,91 @@ class Predictor:
             trajectory=layouts,
             uncertainty=self.uncertainty_of(len(h), variance, displacement, typicality),
             typicality=typicality,
+            adapted=why,
+            places=None if places is None else _on_host(places),
+            shares=shares,
         )
 
+    def _adapted(
+        self, slide: Slide, adapt: bool | None
+    ) -> tuple[str | None, tuple[sparse.csr_matrix, np.ndarray] | None]:
+        """Why the adapter takes part in placing these cells, and by what; None if it does not."""
+        settings = self.config.adapter
+        if adapt is not None:
+            settings = settings.model_copy(update={"mode": "always" if adapt else "never"})
+        if self.adapter is None or self.profile is None:
+            return None, None
+        shares = shares_of(slide, self.meta["genes"], self.profile)
+        why = why_adapted(self.adapter, slide, shares, self.recorded.get("cells", ()), settings)
+        if why is None:
+            return None, None
+        logger.info("%s: placed with the adapter for other assays, since %s", slide.name, why)
+        self.adapter.temperature = settings.temperature
+        return why, shares
+
+    def _adapted_places(
+        self, shares: tuple[sparse.csr_matrix, np.ndarray], h: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Places of the adapter, averaged with those of the atlas, and their variance.
+
+        Which of the two is better depends on how much the encoder makes of cells that it has not
+        seen the like of. The average is about as good as the better one.
+        """
+        assert self.adapter is not None
+        found = [mean_and_variance(self.adapter.posterior(*shares), self.adapter.places)]
+        if self.atlas is not None:
+            found.append(self.atlas.mean_and_variance(h))
+        return mixture(found)
+
     @torch.no_grad()
-    def atlas_places(self, embedding: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def frame_places(self, prediction: Prediction) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the common frame of the training slides, and their predictive variance.
 
         Args:
-            embedding: of all cells of a slide (n, d), as a :class:`Prediction` holds it.
+            prediction: of a slide.
 
         Returns:
             (n, 2) in RMS radii of a slide and (n,) in squared ones, float64.
         """
+        if prediction.places is not None:
+            return prediction.places
         assert self.atlas is not None
-        found = self.atlas.mean_and_variance(torch.from_numpy(embedding).to(self.device))
-        place, variance = (values.double().cpu().numpy() for values in found)
-        return place, variance
+        h = torch.from_numpy(prediction.embedding).to(self.device)
+        return _on_host(self.atlas.mean_and_variance(h))
 
-    def top_places(self, embedding: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    @torch.no_grad()
+    def distribution(
+        self, prediction: Prediction, block: int = 1024
+    ) -> tuple[Tensor, Iterator[Tensor]]:
+        """Where each cell of a prediction may be, as :meth:`Atlas.distribution` says.
+
+        Args:
+            prediction: of a slide.
+            block: cells at once.
+        """
+        assert self.atlas is not None
+        h = torch.from_numpy(prediction.embedding).to(self.device)
+        grid, blocks = self.atlas.distribution(h, block)
+        if prediction.shares is None or self.adapter is None:
+            return grid, blocks
+        seat = nearest_in_lattice(grid, self.adapter.places)
+        rows = self.adapter.posterior(*prediction.shares, block)
+        return grid, (
+            (own + torch.zeros_like(own).scatter_add_(1, seat.expand_as(other), other)) / 2
+            for own, other in zip(blocks, rows, strict=True)
+        )
+
+    def top_places(self, prediction: Prediction, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The most probable places of each cell, by :mod:`~ipar_sparse.estimators.modes`.
 
         Args:
-            embedding: of all cells of a slide (n, d), as a :class:`Prediction` holds it.
+            prediction: of a slide.
             count: places of a cell.
 
         Returns:
             Places (n, count, 2) in the common frame of the training slides, and weights (n, count).
         """
-        assert self.atlas is not None
-        found = top_places(self.atlas, torch.from_numpy(embedding).to(self.device), count)
-        place, weight = (values.double().cpu().numpy() for values in found)
-        return place, weight
+        return _on_host(places_of(*self.distribution(prediction), count))
 
     def compare(self, slide: Slide) -> SlideTypicality | None:
         """How like the training slides a slide is; None for a run of an earlier version."""
@@ -347,6 +425,13 @@ def _modules(config: RunConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
         modules["encoder"] = build_encoder(config, len(meta["genes"]))
     if "atlas_cells" in meta["metadata"]:  # runs of earlier versions have one by some settings
         modules["atlas"] = Atlas(dim, cells=meta["metadata"]["atlas_cells"])
+    if sizes := meta["metadata"].get("adapter"):
+        modules["adapter"] = Adapter(len(meta["genes"]), **sizes)
     if sizes := meta["metadata"].get("typicality"):
         modules["typicality"] = build_typicality(config, sizes)
     return modules
+
+
+def _on_host(found: tuple[Tensor, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    place, variance = (values.double().cpu().numpy() for values in found)
+    return place, variance

@@ -64,7 +64,10 @@ def attention_graph(h: Tensor, candidates: Candidates | None, config: RunConfig)
 
 
 def initial_layout(
-    h: Tensor, config: RunConfig, atlas: Atlas | None = None
+    h: Tensor,
+    config: RunConfig,
+    atlas: Atlas | None = None,
+    places: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The layout that the recycles begin from, in the unit-RMS gauge.
 
@@ -72,11 +75,14 @@ def initial_layout(
         h: embeddings (n, d).
         config: ``model.init``.
         atlas: of the training slides, for ``model.init=atlas``.
+        places: of the adapter, with their variance; taken in place of all else if given.
 
     Returns:
         Positions (n, 2), None where the model's own MLP makes them; and the predictive variance of
         each cell's place (n,), relative to the variance of the tissue, None without an atlas.
     """
+    if places is not None:
+        return gauge_fix(places[0]), relative_variance(*places)
     if config.model.init == "pca":
         return gauge_fix(principal_plane(h)), None
     if config.model.init == "atlas":
@@ -157,21 +163,25 @@ def correct_distances(pos: Tensor, h: Tensor, variance: Tensor | None, config: R
     return correct(pos, variance, h, steps=steps, seed=config.train.seed)
 
 
-def refine(pos: Tensor, graph: NeighborTable, config: RunConfig) -> Tensor:
+def refine(
+    pos: Tensor, graph: NeighborTable, config: RunConfig, anchor_weight: float | None = None
+) -> Tensor:
     """A layout (n, 2) pulled towards nearest candidates.
 
     Args:
         pos: layout (n, 2).
         graph: of :func:`refinement_graph`.
         config: ``refine``.
+        anchor_weight: in place of ``refine.anchor_weight``, if given.
     """
     settings = config.refine
+    anchor = settings.anchor_weight if anchor_weight is None else anchor_weight
     return refine_layout(
         pos,
         graph,
         steps=settings.steps or 0,
         neighbors=settings.neighbors,
-        anchor_weight=settings.anchor_weight or 0.0,
+        anchor_weight=anchor or 0.0,
         skip_if_overlap=settings.skip_if_overlap,
         seed=config.train.seed,
     )

@@ -35,6 +35,7 @@ from ..inference.modules import build_encoder, build_gate_and_model
 from ..inference.run_folder import BEST, LAST, REFERENCE, read_meta
 from ..metrics.candidates import candidate_recall, sampled_candidate_recall
 from ..progress import quiet_stages, stage, track
+from .adapter import fit_adapter
 from .atlas import describe_frames, fit_atlas
 from .batches import Batches, EmbeddedSlide
 from .encoder import train_encoder
@@ -148,6 +149,7 @@ def fit(
         with stage("Atlas"):
             atlas = loop.modules["atlas"] = fit_atlas(known, unseen, settings, loop)
             describe_frames(atlas, known, donors, read_frame_errors(out), loop)
+        fit_adapter(train, atlas, genes, loop)
         with stage("Measuring candidates"):
             _measure_candidates(known, unseen, settings, loop)
         _save_reference(known, out)

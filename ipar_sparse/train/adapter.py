@@ -1,0 +1,43 @@
+"""Fits what places cells of another assay; nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..data.input_profile import InputProfile
+from ..data.slide import Slide
+from ..estimators import Adapter, Atlas
+from ..estimators.adapter import Reference
+from ..inference.adapting import shares_of
+from ..progress import stage
+from .loop import TrainingLoop
+from .members import read_inputs
+
+
+def fit_adapter(
+    slides: Sequence[Slide], atlas: Atlas, genes: Sequence[str] | None, loop: TrainingLoop
+) -> None:
+    """Remember training cells by their expression.
+
+    There is no adapter on an embedding, or on values that cannot be turned into shares.
+
+    Args:
+        slides: training slides.
+        atlas: fitted on them, in the same order.
+        genes: of the run.
+        loop: takes up what is fitted.
+    """
+    profile = InputProfile.from_dict(read_inputs(loop.out).get("profile"))
+    if genes is None or profile is None or profile.scaling == "as given":
+        return
+    with stage("Adapter"):
+        references = []
+        for slide, frame in zip(slides, atlas.frames, strict=True):
+            pos = np.asarray(slide.pos)
+            places = (pos - frame.translation) @ frame.rotation.T / max(frame.scale, 1e-12)
+            references.append(Reference(shares_of(slide, genes, profile)[0], pos, places))
+        found = Adapter(len(genes)).fit(references)
+        loop.modules["adapter"] = found.to(loop.device)
+        loop.state.metadata["adapter"] = {"cells": found.cells, "slides": len(slides)}
