@@ -251,7 +251,8 @@ class IPAR(Pretrained):
             check_output_folder(Path(report), overwrite, "report")
         if mapping is not None:
             check_mapping(mapping, reference, [cells], overwrite)
-        wanted = frame_options(self.run, reference, top, keep_foreign, mapping is not None)
+        shown = (mapping is not None, report is not None)
+        wanted = frame_options(self.run, reference, top, keep_foreign, *shown)
         reading: dict[str, Any] = {"layer": layer, "normalized": normalized, "slide_key": slide_key}
         reading |= {"embedding": embedding, "ignore_case": ignore_case}
         slides, adata = self._read(cells, **reading)
@@ -263,9 +264,8 @@ class IPAR(Pretrained):
             found = map_to_spots(self.predictor, slides, added, wanted["reference"])
             write_anndata(found, mapping, overwrite=overwrite)
         if report is not None:
-            write_prediction_report(
-                self.predictor, slides, added, Path(report), genes=genes, command="IPAR.predict()"
-            )
+            page = {"genes": genes, "reference": wanted["reference"], "command": "IPAR.predict()"}
+            write_prediction_report(self.predictor, slides, added, Path(report), **page)
         return _filled(cells, adata, copy, added, slide_key or self.config.data.slide_key)
 
     def embed(

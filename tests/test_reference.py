@@ -275,3 +275,23 @@ def test_a_number_of_places_that_makes_no_sense_is_refused(run, slides, tmp_path
     asked = ["predict", str(run), str(tmp_path / "cells.h5ad"), "--out", str(tmp_path / "o.h5ad")]
     assert run_command([*asked, "--top", top]) == 2
     assert "1 to 10 places" in capsys.readouterr().err and not (tmp_path / "o.h5ad").exists()
+
+
+def test_the_page_shows_the_cells_over_the_reference_and_beside_it(run, slides, tmp_path):
+    cells, reference, page = (tmp_path / name for name in ("c.h5ad", "r.h5ad", "page"))
+    write_slide(replace(slides[3], pos=None), cells)
+    write_slide(slides[1], reference)
+    asked = ["predict", str(run), str(cells), "--out", str(tmp_path / "o.h5ad")]
+    gene = str(slides[3].genes[5])
+    framed = [*asked, "--reference", str(reference), "--report", str(page), "--genes", gene]
+    assert run_command(framed) == 0
+    html = (page / "report.html").read_text()
+    said = anndata.read_h5ad(tmp_path / "o.h5ad").uns["ipar"]["reference"]
+    assert "On cortex2" in html and f"lie within {said['median_error']:.4g}" in html
+    assert f"Expression of {gene} on the reference" in html
+    assert len(list((page / "figures").glob("frame*.png"))) == 5
+    other = IPAR.load(run).predict(
+        to_anndata(slides[3]), copy=True, reference="cortex1", report=tmp_path / "other"
+    )
+    html = (tmp_path / "other" / "report.html").read_text()
+    assert "Give the file of the reference" in html and other is not None

@@ -130,7 +130,8 @@ def predict(
     reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
     reading |= given(ignore_case=ignore_case, device=device)
     data, optional = check_inputs(run, cells, require_pos=False, **reading), slide_key is None
-    wanted = frame_options(run, reference, top, keep_foreign, mapping is not None)
+    shown = (mapping is not None, report is not None)
+    wanted = frame_options(run, reference, top, keep_foreign, *shown)
     predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
     from ..inference.placing import certainty_columns, read_cells, refuse_cells
@@ -229,9 +230,9 @@ def _place(
         added = place_cells(predictor, slides, **wanted)
         if page:
             folder, genes, command = page
-            pages = write_prediction_report(
-                predictor, slides, added, folder, genes=genes, command=command
-            )
+            shown: dict[str, Any] = {"genes": genes, "command": command}
+            shown["reference"] = wanted["reference"]
+            pages = write_prediction_report(predictor, slides, added, folder, **shown)
         with stage(f"Writing {out.name}"):
             write_predictions(source, out, **vars(added), **writing)
         if mapping is not None:

@@ -148,6 +148,7 @@ def frame_options(
     top: int | None = None,
     keep_foreign: bool = False,
     spots: bool = False,
+    page: bool = False,
 ) -> dict[str, Any]:
     """What is asked for beside the map, in the terms of ``place_cells``.
 
@@ -156,7 +157,8 @@ def frame_options(
         reference: see :func:`find_reference`.
         top: number of most probable places of each cell.
         keep_foreign: give foreign cells a position in the frame of the reference.
-        spots: whether the slide of the reference is wanted, and not its frame alone.
+        spots: whether the slide of the reference is needed, and not its frame alone.
+        page: whether it is shown, where it can be found.
 
     Raises:
         UserError: the reference is none, or an option makes no sense or means nothing.
@@ -172,14 +174,15 @@ def frame_options(
                 "--top"
             )
     found = None if reference is None else find_reference(run, reference)
-    if spots and found is not None and found.slide is None:
+    if (spots or page) and found is not None and found.slide is None:
         path = found.record["path"]
-        if path is None or not Source.parse(path).path.exists():
+        if path is not None and Source.parse(path).path.exists():
+            found = find_reference(run, path)
+        elif spots:
             raise UserError(
                 f"--mapping needs the spots of {found.name}, whose file is not where it was in "
                 "training; give it by --reference FILE"
             )
-        found = find_reference(run, path)
     return {"reference": found, "top": top, "keep_foreign": keep_foreign}
 
 

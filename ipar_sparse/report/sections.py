@@ -86,7 +86,7 @@ def _map_section(evaluation: SlideEvaluation) -> dict:
             "Predicted map of cells",
         )
         text = "Each dot is a cell, coloured by its place on the predicted map."
-        return _section("The map", text, [figure])
+        return section("The map", text, [figure])
     figure = draw_figure(
         "map",
         (10.0, _height(evaluation, 4.9)),
@@ -97,7 +97,7 @@ def _map_section(evaluation: SlideEvaluation) -> dict:
         "Left: where the cells were measured. Right: where they were predicted, rotated to match. "
         "A cell has the same colour on both; a good map shows the same gradients."
     )
-    return _section("The map", text, [figure])
+    return section("The map", text, [figure])
 
 
 def _gene_section(page: PageInput) -> dict | None:
@@ -116,7 +116,7 @@ def _gene_section(page: PageInput) -> dict | None:
     size = (5.6, _height(evaluation, 4.8)) if true is None else (10.0, _height(evaluation, 4.2))
     text = f"Expression of {name}. Its domain should have the same shape on the predicted map."
     figure = draw_figure("gene", size, draw, f"Expression of {name} on the maps")
-    return _section("A gene on the map", text, [figure])
+    return section("A gene on the map", text, [figure])
 
 
 def method_figures(evaluation: SlideEvaluation) -> list[dict]:
@@ -166,7 +166,7 @@ def _distance_section(evaluation: SlideEvaluation) -> dict | None:
         "perfect map lies on the dashed line. A flat top means that far parts of the tissue were "
         "folded together."
     )
-    return _section("Distances", text, [figure])
+    return section("Distances", text, [figure])
 
 
 def uncertainty_section(evaluation: SlideEvaluation) -> dict | None:
@@ -176,7 +176,7 @@ def uncertainty_section(evaluation: SlideEvaluation) -> dict | None:
         if not evaluation.methods:
             return None
         text = "Not shown: this run tells none from one prediction; pass --noise-samples 8."
-        return _section("Uncertainty", text, [])
+        return section("Uncertainty", text, [])
 
     def draw(figure: Figure) -> None:
         if true is None:
@@ -208,7 +208,7 @@ def uncertainty_section(evaluation: SlideEvaluation) -> dict | None:
         )
     width = 5.6 if true is None else 10.0
     figure = draw_figure("uncertainty", (width, 4.2), draw, "Uncertainty map and calibration")
-    return _section("Uncertainty", text, [figure])
+    return section("Uncertainty", text, [figure])
 
 
 def _recycle_section(evaluation: SlideEvaluation) -> dict | None:
@@ -226,7 +226,7 @@ def _recycle_section(evaluation: SlideEvaluation) -> dict | None:
         "come afterwards."
     )
     figure = draw_figure("recycles", (10.0, height), draw, "The map after every recycle")
-    return _section("Pass by pass", text, [figure])
+    return section("Pass by pass", text, [figure])
 
 
 def _attention_section(evaluation: SlideEvaluation) -> dict | None:
@@ -254,7 +254,7 @@ def _attention_section(evaluation: SlideEvaluation) -> dict | None:
         return None
     if unusual and INITIAL in evaluation.methods:
         sentences.append(_worth_of_attention(evaluation))
-    return _section("Attention", " ".join(sentences), figures, unusual)
+    return section("Attention", " ".join(sentences), figures, unusual)
 
 
 def _worth_of_attention(evaluation: SlideEvaluation) -> str:
@@ -311,10 +311,11 @@ def _training_section(page: PageInput) -> dict | None:
         "Left: the parts of the loss. Right: the validation score, on the graph that a prediction "
         "has and on the true neighbours. The star is the epoch that was kept."
     )
-    return _section("Training", text, [figure])
+    return section("Training", text, [figure])
 
 
-def _section(title: str, text: str, figures: list[dict], unusual: Sequence[str] = ()) -> dict:
+def section(title: str, text: str, figures: list[dict], unusual: Sequence[str] = ()) -> dict:
+    """A section of a page, in the form of :func:`map_sections`."""
     return {"title": title, "text": text, "figures": figures, "unusual": unusual}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from ..progress import stage, track
 from ..train.history import HISTORY, read_history
 from .cells import CellTable, cell_table
 from .explorer import CellMap, build_explorer
+from .frame import frame_section
 from .headline import remarks_on, summarize
 from .html import script_text, write_page
 from .sections import (
@@ -118,6 +120,7 @@ def write_prediction_report(
     added: Additions,
     out: str | Path,
     *,
+    reference: Reference | None = None,
     genes: Sequence[str] = (),
     command: str | None = None,
 ) -> list[Path]:
@@ -130,6 +133,7 @@ def write_prediction_report(
         slides: all slides of the file or object.
         added: what :func:`~ipar_sparse.inference.placing.place_cells` found for them.
         out: folder of the page; each of several slides gets a folder of its name in it.
+        reference: in whose frame cells were placed, if in any.
         genes: genes by which the pages can colour cells, beside the most informative.
         command: what the pages name as their origin.
 
@@ -154,7 +158,10 @@ def write_prediction_report(
         )
         cells = cell_table(slide, pos, predictor.meta["genes"], genes, own)
         folder = Path(out) if len(slides) == 1 else Path(out) / folder_name(slide.name)
-        pages.append(write_report(folder, evaluation, cells=cells, command=command))
+        frame = None
+        if reference is not None:
+            frame = frame_section(predictor, slide, added, reference, cells)
+        pages.append(write_report(folder, evaluation, cells=cells, frame=frame, command=command))
     return pages
 
 
@@ -164,6 +171,7 @@ def write_report(
     *,
     cells: CellTable | None = None,
     history: Sequence[Mapping] | None = None,
+    frame: dict[str, Any] | None = None,
     command: str | None = None,
 ) -> Path:
     """Write ``report.html``, self-contained, and its figures under ``figures/``.
@@ -173,6 +181,7 @@ def write_report(
         evaluation: the prediction and its scores.
         cells: names, columns and genes of the cells; they are numbered if left out.
         history: rows of the training history.
+        frame: of :func:`~ipar_sparse.report.frame.frame_section`.
         command: the command that made the report.
 
     Returns:
@@ -188,7 +197,12 @@ def write_report(
     maps, methods = map_sections(page), method_figures(evaluation)
     uncertainty, diagnostics = uncertainty_section(evaluation), diagnostic_sections(page)
     explorer = _explorer(evaluation, cells)
-    sections = [*maps, *([uncertainty] if uncertainty else []), *diagnostics]
+    sections = [
+        *maps,
+        *([frame] if frame else []),
+        *([uncertainty] if uncertainty else []),
+        *diagnostics,
+    ]
     table, groups = metric_table(evaluation), group_table(evaluation, cells)
     return write_page(
         Path(out),
@@ -202,6 +216,7 @@ def write_report(
         explorer=explorer,
         ramp=explorer["ramp"],
         maps=maps,
+        frame=frame,
         remarks=remarks_on(evaluation, groups),
         scores=main_table(evaluation) if table["columns"] else None,
         all_scores=table,
