@@ -10,12 +10,15 @@ from ipar_sparse.config.prediction import AdapterConfig
 from ipar_sparse.data.assay import dissociate
 from ipar_sparse.data.input_profile import informative
 from ipar_sparse.data.simulation import simulate
+from ipar_sparse.data.writers import to_anndata
 from ipar_sparse.estimators.adapter import Adapter, Reference, mean_and_variance, mixture
 from ipar_sparse.graph import knn
 from ipar_sparse.inference.adapting import shares_of, why_adapted
+from ipar_sparse.inference.mapping import map_to_spots
 from ipar_sparse.inference.placing import place_cells
 from ipar_sparse.inference.predictor import Predictor
-from ipar_sparse.metrics.layout import evaluate_layout
+from ipar_sparse.inference.reference import find_reference
+from ipar_sparse.metrics.layout import distance_spearman, evaluate_layout
 from ipar_sparse.train.fit import fit
 
 
@@ -178,3 +181,18 @@ def test_it_is_used_where_the_run_was_trained_for_the_cells_or_detection_differs
     assert why(other, detection_ratio=50) is None
     assert why(other, [record_of(other)], mode="never") is None
     assert why(slides[2], mode="always") == "adapter.mode=always"
+
+
+def test_a_mapping_onto_spots_agrees_with_the_places_of_adapted_cells(run, cells):
+    reference = find_reference(run.run, to_anndata(cells[0][0]))
+    slides = [run.conform(cells[1])]
+    near = {}
+    for adapt in (True, False):
+        added = place_cells(run, slides, reference=reference, keep_foreign=True, adapt=adapt)
+        mapping = map_to_spots(run, slides, added, reference)
+        filled = np.isfinite(added.obsm["X_ipar_reference"]).all(1)
+        np.testing.assert_allclose(mapping.X.sum(1).A1[filled], 1, atol=1e-5)
+        mean = (mapping.X @ mapping.varm["spatial"])[filled]
+        near[adapt] = distance_spearman(mean, added.obsm["X_ipar_reference"][filled])
+    # the largest 100 of 400 spots are kept, so that means are not quite the same
+    assert min(near.values()) > 0.9

@@ -18,9 +18,9 @@ from ..data.keys import Keys
 from ..data.slide import Slide
 from ..data.writers import in_file_order
 from ..errors import UserError
-from ..estimators import Atlas
 from ..estimators.atlas import nearest_in_lattice
 from ..progress import track
+from .adapting import shares_of
 from .placing import Additions
 from .predictor import Predictor
 from .reference import Reference
@@ -42,7 +42,8 @@ def map_to_spots(
         + \tfrac{1}{2k} [\, j \in N_k(\mathbf{h}_i)]
 
     with the posterior of the atlas over the places of the spots, and the k = 15 spots nearest in
-    the embedding. The largest 100 entries of a cell are kept, and scaled to sum 1.
+    the embedding. Where the adapter took part in placing the cells, it is averaged with the
+    adapter's posterior. The largest 100 entries of a cell are kept, and scaled to sum 1.
 
     Args:
         predictor: the trained run.
@@ -63,11 +64,13 @@ def map_to_spots(
     places = (spots.pos[used] - back.translation) @ back.rotation.T / back.scale
     rows, columns, values = [], [], []
     for slide in track(slides, "Mapping onto spots"):
-        cells = np.sort(slide.rows)
-        filled = cells[np.isfinite(added.embedding[cells]).all(1)]
+        order = np.argsort(slide.rows)
+        order = order[np.isfinite(added.embedding[slide.rows[order]]).all(1)]
+        filled = slide.rows[order]
         shown = np.isfinite(added.obsm[Keys.REFERENCE][filled]).all(1)
         h = torch.from_numpy(added.embedding[filled]).float().to(predictor.device)
-        blocks = _assigned(predictor.atlas, h, known, torch.from_numpy(places))
+        taken = slide.take(order) if slide.name in added.uns["adapted"] else None
+        blocks = _assigned(predictor, h, known, torch.from_numpy(places), taken)
         start = 0
         for weight, number in blocks:
             part = shown[start : start + len(weight)]
@@ -90,23 +93,35 @@ def map_to_spots(
 
 @torch.no_grad()
 def _assigned(
-    atlas: Atlas, h: Tensor, known: Tensor, places: Tensor
+    predictor: Predictor, h: Tensor, known: Tensor, places: Tensor, adapted: Slide | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Weights (b, s) and numbers (b, s) of spots, block of cells by block."""
+    atlas = predictor.atlas
+    assert atlas is not None
     count, most = min(atlas.neighbors, len(known)), min(MOST_SPOTS, len(known))
     block = max(1, min(_BLOCK, _VALUES // len(known)))
     grid, blocks = atlas.distribution(h, block, nearest=False)
     spread = _lattice_to_spots(grid.cpu(), places).to(grid)
     norm = known.square().sum(1)
-    for mass, part in zip(blocks, h.split(block), strict=True):
-        weight = torch.sparse.mm(spread, mass.T).T
-        weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12) / 2
+    others: Iterator[Tensor] | list[None] = [None] * -(-len(h) // block)
+    if adapted is not None and predictor.profile is not None:
+        shares = shares_of(adapted, predictor.meta["genes"], predictor.profile)
+        others = predictor.adapter_distribution(shares, grid, block)
+    for mass, part, other in zip(blocks, h.split(block), others, strict=True):
+        weight = _on_spots(mass, spread) / 2
         near = torch.addmm(norm, part, known.T, alpha=-2).topk(count, largest=False).indices
         share = torch.full((1, 1), 0.5 / count).to(weight)
         weight = weight.contiguous().scatter_add_(1, near, share.expand(near.shape))
+        if other is not None:
+            weight = (weight + _on_spots(other, spread)) / 2
         value, number = weight.topk(most, dim=1)
         value = value / value.sum(1, keepdim=True)
         yield value.cpu().numpy(), number.cpu().numpy()
+
+
+def _on_spots(mass: Tensor, spread: Tensor) -> Tensor:
+    weight = torch.sparse.mm(spread, mass.T).T
+    return weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
 
 
 def _lattice_to_spots(grid: Tensor, places: Tensor) -> Tensor:

@@ -331,14 +331,26 @@ class Predictor:
         assert self.atlas is not None
         h = torch.from_numpy(prediction.embedding).to(self.device)
         grid, blocks = self.atlas.distribution(h, block)
-        if prediction.shares is None or self.adapter is None:
+        if prediction.shares is None:
             return grid, blocks
+        others = self.adapter_distribution(prediction.shares, grid, block)
+        return grid, ((own + other) / 2 for own, other in zip(blocks, others, strict=True))
+
+    @torch.no_grad()
+    def adapter_distribution(
+        self, shares: tuple[sparse.csr_matrix, np.ndarray], grid: Tensor, block: int
+    ) -> Iterator[Tensor]:
+        """Weights (b, P) of the adapter on a lattice, block of cells by block.
+
+        Args:
+            shares: of :func:`~ipar_sparse.inference.adapting.shares_of`.
+            grid: lattice (P, 2) of :meth:`Atlas.distribution`.
+            block: cells at once.
+        """
+        assert self.adapter is not None
         seat = nearest_in_lattice(grid, self.adapter.places)
-        rows = self.adapter.posterior(*prediction.shares, block)
-        return grid, (
-            (own + torch.zeros_like(own).scatter_add_(1, seat.expand_as(other), other)) / 2
-            for own, other in zip(blocks, rows, strict=True)
-        )
+        for rows in self.adapter.posterior(*shares, block):
+            yield rows.new_zeros(len(rows), len(grid)).scatter_add_(1, seat.expand_as(rows), rows)
 
     def top_places(self, prediction: Prediction, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The most probable places of each cell, by :mod:`~ipar_sparse.estimators.modes`.
