@@ -186,6 +186,18 @@ def test_objects_pass_the_checks_of_files(model, cells, small_slides, tmp_path):
         IPAR.train([bad], config=settings(), out=tmp_path / "run")
 
 
+def test_what_is_no_anndata_is_refused_in_one_line(model, cells, small_slides):
+    table = cells.to_df()
+    for given in (table, table.values, cells.X, [cells], None, 3):
+        with pytest.raises(UserError, match="as AnnData, or as the path of a file"):
+            model.predict(given)
+    for given in ([table], table, table.values, 5):
+        with pytest.raises(UserError, match="AnnData"):
+            IPAR.train(given)
+    with pytest.raises(UserError, match="AnnData"):
+        IPAR.train([to_anndata(slide) for slide in small_slides[:2]], val=table)
+
+
 @pytest.mark.parametrize("kind", ["csr", "csc", "dense", "view", "layer", "raw", "backed"])
 def test_an_object_is_read_as_its_file_is(cells, tmp_path, kind):
     named = {}

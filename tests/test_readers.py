@@ -235,6 +235,11 @@ def test_unreadable_files(tmp_path):
     path = tmp_path / "a.h5ad"
     path.write_text("barcode,x,y\n")
     fails(path, "is not an h5ad file")
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    fails(path, "git lfs pull")
+    table = tmp_path / "a.csv"
+    table.write_text("cell,Gene1\nc1,3\n")
+    fails(table, "is a table; make AnnData of it")
     path.write_bytes(b"")
     fails(path, "is empty")
     whole = save(make(), tmp_path / "b.h5ad").read_bytes()

@@ -309,7 +309,13 @@ def _why_unreadable(path: Path, error: OSError) -> str:
     if "truncated" in str(error):
         return "is truncated (the copy did not finish); copy it again"
     with open(path, "rb") as f:
-        signature = f.read(8)
-    if signature != b"\x89HDF\r\n\x1a\n":
+        begin = f.read(40)
+    if begin.startswith(b"version https://git-lfs"):
+        return "is a pointer to a file, and not that; run `git lfs pull`"
+    if begin.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        return "is compressed; unpack it first (docs/files.md lists what is read)"
+    if path.name.lower().endswith((".csv", ".tsv", ".txt")):
+        return "is a table; make AnnData of it, as anndata.read_csv does, and save that"
+    if not begin.startswith(b"\x89HDF\r\n\x1a\n"):
         return "is not an h5ad file; docs/files.md lists what is read"
     return f"cannot be opened ({first_line(error)}); copy or export it again"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -174,8 +174,10 @@ def named_sources(
         return [], []
     if isinstance(slides, Mapping):
         return [str(name) for name in slides], list(slides.values())
-    if isinstance(slides, anndata.AnnData | str | os.PathLike):
-        slides = [slides]
+    if isinstance(slides, anndata.AnnData | str | os.PathLike) or hasattr(slides, "shape"):
+        slides = [slides]  # whatever else has a shape is refused as one object
+    if not isinstance(slides, Iterable):
+        raise UserError(f"slides are AnnData or paths of files; {slides!r} is neither")
     sources = list(slides)
     numbers = range(start + 1, start + len(sources) + 1)
     return [
