@@ -92,9 +92,14 @@ def test_noise_orders_cells_without_changing_the_mean_square_error():
 def test_uncertainty_grows_to_that_of_no_information_as_cells_become_unlike():
     rmse, p = np.full(5, 0.6), np.array([1.0, 0.05, 0.025, 0.0, np.nan])
     found = np.square(widen(rmse, p, 0.05))
-    np.testing.assert_allclose(found, [0.36, 0.36, 0.68, 1.0, 1.0])
+    np.testing.assert_allclose(found, [0.36, 0.36, 0.664, 1.0, 1.0])
     np.testing.assert_array_equal(widen(rmse, p, 0.05, unlike=True), np.ones(5))
     assert widen(np.array([1.2]), np.array([0.0]), 0.05) == 1.2  # never less than before
+    # p-values that a slide like the training slides has as well move nothing
+    usual = np.linspace(0.001, 1, 1000)
+    np.testing.assert_allclose(widen(np.full(1000, 0.6), usual, 0.05), 0.6)
+    foreign = np.concatenate([usual, np.full(200, 0.002)])
+    assert widen(np.full(1200, 0.6), foreign, 0.05)[-1] > 0.97
 
 
 def test_a_calibrated_uncertainty_is_as_large_as_the_error():

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import nnls
+from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from ..geometry.alignment import align
@@ -172,19 +173,28 @@ def widen(rmse: ArrayLike, p_value: ArrayLike, below: float, unlike: bool = Fals
     r"""Uncertainty of cells that may be unlike the training cells.
 
     .. math::
-        u_i^2 \leftarrow u_i^2 + \max(0, 1 - p_i / q) \max(0, 1 - u_i^2)
+        u_i^2 \leftarrow u_i^2 \left(1 + \max(0, 1 - p_i / q)\, (1 - f_i)
+        \max(0, 1 / \overline{u^2} - 1)\right)
 
-    1 is the mean square error of a map in which all cells lie at the centre of the tissue.
+    f is the false discovery rate (Benjamini and Hochberg 1995): of cells with p-values as small,
+    the share that a slide like the training slides has as well. 1 is the mean square error of a
+    map in which all cells lie at the centre of the tissue.
 
     Args:
         rmse: u (n,), in RMS radii of the tissue.
-        p_value: p (n,); NaN counts as 0.
+        p_value: p (n,); of cells where it is NaN nothing is known.
         below: q. Cells of larger p stay as they are.
-        unlike: whether the whole slide is unlike the training slides; then p counts as 0.
+        unlike: whether the whole slide is unlike the training slides: nothing is known of any cell.
     """
     square = np.square(np.asarray(rmse, dtype=np.float64))
-    p = np.zeros_like(square) if unlike else np.nan_to_num(np.asarray(p_value, dtype=np.float64))
-    return np.sqrt(square + np.maximum(0, 1 - p / below) * np.maximum(0, 1 - square))
+    p = np.full_like(square, np.nan) if unlike else np.asarray(p_value, dtype=np.float64)
+    nothing, known = np.maximum(square, 1), np.isfinite(p)
+    if not known.any():
+        return np.sqrt(nothing)
+    weight = np.maximum(0, 1 - p[known] / below) * (1 - false_discovery_control(p[known]))
+    grown = square[known] * (1 + weight * max(0, 1 / max(square[known].mean(), 1e-12) - 1))
+    nothing[known] = grown
+    return np.sqrt(nothing)
 
 
 def calibration_metrics(
