@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,9 @@ from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.inference.run_folder import reading_settings
 from ipar_sparse.layout.uncertainty import square_errors
 from ipar_sparse.train.typicality import fit_typicality
+
+MEAN_OF_RMS = math.sqrt(math.pi) / 2
+"""Mean distance over the root mean square distance, of errors that are Gaussian in the plane."""
 
 
 def spoiled(slide: Slide, seed: int = 0) -> Iterator[tuple[str, Slide]]:
@@ -71,7 +75,7 @@ def score(predictor: Predictor, slide: Slide, kind: str) -> tuple[dict, np.ndarr
         "ks": float(kstest(p_value[np.isfinite(p_value)], "uniform").statistic),
         "stated": float(np.sqrt(np.square(stated).mean())),
         "true": float(np.sqrt(np.square(error).mean())),
-        "mean_stated": float(stated.mean()),
+        "mean_stated": MEAN_OF_RMS * float(stated.mean()),
         "mean_true": float(error.mean()),
         "disc_coverage": float((error <= radius * stated).mean()),
         "spearman": order(stated),
@@ -151,7 +155,7 @@ def main() -> None:
         stated, error, p_value = np.concatenate(parts).T
         ratio = float(np.sqrt(np.square(stated).mean() / np.square(error).mean()))
         found = {"set": name, "ks": float(kstest(p_value, "uniform").statistic), "ratio": ratio}
-        print(json.dumps(found | {"mean_ratio": float(stated.mean() / error.mean())}))
+        print(json.dumps(found | {"mean_ratio": MEAN_OF_RMS * float(stated.mean() / error.mean())}))
     (given.out / "reliability.json").write_text(json.dumps(rows, indent=1) + "\n")
     if points:
         curves(points, given.out / "reliability.png")

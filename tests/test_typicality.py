@@ -43,6 +43,15 @@ def test_on_a_slide_like_the_training_slides_p_values_are_uniform(held_out):
     assert held_out.offset < 2.5
 
 
+def test_few_cells_of_a_slide_are_judged_as_few_training_cells(fitted, slides):
+    values = features(slides[3])
+    for start in range(0, 75, 15):
+        assert fitted.assess(values[start : start + 15]).coexpression > 0.45
+    rng = np.random.default_rng(0)
+    shuffled = values[:60][:, rng.permutation(GENES)]
+    assert fitted.assess(shuffled).coexpression < 0.3
+
+
 def test_cells_of_another_tissue_among_others_have_small_p_values(fitted, slides):
     (other,) = simulate("lobules", slides=1, spots=60, genes=GENES, seed=2)
     foreign = features(other)[:26]

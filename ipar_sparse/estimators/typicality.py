@@ -23,6 +23,7 @@ _ROWS = 8192  # cells of dense features at once
 _BLOCK = 2048  # cells whose distances are held at once
 _COEXPRESSION = 100  # features whose correlations are compared
 _SAMPLE = 500  # cells of a slide from which correlations are taken
+_DRAWS = 4  # of as many cells from a fold
 _ITERATIONS = 6  # of subspace iteration
 _STRETCH = 2.0  # at most, by which the spread of a slide's scores is matched
 _LEAST_OFFSET = 0.2  # of a training slide, in radii of its cells: few slides show too little
@@ -199,7 +200,7 @@ class Typicality(nn.Module):
         if found:
             p_value[cells] = torch.stack(found).mean(0).cpu().numpy()
         mean = self.means.mean(0).cpu().numpy()
-        some = slide.rows(sample[:_SAMPLE]).to(known)
+        some = slide.rows(_evenly(sample, _SAMPLE)).to(known)
         return Assessment(
             p_value,
             shared,
@@ -210,14 +211,17 @@ class Typicality(nn.Module):
         )
 
     def _coexpression(self, cells: Tensor, known: Tensor) -> float:
-        """Agreement of a slide, relative to that of left-out folds with the others.
+        """Agreement of a slide, relative to as many cells of left-out folds with the others.
 
         Few cells of few counts tell correlations badly, on training slides as well.
         """
-        usual = [
-            coexpression_agreement(known[self.fold == fold][:_SAMPLE], known[self.fold != fold])
-            for fold in self.fold.unique()
-        ]
+        rng, usual = np.random.default_rng(0), []
+        for fold in self.fold.unique():
+            own, others = known[self.fold == fold], known[self.fold != fold]
+            size = min(len(cells), len(own), _SAMPLE)
+            for _ in range(1 if size == len(own) else _DRAWS):
+                rows = torch.from_numpy(rng.permutation(len(own))[:size]).to(own.device)
+                usual.append(coexpression_agreement(own[rows], others))
         expected = float(np.mean(usual))
         if expected < _LEAST_COEXPRESSION:
             return 1.0  # the training slides do not agree either: nothing is known
@@ -398,6 +402,13 @@ def _leading_axes(x: Tensor, count: int) -> Tensor:
     small = x @ basis
     axes = torch.linalg.eigh(small.T @ small).eigenvectors.flip(1)
     return basis @ axes[:, : min(count, width)]
+
+
+def _evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of some rows, from the first to the last: files may be sorted."""
+    if len(rows) <= most:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]
 
 
 def _lower_half(scores: Tensor) -> tuple[Tensor, Tensor]:
