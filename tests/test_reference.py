@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 from small_run import small_config
 
-from ipar_sparse import IPAR, UserError
+from ipar_sparse import IPAR, UserError, pl
 from ipar_sparse.cli import run_command
 from ipar_sparse.data.keys import Keys
 from ipar_sparse.data.simulation import simulate
@@ -295,3 +295,15 @@ def test_the_page_shows_the_cells_over_the_reference_and_beside_it(run, slides, 
     )
     html = (tmp_path / "other" / "report.html").read_text()
     assert "Give the file of the reference" in html and other is not None
+
+
+def test_a_map_leaves_out_cells_without_a_position(run, slides):
+    placed = IPAR.load(run).predict(to_anndata(slides[3]), copy=True, reference="cortex1")
+    found = ~placed.obs[Keys.FOREIGN].to_numpy()
+    assert 0 < found.sum() < len(found)
+    values = np.arange(300.0)
+    for color in ("layer", ["layer", Keys.UNCERTAINTY], values):
+        axes = pl.layout(placed, color, basis="ipar_reference")
+        for ax in np.atleast_1d(axes):
+            assert len(ax.collections[0].get_offsets()) == found.sum()
+    np.testing.assert_array_equal(np.sort(ax.collections[0].get_array()), values[found])

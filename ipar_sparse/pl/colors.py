@@ -131,9 +131,18 @@ def positions_of(adata: AnnData, basis: str) -> np.ndarray:
     Raises:
         UserError: there are none.
     """
+    return as_layout(_stored(adata, basis))
+
+
+def with_position(adata: AnnData, basis: str) -> np.ndarray:
+    """Which cells have a position (n,); those without information have NaN, and foreign ones."""
+    return np.isfinite(_stored(adata, basis)).all(axis=1)
+
+
+def _stored(adata: AnnData, basis: str) -> np.ndarray:
     for key in (f"X_{basis}", basis):
         if key in adata.obsm:
-            return as_layout(np.asarray(adata.obsm[key])[:, :2])
+            return np.asarray(adata.obsm[key])[:, :2]
     there = ", ".join(adata.obsm) or "nothing"
     hint = "call predict() first" if f"X_{basis}" == Keys.PREDICTION else f"there is {there}"
     raise UserError(f'no obsm["X_{basis}"] to draw; {hint}')

@@ -16,7 +16,15 @@ from ..data.keys import Keys
 from ..geometry.alignment import align
 from ..geometry.neighborhoods import as_layout, unit_gauge
 from ..metrics.diagnostics import AttentionFocus
-from .colors import Coloring, Palette, color_by_key, color_of, positions_of, value_range
+from .colors import (
+    Coloring,
+    Palette,
+    color_by_key,
+    color_of,
+    positions_of,
+    value_range,
+    with_position,
+)
 from .oklab import from_oklab, to_oklab
 from .style import (
     FAINT,
@@ -75,7 +83,7 @@ def layout(
     """One map of cells, or one for each of several keys.
 
     Args:
-        cells: layout (n, 2), or AnnData.
+        cells: layout (n, 2), or AnnData, whose cells without a position are left out.
         color: RGB of each cell (n, 3), numbers (n,), or labels (n,); by position if left out. Of
             AnnData also an obs column, a gene, or a list of these.
         basis: of AnnData, where the layout lies: obsm["X_<basis>"] or obsm["<basis>"].
@@ -180,12 +188,18 @@ def _maps_of(
     if not hasattr(cells, "obsm"):
         pos = as_layout(cells)
         return pos, color_of(position_colors(pos) if color is None else color, palette)
+    keys = isinstance(color, list | tuple) and all(isinstance(key, str) for key in color)
+    placed = with_position(cells, basis)
+    if not placed.all():
+        cells = cells[placed]
+        if color is not None and not isinstance(color, str) and not keys:
+            color = np.asarray(color)[placed]
     pos = positions_of(cells, basis)
     if color is None:
         return pos, color_of(position_colors(pos))
     if isinstance(color, str):
         return pos, color_by_key(cells, color, layer=layer, palette=palette)
-    if isinstance(color, list | tuple) and all(isinstance(key, str) for key in color):
+    if keys:
         return pos, [color_by_key(cells, key, layer=layer, palette=palette) for key in color]
     return pos, color_of(color, palette)
 

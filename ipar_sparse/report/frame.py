@@ -43,7 +43,7 @@ def frame_section(
     said, figures = added.uns["reference"], []
     text = (
         f"{int(shown.sum()):,} of {len(pos):,} cells in the coordinates and units of "
-        f"{reference.name}. Half of its own cells, {said['left_out']}, lie within "
+        f"{reference.name}. Half of the cells of {reference.name}, {said['left_out']}, lie within "
         f"{said['median_error']:.4g} of their places ({said['relative_error']:.2f} of its radius). "
     )
     if len(pos) > shown.sum():
