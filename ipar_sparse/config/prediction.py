@@ -115,8 +115,8 @@ class TypicalityConfig(Section):
     """Correlation of gene means below which a slide is unlike in part."""
     part_coexpression: Share = 0.65
     """The same correlation, below which a slide is unlike in part."""
-    part_offset: Weight = 2.5
-    """For runs on a given embedding: offset above which a slide is unlike in part."""
+    part_offset: Weight = 2.0
+    """Offset above which a slide is unlike in part: so many times as far as any training slide."""
     part_cells: Share = 0.2
     """Share of cells with a p-value of at most 0.05 above which a slide is unlike in part."""
     unlike_p_value: Share = 0.01

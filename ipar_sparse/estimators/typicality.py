@@ -206,7 +206,7 @@ class Typicality(nn.Module):
             shared,
             _correlation(own_mean[present], mean[present]),
             self._coexpression(some, known),
-            self._offset(own_mean, some, known, columns),
+            self._offset(own_mean, some, known, columns, len(cells)),
             float(np.mean(shifts)) if shifts else 0.0,
         )
 
@@ -228,7 +228,7 @@ class Typicality(nn.Module):
         return coexpression_agreement(cells, known) / expected
 
     def _offset(
-        self, own_mean: np.ndarray, cells: Tensor, known: Tensor, columns: np.ndarray
+        self, own_mean: np.ndarray, cells: Tensor, known: Tensor, columns: np.ndarray, count: int
     ) -> float:
         """Of a slide's mean, in units of training slides' offsets, relative to its own spread."""
         taken = self.panel.cpu().numpy()[columns]
@@ -236,7 +236,8 @@ class Typicality(nn.Module):
         radius = float(known.square().sum(1).mean().clamp(min=_FLOOR).sqrt())
         own = float(cells.square().sum(1).mean().clamp(min=_FLOOR).sqrt())
         far = np.linalg.norm(means - means.mean(0), axis=1).max()
-        gap = np.linalg.norm(own_mean[taken] - means.mean(0))
+        # the mean of few cells lies off by chance
+        gap = np.sqrt(max(np.square(own_mean[taken] - means.mean(0)).sum() - own**2 / count, 0))
         return float(gap / max(far, _LEAST_OFFSET * radius) * min(radius / own, 1e6))
 
     def _score(

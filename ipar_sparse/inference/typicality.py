@@ -149,7 +149,9 @@ def _reasons(found: Assessment, settings: TypicalityConfig, of_genes: bool, unli
                 "its genes vary together otherwise than theirs (agreement "
                 f"{found.coexpression:.2f}, 1 is usual)"
             )
-    elif found.offset > (settings.unlike_offset if unlike else settings.part_offset):
+    elif found.offset > settings.unlike_offset and unlike:
         yield f"its embedding lies {found.offset:.1f} times as far off as training slides do"
+    if not unlike and found.offset > settings.part_offset:
+        yield f"its mean lies {found.offset:.1f} times as far off as that of any training slide"
     if not unlike and found.share_unlike > settings.part_cells:
         yield f"{100 * found.share_unlike:.0f} % of its cells are unlike the training cells"
