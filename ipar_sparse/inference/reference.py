@@ -84,7 +84,9 @@ class Reference:
         return np.sqrt(self.frame["variance_ratio"] * np.asarray(variance, dtype=np.float64))
 
 
-def find_reference(run: Path, source: str | os.PathLike | AnnData) -> Reference:
+def find_reference(
+    run: Path, source: str | os.PathLike | AnnData, name: str | None = None
+) -> Reference:
     """The training slide that a file or object holds, or that is called so.
 
     A slide is known by what its cells hold, whatever its file is called now.
@@ -92,6 +94,7 @@ def find_reference(run: Path, source: str | os.PathLike | AnnData) -> Reference:
     Args:
         run: folder of a run.
         source: AnnData, a file or folder of any known format, or the name of a training slide.
+        name: of the slide that is meant, where a file holds several.
 
     Raises:
         UserError: the slide was not trained on or has no positions, or the run is of an earlier
@@ -129,6 +132,7 @@ def find_reference(run: Path, source: str | os.PathLike | AnnData) -> Reference:
                 f"--reference {label}: {run} was not trained on it ({why}), so it has no frame; "
                 f"give one of {_listed(names)}"
             )
+        found = [one for one in found if name in (None, one["name"])] or found
         if len(found) > 1:
             raise UserError(
                 f"--reference {label}: holds {len(found)} training slides; pick one, e.g. "
@@ -177,7 +181,7 @@ def frame_options(
     if (spots or page) and found is not None and found.slide is None:
         path = found.record["path"]
         if path is not None and Source.parse(path).path.exists():
-            found = find_reference(run, path)
+            found = find_reference(run, path, found.name)
         elif spots:
             raise UserError(
                 f"--mapping needs the spots of {found.name}, whose file is not where it was in "

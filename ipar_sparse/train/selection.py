@@ -234,7 +234,12 @@ def read_frame_errors(out: Path) -> dict[str, FrameError]:
     try:
         found = parse_json((out / SELECTION).read_text()).get("frame_errors", {})
         return {name: FrameError(*map(float, values)) for name, values in found.items()}
-    except (OSError, ValueError):
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):  # missing, damaged or of an earlier run
         return {}
 
 
