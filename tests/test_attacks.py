@@ -134,6 +134,23 @@ def test_zeros_that_unfold_to_gigabytes_are_refused_unread(cells, refused):
         refused(path)
 
 
+@pytest.mark.parametrize("way", ["link", "values", "view"])
+def test_what_lies_in_another_file_is_not_read(cells, refused, tmp_path, way):
+    other = Path(shutil.copy(cells, tmp_path / "other.h5ad"))
+    with h5py.File(cells, "r+") as file:
+        count = len(file["obs/_index"])
+        if way == "link":
+            del file["obs"]
+            file["obs"] = h5py.ExternalLink(other.name, "obs")
+        elif way == "values":  # any file on the disk, byte by byte
+            file.create_dataset("obsm/secret", (count, 2), "u1", external=[(str(other), 0, 2**20)])
+        else:
+            layout = h5py.VirtualLayout((count, 2), "f8")
+            layout[:] = h5py.VirtualSource(str(other), "obsm/spatial", (count, 2))
+            file.create_virtual_dataset("obsm/secret", layout)
+    assert "lies in another file" in refused(cells)
+
+
 def test_groups_that_hold_themselves_are_refused(cells, refused):
     with h5py.File(cells, "r+") as file:
         file["obs/self"] = file["obs"]

@@ -260,9 +260,32 @@ def _open_h5ad(path: Path, mode: Literal["r", "r+"]) -> Store:
     if not path.is_file():
         raise UserError(f"{path}: is no regular file; copy it to one")
     try:
-        return h5py.File(path, mode)
+        file = h5py.File(path, mode)
     except OSError as error:
         raise UserError(f"{path}: {_why_unreadable(path, error)}") from error
+    if (name := _kept_elsewhere(file)) is not None:
+        file.close()
+        raise UserError(
+            f"{path}: {name} lies in another file, which is not read; write it again with "
+            "adata.write_h5ad"
+        )
+    return file
+
+
+def _kept_elsewhere(file: h5py.File) -> str | None:
+    """The first element that is a link to another file, or whose values lie in one."""
+
+    def linked(name: bytes, link: Any) -> str | None:
+        return name.decode(errors="replace") if link.type == h5py.h5l.TYPE_EXTERNAL else None
+
+    def stored(name: str, element: Any) -> str | None:
+        elsewhere = isinstance(element, h5py.Dataset) and (element.external or element.is_virtual)
+        return name if elsewhere else None
+
+    try:
+        return file.id.links.visit(linked, info=True) or file.visititems(stored)
+    except Exception:  # of a damaged file; whoever reads that part says so
+        return None
 
 
 def _why_damaged(path: Path, error: BaseException) -> str:
