@@ -148,8 +148,7 @@ def train(
     check_no_leak(slides, val, cells)
 
     from ..config import RunConfig, load_config, resolve_device
-    from ..data.dissociated import reading_cells
-    from ..data.headers import check_headers
+    from ..data.headers import check_headers, reading_cells
     from ..data.records import recorded_slides
     from ..inference.costs import check_training
 

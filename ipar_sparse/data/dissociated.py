@@ -11,21 +11,11 @@ from ..config.schema import DataConfig
 from ..errors import UserError
 from .copies import find_copies, identified, record_of
 from .gene_names import check_shared, rename_genes
+from .headers import reading_cells
 from .slide import Slide
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-
-def reading_cells(data: DataConfig) -> DataConfig:
-    """How files of dissociated cells are read where slides are read as ``data`` says.
-
-    Their values may be of another kind, and are recognised. Positions are not read.
-    """
-    # no obsm key is empty
-    return data.model_copy(
-        update={"spatial_key": "", "normalized": None, "embedding": None, "drop_outliers": False}
-    )
 
 
 def read_dissociated(

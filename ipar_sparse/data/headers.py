@@ -79,6 +79,17 @@ def check_headers(
     return sizes
 
 
+def reading_cells(data: DataConfig) -> DataConfig:
+    """How files of dissociated cells are read where slides are read as ``data`` says.
+
+    Their values may be of another kind, and are recognised. Positions are not read.
+    """
+    # no obsm key is empty
+    return data.model_copy(
+        update={"spatial_key": "", "normalized": None, "embedding": None, "drop_outliers": False}
+    )
+
+
 def _size(matrix: Any, cells: int) -> Size:
     if matrix is None:
         return Size(cells, 0, 0)

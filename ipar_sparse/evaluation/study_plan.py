@@ -336,7 +336,7 @@ def read_scored_cells(files: Sequence[str], config: RunConfig) -> list[Slide]:
 
 @lru_cache(maxsize=4)
 def _read_cached(files: tuple[str, ...], reading: str, cells: bool = False) -> list[Slide]:
-    from ..data.dissociated import reading_cells
+    from ..data.headers import reading_cells
     from ..data.readers import read_files
 
     data = RunConfig.model_validate({"data": json.loads(reading)}).data
