@@ -151,6 +151,23 @@ def test_what_lies_in_another_file_is_not_read(cells, refused, tmp_path, way):
     assert "lies in another file" in refused(cells)
 
 
+def test_a_heap_of_texts_without_end_is_refused(cells, refused):
+    """HDF5 never gets over a gap of no length at the end of a heap."""
+    data, start, gaps = bytearray(cells.read_bytes()), -1, 0
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(data[at : at + size], "little")
+
+    while (start := data.find(b"GCOL", start + 1)) >= 0:
+        place, end = start + 16, start + number(start + 8, 8)
+        while place + 16 <= end and number(place, 2):
+            place += 16 + -(-number(place + 8, 8) // 8) * 8
+        if place + 16 <= end:
+            data[place + 8 : place + 16], gaps = bytes(8), gaps + 1
+    cells.write_bytes(data)
+    assert gaps and "its texts never end" in refused(cells)
+
+
 def test_groups_that_hold_themselves_are_refused(cells, refused):
     with h5py.File(cells, "r+") as file:
         file["obs/self"] = file["obs"]

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import re
 import shutil
+import time
 import warnings
 from collections import Counter
 from functools import partial
@@ -12,7 +13,16 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pytest
-from fuzzing import batch, flip_bytes, mangle_hdf5, mangle_run, measured, odd_anndata, wrong_with
+from fuzzing import (
+    HANG,
+    batch,
+    flip_bytes,
+    mangle_hdf5,
+    mangle_run,
+    measured,
+    odd_anndata,
+    wrong_with,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from small_run import QUICK
 
@@ -128,6 +138,12 @@ def in_children(work, count, log):
     while number < count:
         process = children.Process(target=batch, args=(work, number, count, log))
         process.start()
+        seen, since = 0, time.monotonic()
+        while process.is_alive() and time.monotonic() - since < 2 * HANG:
+            process.join(1)  # what hangs in a library of C takes no alarm
+            size = log.stat().st_size if log.exists() else 0
+            seen, since = (size, time.monotonic()) if size != seen else (seen, since)
+        process.kill()
         process.join()
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         if process.exitcode == 0:

@@ -9,8 +9,10 @@ import difflib
 import math
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +38,7 @@ _FILTERS = {
 """Registered number of an HDF5 filter to its name."""
 
 _DECLARED = 1 << 28  # bytes that any array may declare
+_HEAPS = 1 << 28  # bytes of a file whose heaps are looked through
 _RATIO = 2000  # of declared to stored bytes; deflate reaches 1032, on zeros
 _DEPTH = 16  # of groups in groups
 _CODE = re.compile(rb'"(?:id|name)"\s*:\s*"(?:numcodecs\.)?pickle"')
@@ -259,6 +262,9 @@ def _open_h5ad(path: Path, mode: Literal["r", "r+"]) -> Store:
         raise UserError(f"{path}: no such file; check the path")
     if not path.is_file():
         raise UserError(f"{path}: is no regular file; copy it to one")
+    about = path.stat()
+    if about.st_size <= _HEAPS and _endless(path, about.st_mtime_ns):
+        raise UserError(f"{path}: is damaged (its texts never end); copy or export it again")
     try:
         file = h5py.File(path, mode)
     except OSError as error:
@@ -270,6 +276,27 @@ def _open_h5ad(path: Path, mode: Literal["r", "r+"]) -> Store:
             "adata.write_h5ad"
         )
     return file
+
+
+@lru_cache(maxsize=64)
+def _endless(path: Path, changed: int) -> bool:
+    """Whether a heap of texts holds a gap of no length, on which HDF5 2.0 hangs for ever.
+
+    Args:
+        path: of an HDF5 file.
+        changed: when the file was changed last.
+    """
+    data, start = path.read_bytes(), -1
+    data += bytes(16)
+    while (start := data.find(b"GCOL\1\0\0\0", start + 1)) >= 0:
+        (size,) = struct.unpack_from("<Q", data, start + 8)
+        place, end = start + 16, start + size
+        while end <= len(data) and place + 16 <= end:
+            number, _, _, length = struct.unpack_from("<HHIQ", data, place)
+            if number == 0 and length == 0:
+                return True
+            place += length if number == 0 else 16 + -(-length // 8) * 8
+    return False
 
 
 def _kept_elsewhere(file: h5py.File) -> str | None:
