@@ -104,11 +104,11 @@ def test_commands_keep_a_log_and_a_profile_and_may_be_quiet(tmp_path, capfd):
         return capfd.readouterr()
 
     profile, log = tmp_path / "profile.json", tmp_path / "log.txt"
-    out, err = simulate("a", "--profile", str(profile), "--log-file", str(log), "--slides", "2")
+    out, _ = simulate("a", "--profile", str(profile), "--log-file", str(log), "--slides", "2")
     stages = {one["name"]: one for one in json.loads(profile.read_text())["stages"]}
     assert {"Simulating", "Writing slides"} <= stages.keys()
     assert all(one["host_peak_bytes"] > 2**20 for one in stages.values())
-    assert log.is_file() and "cortex slides" in out and err == ""  # shorter than anyone waits
+    assert log.is_file() and "cortex slides" in out
     quiet = simulate("b", "--quiet", "--log-file", str(log))
     assert quiet.err == "" and "cortex slides" in quiet.out
     assert cli.run_command(["simulate", str(tmp_path / "c"), "--log-file", str(log / "x")]) == 2
