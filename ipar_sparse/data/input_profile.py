@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..config.schema import DataConfig
+from ..config.schema import INPUTS, DataConfig
 from ..errors import UserError
 from .anndata_store import some_names
 from .copies import identified
@@ -82,17 +82,20 @@ class InputProfile:
         """What :meth:`as_dict` gave; None of a run that recorded none.
 
         Raises:
-            ValueError: values that :meth:`as_dict` cannot have given.
+            UserError: values that :meth:`as_dict` cannot have given.
         """
         if values is None:
             return None
         from pydantic import TypeAdapter
 
-        found = TypeAdapter(cls).validate_python(values)
-        if any(
+        try:
+            found = TypeAdapter(cls).validate_python(values)
+        except ValueError:
+            found = None
+        if found is None or any(
             len(moments) not in (0, len(found.genes)) for moments in (found.mean, found.variance)
         ):
-            raise ValueError("means or variances that belong to other genes")
+            raise UserError(f"{INPUTS} of the run is damaged (profile); train the run again")
         return found
 
 
