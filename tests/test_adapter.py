@@ -194,5 +194,8 @@ def test_a_mapping_onto_spots_agrees_with_the_places_of_adapted_cells(run, cells
         np.testing.assert_allclose(mapping.X.sum(1).A1[filled], 1, atol=1e-5)
         mean = (mapping.X @ mapping.varm["spatial"])[filled]
         near[adapt] = distance_spearman(mean, added.obsm["X_ipar_reference"][filled])
+        stated = added.obs["ipar_uncertainty_reference"] / reference.radius
+        at_least = added.obs["ipar_uncertainty"] * (1 if adapt else 0)
+        assert (stated >= at_least - 1e-9)[filled].all()
     # the largest 100 of 400 spots are kept, so that means are not quite the same
     assert min(near.values()) > 0.9

@@ -191,6 +191,9 @@ def _add_in_frame(
             p_value, unlike = one.typicality.p_value, one.typicality.verdict == UNLIKE
             foreign = p_value <= settings.foreign_p_value
             error = widen(error, p_value, settings.growth_below, unlike)
+        if one.adapted is not None and one.uncertainty is not None:
+            # cells of the slides' own assay, left out, tell too little of those of another
+            error = np.maximum(error, one.uncertainty)
         flags.append(foreign)
         hidden.append(foreign & (not keep_foreign))
         positions.append(np.where(hidden[-1][:, None], np.nan, pos))
@@ -205,7 +208,9 @@ def _add_in_frame(
         "foreign_cells": count,
         "foreign_kept": keep_foreign,
     }
-    logger.info("in the frame of %s", frame_sentence(reference.frame))
+    farther = "; cells of another assay lie farther off"
+    adapted = any(one.adapted is not None for one in predictions)
+    logger.info("in the frame of %s%s", frame_sentence(reference.frame), farther * adapted)
     if count:
         logger.warning(
             "%d of %d cells do not belong to the tissue (p-value up to %g): %s in the frame of %s",
