@@ -25,6 +25,7 @@ from ipar_sparse.data.readers import read_slides
 from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.inference.run_folder import BEST, LAST, PREVIOUS, read_meta
 from ipar_sparse.train.history import HISTORY, read_history
+from ipar_sparse.train.run_folder import LOCK
 
 FIT = importlib.import_module("ipar_sparse.train.fit")
 
@@ -94,7 +95,8 @@ def refused(capfd, tmp_path):
 
 
 def listing(folder):
-    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))}
+    found = sorted(path for path in folder.rglob("*") if path.name != LOCK)  # touched when held
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in found}
 
 
 def broken(slides, path, change):
