@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import h5py
 
@@ -39,6 +39,8 @@ _FILTERS = {
 
 _DECLARED = 1 << 28  # bytes that any array may declare
 _HEAPS = 1 << 28  # bytes of a file whose heaps are looked through
+_SCANNED = 1 << 22  # bytes of it at a time
+_MARK = b"GCOL\1\0\0\0"  # where a heap begins
 _RATIO = 2000  # of declared to stored bytes; deflate reaches 1032, on zeros
 _DEPTH = 16  # of groups in groups
 _CODE = re.compile(rb'"(?:id|name)"\s*:\s*"(?:numcodecs\.)?pickle"')
@@ -286,16 +288,31 @@ def _endless(path: Path, changed: int) -> bool:
         path: of an HDF5 file.
         changed: when the file was changed last.
     """
-    data, start = path.read_bytes(), -1
-    data += bytes(16)
-    while (start := data.find(b"GCOL\1\0\0\0", start + 1)) >= 0:
-        (size,) = struct.unpack_from("<Q", data, start + 8)
-        place, end = start + 16, start + size
-        while end <= len(data) and place + 16 <= end:
-            number, _, _, length = struct.unpack_from("<HHIQ", data, place)
-            if number == 0 and length == 0:
-                return True
-            place += length if number == 0 else 16 + -(-length // 8) * 8
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        for begin in range(0, total, _SCANNED):
+            file.seek(begin)
+            block, start = file.read(_SCANNED + len(_MARK) - 1), -1
+            while (start := block.find(_MARK, start + 1)) >= 0:
+                if _endless_heap(file, begin + start, total):
+                    return True
+    return False
+
+
+def _endless_heap(file: BinaryIO, start: int, total: int) -> bool:
+    """Whether the heap at a place of a file of so many bytes holds such a gap."""
+    file.seek(start + len(_MARK))
+    head = file.read(8)
+    size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+    if size > total + 16 - start:
+        return False
+    file.seek(start)
+    heap, place = file.read(size) + bytes(16), 16
+    while place + 16 <= size:
+        number, _, _, length = struct.unpack_from("<HHIQ", heap, place)
+        if number == 0 and length == 0:
+            return True
+        place += length if number == 0 else 16 + -(-length // 8) * 8
     return False
 
 
