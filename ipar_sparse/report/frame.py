@@ -46,6 +46,8 @@ def frame_section(
         f"{reference.name}. Half of the cells of {reference.name}, {said['left_out']}, lie within "
         f"{said['median_error']:.4g} of their places ({said['relative_error']:.2f} of its radius). "
     )
+    if added.uns.get("adapted"):
+        text += "Cells of another assay lie farther off; the map of uncertainty says how far. "
     if len(pos) > shown.sum():
         text += "The others do not belong to the tissue. "
     spots, genes = None, []
