@@ -1,5 +1,7 @@
 """The adapter: where cells of another assay are placed, and when."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ from ipar_sparse.data.input_profile import informative
 from ipar_sparse.data.simulation import simulate
 from ipar_sparse.data.writers import to_anndata
 from ipar_sparse.estimators.adapter import Adapter, Reference, mean_and_variance, mixture
+from ipar_sparse.evaluation.layouts import ablation_layouts
+from ipar_sparse.evaluation.results import NO_GATE, NO_RECYCLES, NO_REFINEMENT, ORACLE
 from ipar_sparse.graph import knn
 from ipar_sparse.inference.adapting import shares_of, why_adapted
 from ipar_sparse.inference.mapping import map_to_spots
@@ -141,7 +145,6 @@ def test_cells_of_another_assay_are_placed_with_the_adapter_and_slides_of_the_ru
     assert without.adapted is None and without.places is None
     true = truth(informative(run.conform(other)))
     scores = [evaluate_layout(x.pos, true)["distance_spearman"] for x in (found, without)]
-    print(scores)
     assert scores[0] > scores[1] + 0.03 > 0.1
     # the frame is that of the training slides, where their positions are
     mean, variance = run.frame_places(found)
@@ -154,6 +157,17 @@ def test_cells_of_another_assay_are_placed_with_the_adapter_and_slides_of_the_ru
     np.testing.assert_allclose((weight @ grid).numpy(), mean, atol=0.05)
     places, share = run.top_places(found, 2)
     assert places.shape == (len(true), 2, 2) and (share[:, 0] >= share[:, 1]).all()
+
+
+def test_rows_without_a_step_keep_the_other_settings_of_adapted_cells(run, cells):
+    refine = {"steps": 5, "neighbors": 10, "anchor_weight": 0.5}
+    refined = replace(run, config=run.config.replace(refine=refine))
+    found = refined.predict(cells[1])
+    assert found.settings.refine.anchor_weight == run.config.adapter.anchor_weight
+    assert refined.predict(cells[1], adapt=False).settings == refined.config
+    pos, h = truth(informative(run.conform(cells[1]))), torch.from_numpy(found.embedding)
+    rows = set(ablation_layouts(refined, found, h, pos))
+    assert NO_REFINEMENT in rows and not rows & {NO_GATE, NO_RECYCLES, ORACLE}
 
 
 def test_nothing_but_a_switch_makes_it_place_a_slide_of_the_run(run, cells):

@@ -48,7 +48,7 @@ def ablation_layouts(
     Returns:
         Name to layout (n, 2). A part that the run does not have has no row.
     """
-    config, model = predictor.config, predictor.model
+    config, model = prediction.settings, predictor.model
     initial, recycled = (torch.as_tensor(prediction.trajectory[i]).to(h) for i in (0, -1))
 
     def finish(layout: Tensor, config: RunConfig = config) -> Tensor:

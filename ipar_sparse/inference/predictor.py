@@ -51,6 +51,7 @@ class Prediction:
         refinement_graph: nearest cells that the refinement pulled each cell towards.
         graph: what the model attended to: the candidates, or on a slide larger than a miniset the
             nearest in a random sample.
+        settings: the configuration in effect: that of the run, but for what the adapter changes.
         gate_logits: raw gate logits (E,) or (E, heads) on that graph, None without a gate.
         predictive_variance: mean square distance of each cell from its place in the initial layout
             (n,), relative to the variance of the tissue; None where nothing tells it.
@@ -69,6 +70,7 @@ class Prediction:
     embedding: np.ndarray
     refinement_graph: NeighborTable
     graph: NeighborTable
+    settings: RunConfig
     gate_logits: Tensor | None = None
     predictive_variance: Tensor | None = None
     trajectory: list[np.ndarray] = field(default_factory=list)
@@ -238,19 +240,20 @@ class Predictor:
             why, shares = self._adapted(slide, adapt)
             places = None if shares is None else self._adapted_places(shares, h)
             initial, variance = steps.initial_layout(h, config, self.atlas, places)
-        with stage("Passes of attention"):
-            bias, logits = steps.gate_bias(self.gate, h, graph, config)
-            if places is None:
+        if places is None:
+            with stage("Passes of attention"):
+                bias, logits = steps.gate_bias(self.gate, h, graph, config)
                 trajectory = steps.recycle(self.model, h, graph, bias, initial)
-            else:  # the passes were trained on what the encoder makes of training cells
-                trajectory = [initial]
+        else:  # the passes were trained on what the encoder makes of training cells
+            config = config.with_values({"refine.anchor_weight": config.adapter.anchor_weight})
+            assert initial is not None
+            logits, trajectory = None, [initial]
         with stage("Neighbours for refinement"):
             nearest = steps.refinement_graph(h, candidates, self.relevant_components, config)
         with stage("Distance correction"):
             pos = steps.correct_distances(trajectory[-1], h, variance, config)
         with stage("Refinement"):
-            anchor = None if places is None else config.adapter.anchor_weight
-            pos = steps.refine(pos, nearest, config, anchor)
+            pos = steps.refine(pos, nearest, config)
         layouts = [layout.double().cpu().numpy() for layout in trajectory]
         displacement = None
         if noise_samples > 1 and places is None:
@@ -266,6 +269,7 @@ class Predictor:
             trajectory=layouts,
             uncertainty=self.uncertainty_of(len(h), variance, displacement, typicality),
             typicality=typicality,
+            settings=config,
             adapted=why,
             places=None if places is None else _on_host(places),
             shares=shares,
@@ -285,7 +289,6 @@ class Predictor:
         if why is None:
             return None, None
         logger.info("%s: placed with the adapter for other assays, since %s", slide.name, why)
-        self.adapter.temperature = settings.temperature
         return why, shares
 
     def _adapted_places(
@@ -438,7 +441,7 @@ def _modules(config: RunConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
     if "atlas_cells" in meta["metadata"]:  # runs of earlier versions have one by some settings
         modules["atlas"] = Atlas(dim, cells=meta["metadata"]["atlas_cells"])
     if sizes := meta["metadata"].get("adapter"):
-        modules["adapter"] = Adapter(len(meta["genes"]), **sizes)
+        modules["adapter"] = Adapter(len(meta["genes"]), config.adapter.temperature, **sizes)
     if sizes := meta["metadata"].get("typicality"):
         modules["typicality"] = build_typicality(config, sizes)
     return modules

@@ -163,25 +163,21 @@ def correct_distances(pos: Tensor, h: Tensor, variance: Tensor | None, config: R
     return correct(pos, variance, h, steps=steps, seed=config.train.seed)
 
 
-def refine(
-    pos: Tensor, graph: NeighborTable, config: RunConfig, anchor_weight: float | None = None
-) -> Tensor:
+def refine(pos: Tensor, graph: NeighborTable, config: RunConfig) -> Tensor:
     """A layout (n, 2) pulled towards nearest candidates.
 
     Args:
         pos: layout (n, 2).
         graph: of :func:`refinement_graph`.
         config: ``refine``.
-        anchor_weight: in place of ``refine.anchor_weight``, if given.
     """
     settings = config.refine
-    anchor = settings.anchor_weight if anchor_weight is None else anchor_weight
     return refine_layout(
         pos,
         graph,
         steps=settings.steps or 0,
         neighbors=settings.neighbors,
-        anchor_weight=anchor or 0.0,
+        anchor_weight=settings.anchor_weight or 0.0,
         skip_if_overlap=settings.skip_if_overlap,
         seed=config.train.seed,
     )
