@@ -28,8 +28,8 @@ def cell_spearman(
     true: Tensor | ArrayLike,
     *,
     seed: int = 0,
-    num_rows: int = 1000,
-    max_exact: int = _EXACT_CELLS,
+    num_rows: int = 500,
+    max_exact: int = 500,
 ) -> dict[str, float]:
     r"""Spearman correlation of each cell's distances to all others, over cells.
 
