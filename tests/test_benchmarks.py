@@ -11,6 +11,8 @@ import benchmarks
 from benchmarks import end_to_end, harness, kernels, knn, model
 from ipar_sparse.config import load_config
 from ipar_sparse.data.simulation import simulate
+from ipar_sparse.data.writers import write_slide
+from ipar_sparse.evaluation.study_plan import load_plan
 from ipar_sparse.graph import NeighborTable
 
 CPU = torch.device("cpu")
@@ -241,6 +243,31 @@ def test_a_model_meets_the_same_tissue_at_every_size(tmp_path, monkeypatch, caps
     assert all(-1 <= row["distance_spearman"] <= 1 and row["procrustes"] > 0 for row in rows)
     assert (out / "size_transfer.png").stat().st_size > 10_000
     assert "| 200 | ridge |" in capsys.readouterr().out
+
+
+def test_kinds_of_batches_are_compared_on_what_all_of_them_did(tmp_path, capsys):
+    from benchmarks import batches
+
+    (section,) = simulate("cortex", slides=1, spots=180, genes=80, seed=3)
+    write_slide(section, tmp_path / "section.h5ad")
+    parts = list(batches.deal(section, 3))
+    cells = [cell for part in parts for cell in part.cell_names]
+    assert sorted(cells) == sorted(section.cell_names) and len({p.name for p in parts}) == 3
+    words = ["--section", str(tmp_path / "section.h5ad"), "--seeds", "0", "--device", "cpu"]
+    words += [word for one in [*TINY, "train.steps_per_epoch=3"] for word in ("--set", one)]
+    batches.main([*words, "--out", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out" / "batches.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["auto", "minisets", "slides", "both"]
+    auto, minisets, slides, both = rows  # on the CPU the choice is minisets
+    assert auto["score"] == minisets["score"] and len({r["score"] for r in rows}) == 3
+    assert all(row["runs"] == 3 and row["seconds"] > 0 for row in rows)
+    assert min(row["less_best"] for row in rows) < 0 == max(row["less_best"] for row in rows)
+    assert "| 180 cells in three parts | both |" in capsys.readouterr().out
+    folder = tmp_path / "out" / "study0"
+    records = batches.measured(load_plan(folder), folder)
+    late = [r for r in records if (r.method, r.slide) != ("slides", "part2")]
+    assert [row["runs"] for row in batches.rows("x", late, "auto")] == [2] * 4
+    assert batches.rows("x", [], "auto") == []
 
 
 def test_embeddings_are_scored_on_slides_they_have_not_seen():

@@ -51,6 +51,7 @@ def decided(**sections):
             "data.normalized": False,
             "data.target_sum": 1e4,
             "encoder.steps": 400,
+            "train.batch_kind": "miniset",
             "train.steps_per_epoch": 120,
         }
     )
@@ -116,7 +117,10 @@ def test_replace_checks_what_it_is_given():
         ("train.lr=-1", ["train.lr", "-1", "greater than 0"]),
         ("train.lr=.nan", ["train.lr", "nan"]),
         ("model.heads=2.5", ["model.heads", "2.5", "integer"]),
-        ("train.batch_kind=cell", ["batch_kind", "'cell'", "'miniset', 'slide' or 'mixed'"]),
+        (
+            "train.batch_kind=cell",
+            ["batch_kind", "'cell'", "'miniset', 'slide' or 'mixed'"],
+        ),
         ("selection.mode=fast", ["selection.mode", "'quick', 'full' or 'none'"]),
         ("refine.rca_power=-1", ["refine.rca_power", "greater than or equal to 0"]),
         ("train.k_fraction_range=[0.2,0.1]", ["k_fraction_range must rise, got 0.2 to 0.1"]),

@@ -56,6 +56,27 @@ def test_a_gpu_that_is_too_small_is_named(free):
         costs.check_prediction([MILLION], RunConfig(), True, "x.h5ad", 1e9)
 
 
+def test_what_a_step_sees_follows_size_device_and_memory(free, monkeypatch):
+    free(1000)
+    by_size = {"cpu": {0: "miniset"}, "cuda": {0: "mixed", 5000: "slide"}}
+    monkeypatch.setattr(costs, "KIND_FROM_CELLS", by_size)
+    small = Size(4999, 300_000, 300)
+
+    def chosen(slides, *given):
+        return costs.choose_batch_kind(slides, [], RunConfig(), *given)
+
+    assert chosen([small], True) == ("mixed", "best for slides of 4,999 cells on a GPU")
+    assert chosen([small, MILLION], True)[0] == "slide"
+    assert chosen([small, MILLION], False) == (
+        "miniset",
+        "best for slides of 1,000,000 cells on the CPU",
+    )
+    kind, why = chosen([MILLION], True, 30e9)
+    assert kind == "miniset" and "do not fit" in why
+    costs.check_training([MILLION], [], RunConfig(), True, 30e9)  # so nothing is refused
+    assert costs.choose_batch_kind([MILLION], [], SLIDES, True, 30e9)[0] == "slide"
+
+
 def test_a_file_larger_than_memory_costs_a_block_and_the_selected_genes():
     large = Size(1_000_000, 1_000_000_000, 20_000)
     config = RunConfig().replace(train={"minisets": 10})

@@ -10,6 +10,7 @@ from ipar_sparse.config import RunConfig, load_config
 from ipar_sparse.config.presets import DEFAULT_SELECTION
 from ipar_sparse.data.simulation import simulate
 from ipar_sparse.data.slide import Slide
+from ipar_sparse.inference import costs
 from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.inference.run_folder import LAST, read_meta
 from ipar_sparse.layout.uncertainty import square_errors
@@ -224,6 +225,20 @@ def test_a_run_without_recycles_hands_out_its_initial_layout(slides, tmp_path):
     np.testing.assert_array_equal(prediction.pos, prediction.trajectory[0])
 
 
+def test_a_run_says_and_saves_what_its_steps_see(slides, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(costs, "KIND_FROM_CELLS", {"cpu": {0: "miniset", 100: "mixed"}})
+    settings = [*SMALL, "selection.mode=none", "model.recycling=true"]
+    fit_encoder(
+        slides[:2], load_config(None, [*settings, "train.batch_kind=slide"]), tmp_path / "e"
+    )
+    with caplog.at_level("INFO"):
+        fit(slides[:2], [], load_config(None, settings), tmp_path / "run", encoder=tmp_path / "e")
+    said = [line for line in caplog.messages if "train.batch_kind=" in line]
+    assert len(said) == 1 and said[0].startswith("train.batch_kind=mixed: best for slides of ")
+    assert RunConfig.load(tmp_path / "run").train.batch_kind == "mixed"
+    assert RunConfig.load_request(tmp_path / "run").train.batch_kind == "auto"
+
+
 def test_what_follows_from_the_data_is_decided_from_the_training_slides(slides):
     config = resolve_from_data(load_config(None, []), slides)
     totals = [np.median(np.asarray(s.expression.sum(1)).ravel()) for s in slides]
@@ -231,3 +246,4 @@ def test_what_follows_from_the_data_is_decided_from_the_training_slides(slides):
     assert config.data.normalized is False
     assert config.encoder.steps == 400
     assert config.train.steps_per_epoch == config.train.minisets
+    assert config.train.batch_kind == "miniset"

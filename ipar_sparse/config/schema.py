@@ -41,6 +41,7 @@ DECIDED_FROM_DATA = (
     "encoder.component_kind",
     "model.init",
     "model.recycling",
+    "train.batch_kind",
     "train.steps_per_epoch",
     "refine.distance_correction_steps",
     "refine.steps",

@@ -10,9 +10,9 @@ from .types import Count, Fraction, Inside, MinisetSize, Positive, Rate, Section
 class TrainConfig(Section):
     """How the gate and the model are trained."""
 
-    batch_kind: Literal["miniset", "slide", "mixed"] = "miniset"
+    batch_kind: Literal["auto", "miniset", "slide", "mixed"] = "auto"
     """What one step sees: miniset = a random subset of a slide, slide = a whole slide, mixed =
-    both. Minisets need the least memory."""
+    both in turn; auto = chosen by size and device, and said. Minisets need the least memory."""
     epochs: Positive = 5
     """Largest number of epochs. Raise it where the validation score still improves at the end."""
     minisets: Positive = 120

@@ -30,7 +30,8 @@ from ..files import folder_name, parse_json, read_yaml, write_json
 from .jobs import Job
 
 PLAN = "study.json"
-_DECIDED_AT_ONCE = {"data.normalized", "data.target_sum", "encoder.steps", "train.steps_per_epoch"}
+_DECIDED_PER_RUN = {"train.batch_kind", "train.steps_per_epoch"}
+_DECIDED_AT_ONCE = {"data.normalized", "data.target_sum", "encoder.steps", *_DECIDED_PER_RUN}
 _FILE_KEYS = ("description", "reference", "seeds", "hold_out", "set", "variants")
 
 
@@ -435,7 +436,7 @@ def _encoder_digest(config: RunConfig) -> str:
     values = _identity(config)
     open_keys = set(config.unresolved()) - _DECIDED_AT_ONCE
     if config.selection.mode == "none" or not open_keys:
-        asked = {key: config.get(key) for key in DECIDED_FROM_DATA}
+        asked = {k: config.get(k) for k in DECIDED_FROM_DATA if k not in _DECIDED_PER_RUN}
         values = {"data": values["data"], "encoder": values["encoder"], "decided": asked}
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

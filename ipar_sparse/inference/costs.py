@@ -33,6 +33,9 @@ WHOLE_CELL = 10_000
 """A cell of a whole slide that is trained on: embedding, graph both ways, targets; k = 100."""
 _STEP_CELL = 24_000  # and while a step runs; a third where recycles are computed again
 _HEADROOM = 0.95  # share of the free memory that may be taken
+KIND_FROM_CELLS: dict[str, dict[int, str]] = {"cpu": {0: "miniset"}, "cuda": {0: "miniset"}}
+"""``train.batch_kind=auto``, by device: least cells of the largest slide, in rising order, and
+what a step then sees. docs/sizes.md has the scores behind it."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +84,44 @@ def training_cost(
         on_gpu: whether a GPU computes.
     """
     sizes, settings = [*train, *val], config.train
+    kind = choose_batch_kind(train, val, config, on_gpu)[0]
     host = _START + _TRAINING + _expression(sizes, config, dense=True)
     host += sum(_KEPT_CELL * size.cells for size in sizes)
     work = _CELL * _width(config) * max(size.cells for size in sizes)
-    if settings.batch_kind != "slide":
+    if kind != "slide":
         cells = settings.minisets * (settings.miniset_min + settings.miniset_max) / 2
         host += _MINISET_CELL * min(cells, MINISET_CELLS)
-    if settings.batch_kind != "miniset":
+    if kind != "miniset":
         largest = max(size.cells for size in train)
         step = _STEP_CELL / (3 if config.model.checkpoint_recycles else 1)
         work += _width(config) * sum(WHOLE_CELL * size.cells for size in sizes)
         work += _width(config) * step * largest
     return Cost(host, work) if on_gpu else Cost(host + work)
+
+
+def choose_batch_kind(
+    train: Sequence[Size],
+    val: Sequence[Size],
+    config: RunConfig,
+    on_gpu: bool,
+    device_bytes: float | None = None,
+) -> tuple[str, str]:
+    """What ``train.batch_kind`` means for some slides, and why in a few words.
+
+    Args:
+        train, val, config, on_gpu, device_bytes: as in :func:`check_training`.
+    """
+    if config.train.batch_kind != "auto":
+        return config.train.batch_kind, "as asked for"
+    largest = max((size.cells for size in train), default=0)
+    by_size = KIND_FROM_CELLS["cuda" if on_gpu else "cpu"]
+    kind = [kind for least, kind in by_size.items() if least <= largest][-1]
+    why = f"best for slides of {largest:,} cells on {'a GPU' if on_gpu else 'the CPU'}"
+    if kind != "miniset":
+        found = training_cost(train, val, config.replace(train={"batch_kind": kind}), on_gpu)
+        if not _fits(found, device_bytes):
+            return "miniset", f"whole slides of {largest:,} cells do not fit into memory"
+    return kind, why
 
 
 def check_training(
@@ -112,6 +141,8 @@ def check_training(
         UserError: it will not fit.
     """
     if train:
+        kind = choose_batch_kind(train, val, config, on_gpu, device_bytes)[0]
+        config = config.replace(train={"batch_kind": kind})
         _check_memory(
             f"training on {sum(size.cells for size in train):,} cells",
             lambda asked: training_cost(train, val, asked, on_gpu),
@@ -156,14 +187,8 @@ def _check_memory(
     remedies: Iterable[Mapping[str, Any]],
     device_bytes: float | None,
 ) -> None:
-    # what this process holds already is a part of what it takes
-    free, needed = free_host_memory() + host_memory(), cost(config)
-
-    def fits(found: Cost) -> bool:
-        on_device = device_bytes is None or found.device <= _HEADROOM * device_bytes
-        return found.host <= _HEADROOM * free and on_device
-
-    if fits(needed):
+    free, needed = _free(), cost(config)
+    if _fits(needed, device_bytes):
         return
     if needed.host > _HEADROOM * free:
         lacks = f"{size_text(needed.host)} of memory, and {size_text(free)} are free"
@@ -173,11 +198,21 @@ def _check_memory(
     if needed.host + needed.device <= _HEADROOM * free:
         remedy = "it fits with --device cpu"
     for values in remedies:
-        if fits(cost(config.with_values(values))):
+        if _fits(cost(config.with_values(values)), device_bytes):
             chosen = " ".join(f"--set {key}={_text(value)}" for key, value in values.items())
             remedy = f"it fits with {chosen}"
             break
     raise UserError(f"{what} takes about {lacks}; {remedy}")
+
+
+def _free() -> float:
+    """Bytes of the host; what this process holds already is a part of what it takes."""
+    return free_host_memory() + host_memory()
+
+
+def _fits(found: Cost, device_bytes: float | None) -> bool:
+    on_device = device_bytes is None or found.device <= _HEADROOM * device_bytes
+    return found.host <= _HEADROOM * _free() and on_device
 
 
 _REMEDIES: tuple[dict[str, Any], ...] = (  # the mildest first

@@ -30,7 +30,7 @@ def uses_sampled_candidates(num_cells: int, config: RunConfig) -> bool:
     nearest ones are much nearer, and cannot unfold a layout.
     """
     pool = config.graph.candidate_pool
-    return config.train.batch_kind == "miniset" and 2 <= pool < num_cells
+    return config.train.batch_kind not in ("slide", "mixed") and 2 <= pool < num_cells
 
 
 def candidate_graph(h: Tensor, config: RunConfig) -> NeighborTable:

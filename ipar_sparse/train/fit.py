@@ -43,7 +43,7 @@ from .loop import Loop, TrainingLoop
 from .members import check_members, divide, read_inputs
 from .model import Trained, train_gate, train_model
 from .run_folder import PARTS
-from .selection import read_frame_errors, select_settings
+from .selection import read_frame_errors, resolve_from_data, select_settings
 from .typicality import fit_typicality
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def fit(
     with quiet_stages(quiet), loop:
         train, val, genes = _prepare(train, val, request, donors, loop, resume, cells)
         if encoder is not None and not (out / CONFIG).is_file():
-            settings = _take_settings(encoder, genes, out)
+            settings = _take_settings(encoder, train, genes, loop)
         else:
             settings = _decide(train, request, donors, genes, loop, resume)
         parts = _build(settings, genes, loop, [*train, *val])
@@ -313,8 +313,11 @@ def _build(
     return Trained(modules["gate"], modules["model"], config, loop.device)
 
 
-def _take_settings(trained: Path, genes: Sequence[str] | None, out: Path) -> RunConfig:
-    """The settings that were decided where a shared encoder was trained."""
+def _take_settings(
+    trained: Path, slides: Sequence[Slide], genes: Sequence[str] | None, loop: TrainingLoop
+) -> RunConfig:
+    """What follows from the slides, and the rest as decided where a shared encoder was trained."""
+    out = loop.out
     meta = read_meta(Path(trained) / LAST)
     if genes is None or meta["genes"] != list(genes) or meta["stage"] == "encoder":
         raise UserError(
@@ -325,7 +328,8 @@ def _take_settings(trained: Path, genes: Sequence[str] | None, out: Path) -> Run
     same = (asked.data, asked.encoder, asked.train.seed)
     if same != (request.data, request.encoder, request.train.seed):
         raise UserError(f"{trained} was trained with other data, encoder settings or seed")
-    config = request.with_values({key: decided.get(key) for key in request.unresolved()})
+    config = resolve_from_data(request, slides, loop.device)
+    config = config.with_values({key: decided.get(key) for key in config.unresolved()})
     atomic_write(out / SELECTION, (Path(trained) / SELECTION).read_text())
     config.save(out)
     return config

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..config import DEFAULT_SELECTION, RunConfig
 from ..config.schema import SELECTION
@@ -23,6 +24,7 @@ from ..data.expression import median_total
 from ..data.slide import Slide
 from ..estimators.frames import FrameError
 from ..files import parse_json
+from ..inference.costs import choose_batch_kind, slide_size
 from ..layout.uncertainty import disc_radius, fit_error_model
 from ..progress import Task, stage
 from .batches import SLIDE_STEPS
@@ -187,7 +189,9 @@ def select_settings(
     Returns:
         A configuration without open values, and the table behind it.
     """
-    given = resolve_from_data(request, slides)
+    given = resolve_from_data(request, slides, loop.device)
+    # folds are smaller, and stand for the run
+    request = request.with_values({"train.batch_kind": given.train.batch_kind})
     open_keys = set(given.unresolved())
     choices = _open_choices(given, open_keys)
     settings = given.selection
@@ -323,14 +327,25 @@ def _untried(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def resolve_from_data(request: RunConfig, slides: Sequence[Slide]) -> RunConfig:
-    """What follows from the training slides alone: kind of values, total, steps.
+def resolve_from_data(
+    request: RunConfig, slides: Sequence[Slide], device: torch.device | None = None
+) -> RunConfig:
+    """What follows from the training slides alone: kind of values, total, batches, steps.
 
     Args:
         request: what was asked for.
         slides: training slides.
+        device: where the run is computed; the CPU if left out.
     """
     values: dict[str, Any] = {}
+    kind = request.train.batch_kind
+    if kind == "auto":
+        on_gpu = device is not None and device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if on_gpu else None
+        sizes = [slide_size(slide) for slide in slides]
+        kind, why = choose_batch_kind(sizes, [], request, on_gpu, free)
+        logger.info("train.batch_kind=%s: %s", kind, why)
+        values["train.batch_kind"] = kind
     settings = request.train
     if request.data.normalized is None:
         kinds = {slide.normalized for slide in slides if slide.expression is not None}
@@ -341,7 +356,7 @@ def resolve_from_data(request: RunConfig, slides: Sequence[Slide]) -> RunConfig:
         values["encoder.steps"] = request.encoder.steps_for(sum(s.num_cells for s in slides))
     if settings.steps_per_epoch is None:
         pool = math.ceil(settings.minisets / settings.batch_size)
-        values["train.steps_per_epoch"] = SLIDE_STEPS if settings.batch_kind == "slide" else pool
+        values["train.steps_per_epoch"] = SLIDE_STEPS if kind == "slide" else pool
     return request.with_values(values)
 
 
