@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 
 from . import __version__, ticks, usage
+from .distributed import started_rank
 from .files import write_json
 
 console = Console(stderr=True, highlight=False)
@@ -43,7 +44,9 @@ class PlainHandler(logging.Handler):
 def setup_logging(verbose: bool = False) -> None:
     """Shows the log messages of this package on :data:`console`, above any progress bar."""
     handler: logging.Handler
-    if console.is_terminal or console.is_jupyter:
+    if started_rank():  # rank 0 speaks
+        handler = logging.NullHandler()
+    elif console.is_terminal or console.is_jupyter:
         handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     else:
         handler = PlainHandler()
@@ -146,7 +149,7 @@ class _Shown:
     def __init__(self) -> None:
         self.stack: list[Task] = []
         self.uses: dict[tuple[str, ...], StageUse] = {}
-        self.quiet = False
+        self.quiet = started_rank() > 0
         self.sampler: usage.DeviceSampler | None = None
         self.failed: tuple[str, ...] = ()  # the innermost stage that an exception ended
         self.began = 0.0  # in seconds of this process; a second command begins later

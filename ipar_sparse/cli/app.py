@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated, NoReturn
@@ -9,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
+from ..distributed import is_rank
 from . import (
     benchmark,
     check,
@@ -22,8 +24,8 @@ from . import (
     simulate,
     train,
 )
-from .messages import explain, say
-from .watched import watched
+from .messages import explain, tell_failure
+from .watched import on_devices, watched
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -43,7 +45,7 @@ app = typer.Typer(
 )
 app.command()(watched(simulate.simulate))
 app.command()(watched(convert.convert))
-app.command()(watched(train.train))
+app.command()(on_devices(watched(train.train)))
 app.command()(watched(check.check))
 app.command()(watched(predict.predict))
 app.command()(watched(embed.embed))
@@ -71,7 +73,11 @@ def main() -> NoReturn:
         # h5py prints what it cannot raise, as when a full disk keeps a file from being closed
         sys.unraisablehook = lambda _: None
         sys.excepthook = _without_closing_errors
-    sys.exit(run_command(sys.argv[1:]))
+    code = run_command(sys.argv[1:])
+    if code and is_rank():  # what belongs to the group may wait for ranks that are gone
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run_command(argv: list[str]) -> int:
@@ -97,10 +103,10 @@ def run_command(argv: list[str]) -> int:
         if debug:
             raise
         code, text = explain(error)
-        say(text, stream=sys.stderr)
+        tell_failure(error, text)
         return code
     if code == 130:
-        say("stopped; nothing half-written was left", stream=sys.stderr)
+        tell_failure(KeyboardInterrupt(), "stopped; nothing half-written was left")
     return code or 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 
+from ..distributed import LOST, RankLost, launcher_tells, started_rank, tells
 from ..errors import UserError
 
 _EXTRAS = {
@@ -31,7 +32,12 @@ class Stopped(Exception):
 
 
 def say(text: str, stream=None) -> None:
-    """Prints a result, or a line to another stream; names may hold what steers a terminal."""
+    """Prints a result, or a line to another stream; names may hold what steers a terminal.
+
+    Of several ranks the first prints results.
+    """
+    if stream is None and started_rank():
+        return
     text = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
     print(text, file=stream or sys.stdout, flush=True)
 
@@ -41,6 +47,14 @@ def note(text: str, warns: bool = False) -> None:
     from ..progress import tell
 
     tell(f"{'warning' if warns else 'note'}: {text}")
+
+
+def tell_failure(error: BaseException, text: str) -> None:
+    """Prints the line of a failure, on one rank where several have failed."""
+    stopped = isinstance(error, KeyboardInterrupt | Stopped | RankLost)
+    if (stopped and launcher_tells()) or not tells():
+        return
+    say(text, stream=sys.stderr)
 
 
 def explain(error: Exception) -> tuple[int, str]:
@@ -76,6 +90,8 @@ def out_of_memory(left: str) -> str:
 def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, UserError):
         return 2, str(error)
+    if isinstance(error, RankLost):
+        return LOST, f"another rank died or did not answer in time ({error})"
     if hasattr(error, "format_message"):  # a mistake found by the parser
         context = getattr(error, "ctx", None)
         where = f" (see `{context.command_path} --help`)" if context else ""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from ..distributed import from_first, is_restart, leads
 from ..errors import UserError
 from . import options
 from .folders import check_resume, what_is_left
@@ -129,13 +130,17 @@ def train(
 ) -> None:
     """Train on slides whose positions are known."""
     from ..config.loading import parse_overrides
-    from ..train.run_folder import EXTENDABLE
+    from ..train.run_folder import EXTENDABLE, is_resumable
 
     slides, val, cells, more = slides or [], val or [], cells or [], {}
+    again = is_restart() and from_first(is_resumable(out))
+    resume, overwrite = resume or again, overwrite and not again
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
     data |= given(spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers)
     donor_options = given(key=donor_key, pattern=donor_pattern, table=donor_map)
-    if resume:
+    if again:
+        pass  # the ranks that died have checked it all
+    elif resume:
         more = parse_overrides(overrides or [])
         other = set(more) - set(EXTENDABLE) or None
         asked = given(
@@ -143,7 +148,7 @@ def train(
         )
         asked |= data | {f"donor_{name}": value for name, value in donor_options.items()}
         check_resume(out, overwrite, [f"--{name.replace('_', '-')}" for name in asked])
-    else:
+    elif leads():
         _check_new_run(out, slides, overwrite)
     check_no_leak(slides, val, cells)
 

@@ -10,8 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import typer
+
+from ..distributed import RankLost, is_rank, joined, launch, started_rank
+from ..errors import UserError
 from ..files import check_folder
-from .options import OUTPUT, flag
+from .folders import what_is_left
+from .messages import Stopped
+from .options import OUTPUT, RUNNING, flag
 
 Quiet = Annotated[bool, flag("--quiet", "Show warnings, errors and results alone.", OUTPUT)]
 LogFile = Annotated[
@@ -20,6 +26,17 @@ LogFile = Annotated[
 Profile = Annotated[
     Path | None,
     flag("--profile", "JSON file for the time and memory of each stage.", OUTPUT, "FILE"),
+]
+Devices = Annotated[
+    int | None,
+    flag(
+        "--devices",
+        "Number of GPUs of this machine to share the work, or with --device cpu of processes. "
+        "[dim]Default: 1[/dim]",
+        RUNNING,
+        "N",
+        min=1,
+    ),
 ]
 _OPTIONS = {"quiet": (Quiet, False), "log_file": (LogFile, None), "profile": (Profile, None)}
 
@@ -40,6 +57,8 @@ def watched(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, quiet: bool, log_file: Path | None, profile: Path | None, **rest: Any):
         from ..progress import watching
 
+        if started_rank():  # rank 0 shows and keeps
+            quiet, log_file, profile = True, None, None
         for path, option in ((log_file, "--log-file"), (profile, "--profile")):
             if path is not None:
                 check_folder(path.absolute().parent, option)
@@ -47,11 +66,52 @@ def watched(command: Callable[..., None]) -> Callable[..., None]:
         with watching(words, quiet=quiet, log_file=log_file, profile=profile):
             command(*args, **rest)
 
-    kinds = get_type_hints(command, include_extras=True) | {n: k for n, (k, _) in _OPTIONS.items()}
-    defaults = {name: default for name, (_, default) in _OPTIONS.items()}
+    return _with_options(command, run, _OPTIONS)
+
+
+def on_devices(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the option ``--devices``, which starts it once on each of them.
+
+    The command has the options ``--device`` and ``--out``.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, devices: int | None, **rest: Any) -> None:
+        if is_rank():
+            with joined(rest["device"]) as rest["device"]:
+                command(*args, **rest)
+        elif devices is None or devices == 1:
+            command(*args, **rest)
+        else:
+            _launch(devices, rest["device"], rest["out"])
+
+    return _with_options(command, run, {"devices": (Devices, None)})
+
+
+def _launch(devices: int, device: str | None, out: Path) -> None:
+    """Runs this very command line on several devices."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--devices=")]
+    while "--devices" in words:
+        at = words.index("--devices")
+        del words[at : at + 2]
+    try:
+        code = launch(["-m", "ipar_sparse", *words], devices, device)
+    except KeyboardInterrupt:
+        raise Stopped(what_is_left(out)) from None
+    except RankLost as error:
+        raise UserError(f"{error}; {what_is_left(out)}") from None
+    if code:
+        raise typer.Exit(code)
+
+
+def _with_options(
+    command: Callable[..., None], run: Callable[..., None], options: dict[str, tuple[Any, Any]]
+) -> Callable[..., None]:
+    """``run`` as a command with the options of ``command`` and some more: kind and default."""
+    kinds = get_type_hints(command, include_extras=True) | {n: k for n, (k, _) in options.items()}
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in defaults.items()
+        for name, (_, default) in options.items()
     ]
     parameters = [*inspect.signature(command).parameters.values(), *added]
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

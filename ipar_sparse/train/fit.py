@@ -24,6 +24,7 @@ from ..data.expression import Expression, in_memory
 from ..data.input_profile import conform, informative, profile_inputs
 from ..data.slide import Slide, log_notes
 from ..data.spatial_order import told_of_order
+from ..distributed import agree, alike, from_first, leads
 from ..errors import UserError
 from ..estimators import EmbeddingScaler, RelevantComponents
 from ..files import atomic_write
@@ -136,6 +137,9 @@ def fit(
         if genes is not None and not loop.finished("encoder"):
             if encoder is None:
                 read = train_encoder(loop.modules["encoder"], train, genes, settings, loop)
+                # A step is short, and its negatives are the whole batch: all ranks take the same
+                # steps, and go on with one result.
+                alike({"encoder": loop.modules["encoder"]})
             else:
                 _take_encoder(encoder, loop)
         embedded = embed_slides([*train, *val], loop.modules, genes, len(train), loop, read)
@@ -153,6 +157,7 @@ def fit(
         with stage("Measuring candidates"):
             _measure_candidates(known, unseen, settings, loop)
         _save_reference(known, out)
+        alike(loop.modules)
         _train(parts, known, unseen, settings, loop)
     state = loop.state
     return FitResult(out, state.best_epoch, state.best, settings, state.metadata)
@@ -211,7 +216,8 @@ def _request(
 
 def _loop(out: Path, request: RunConfig, resume: bool, stop, max_minutes=None) -> TrainingLoop:
     device = resolve_device(request.train.device)
-    out.mkdir(parents=True, exist_ok=True)
+    if leads():
+        out.mkdir(parents=True, exist_ok=True)
     return TrainingLoop(out, request.train.seed, device, resume, stop, max_minutes)
 
 
@@ -230,7 +236,8 @@ def _prepare(
         The slides in common terms, without cells that hold nothing, and the genes of the encoder,
         if there is one.
     """
-    if not resume and any((loop.out / name).exists() for name in (BEST, LAST, PARTS)):
+    agree("slides", " ".join(slide_digest(slide) for slide in (*train, *val, *cells)))
+    if leads() and not resume and any((loop.out / name).exists() for name in (BEST, LAST, PARTS)):
         raise UserError(f"{loop.out} holds a run; resume it, or choose another folder")
     if loop.device.type == "cuda":
         sizes, held = ([slide_size(slide) for slide in members] for members in (train, val))
@@ -256,7 +263,7 @@ def _prepare(
             logger.info("%d genes are not on every training slide: left out", len(missing))
     for slide in (*train, *val):
         log_notes(slide, logger)
-    if not resume:
+    if leads() and not resume:
         inputs["donors"] = donors and dict(donors)
         atomic_write(loop.out / INPUTS, json.dumps(inputs, indent=2) + "\n")
         request.save_request(loop.out)
@@ -282,14 +289,16 @@ def _decide(
     resume: bool,
 ) -> RunConfig:
     """The settings of the run: those it has saved, or what cross-validation selects now."""
-    if resume and (loop.out / CONFIG).is_file():
+    if from_first(resume and (loop.out / CONFIG).is_file()):
         config = RunConfig.load(loop.out).replace(train={"device": request.train.device})
     else:
         config, found = select_settings(slides, donors, request, genes, loop)
-        text = json.dumps(found.as_dict(), indent=1)
-        atomic_write(loop.out / SELECTION, text + "\n")
-        config.save(loop.out)
-    shutil.rmtree(loop.out / PARTS, ignore_errors=True)
+        if leads():
+            text = json.dumps(found.as_dict(), indent=1)
+            atomic_write(loop.out / SELECTION, text + "\n")
+            config.save(loop.out)
+    if leads():
+        shutil.rmtree(loop.out / PARTS, ignore_errors=True)
     return config
 
 
@@ -406,6 +415,8 @@ def _recall(slide: EmbeddedSlide, config: RunConfig) -> dict[str, float]:
 
 
 def _save_reference(slides: Sequence[EmbeddedSlide], out: Path) -> None:
+    if not leads():
+        return
     tensors = {}
     for number, slide in enumerate(slides):
         generator = torch.Generator().manual_seed(0)

@@ -24,6 +24,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from .. import __version__
+from ..distributed import barrier, from_first, is_rank, largest, leads, size
 from ..errors import UserError
 from ..inference.checkpoint import load_checkpoint, save_checkpoint, settle_checkpoints
 from ..inference.run_folder import BEST, LAST, STAGES, read_meta
@@ -253,6 +254,10 @@ class KeptLoop(Loop):
         if self.stop.is_set():
             self.save(stage)
             raise KeyboardInterrupt
+        self.save_in_time(stage)
+
+    def save_in_time(self, stage: Stage) -> None:
+        """Saves a checkpoint if the last one is a minute old."""
         if time.monotonic() - self._saved_at > SAVE_EVERY:
             self.save(stage)
 
@@ -275,6 +280,8 @@ class KeptLoop(Loop):
 
 class TrainingLoop(KeptLoop):
     """A loop that keeps a run folder; no other process can keep the same one meanwhile.
+
+    Of several ranks the first keeps it. All stop, or are late, at the same step.
 
     Args:
         out: the run directory; exists.
@@ -299,16 +306,19 @@ class TrainingLoop(KeptLoop):
         self._seconds = math.inf if max_minutes is None else 60 * max_minutes
         self.out, self.resume = out, resume
         self._open = ExitStack()
+        self._late, self._ask_at, self._asked_at = False, 0, self._began  # of all ranks
 
     def __enter__(self) -> TrainingLoop:
         with ExitStack() as entered:
-            entered.enter_context(lock_run(self.out))
-            remove_unfinished(self.out)
-            if self.resume:
-                self._resumed = settle_checkpoints(self.out)
-            self._log = RunLog(self.out, self._resumed is not None)
+            if leads():
+                entered.enter_context(lock_run(self.out))
+                remove_unfinished(self.out)
+                if self.resume:
+                    self._resumed = settle_checkpoints(self.out)
+                self._log = RunLog(self.out, self._resumed is not None)
+                entered.callback(self._log.close)
+            self._resumed = from_first(self._resumed)
             entered.enter_context(_interrupts(self.stop))
-            entered.callback(self._log.close)
             self._open = entered.pop_all()
         return self
 
@@ -330,6 +340,7 @@ class TrainingLoop(KeptLoop):
                 "not give; resume with the slides the run was started with"
             )
         super().restore()
+        barrier()  # the first may write anew from here on
         if cut := self.state.metadata.get(CUT_SHORT):
             self.state.metadata[CUT_SHORT] = [part for part in cut if part != STAGES[-1]]
         logger.info("resuming the %s at step %d", self.state.stage, self.state.step)
@@ -342,7 +353,8 @@ class TrainingLoop(KeptLoop):
             stage(f"Training the {name}", total) as display,
             super().stage(name, total, optimizer, scaler) as steps,
         ):
-            steps.display = display
+            barrier()
+            steps.display, self._ask_at = display, 0
             if self.state.step:
                 display.advance(self.state.step)
             yield steps
@@ -365,10 +377,31 @@ class TrainingLoop(KeptLoop):
         stage.show(values["loss"])
 
     def between_steps(self, stage: Stage) -> None:
+        if size() > 1 and not self._all_stop(stage):
+            self.save_in_time(stage)
+            return
         stopping = self.stop.is_set() and stage.name == STAGES[-1]
         if stopping and not (self.out / BEST).exists():
             self.save_best()
-        super().between_steps(stage)
+        try:
+            super().between_steps(stage)
+        except KeyboardInterrupt:
+            barrier()  # a rank that ends before the others have saved would end them
+            raise
+
+    def _all_stop(self, stage: Stage) -> bool:
+        """Whether a rank was asked to stop; ranks ask each other about every five seconds."""
+        step, now = self.state.step, time.monotonic()
+        if step < self._ask_at:
+            return False
+        pace = (now - self._asked_at) / _LOG_EVERY  # seconds a step, at least
+        self._asked_at = now
+        after = min(_LOG_EVERY, max(1, int(5 / pace))) if leads() else 0
+        asked, late, ask_at = largest(self.stop.is_set(), self._is_late(stage.name), step + after)
+        self._late, self._ask_at = bool(late), ask_at
+        if asked:
+            self.stop.set()
+        return bool(asked)
 
     def stop_if_asked(self) -> None:
         """Stop where there is nothing to save.
@@ -390,8 +423,12 @@ class TrainingLoop(KeptLoop):
         if self.late("selection"):
             raise TimeUp
 
+    def _is_late(self, part: str) -> bool:
+        return time.monotonic() - self._began >= _TIME_SHARES[part] * self._seconds
+
     def late(self, part: str) -> bool:
-        if time.monotonic() - self._began < _TIME_SHARES[part] * self._seconds:
+        together = size() > 1 and part != "selection"  # whose folds ranks compute apart
+        if not (self._late if together else self._is_late(part)):
             return False
         cut = self.state.metadata.setdefault(CUT_SHORT, [])
         if part not in cut:
@@ -400,14 +437,18 @@ class TrainingLoop(KeptLoop):
         return True
 
     def log(self, stage: str, values: Mapping[str, Any]) -> None:
-        self._log.write(stage, values, self.state.log_step)
+        if leads():
+            self._log.write(stage, values, self.state.log_step)
 
     def save_best(self) -> None:
-        self._write(self.out / BEST)
+        if leads():
+            self._write(self.out / BEST)
 
     def save(self, stage: Stage | None = None) -> None:
-        keep_previous(self.out)
-        super().save(stage)
+        if leads():
+            keep_previous(self.out)
+            super().save(stage)
+        self._saved_at = time.monotonic()
 
 
 def cosine(step: int, total: int, high: float, low: float) -> float:
@@ -443,6 +484,8 @@ def _interrupts(asked: threading.Event) -> Iterator[None]:
 
     def handle(number, frame):
         if asked.is_set():
+            if is_rank():
+                return  # its launcher passes on what the terminal has sent already
             raise KeyboardInterrupt
         asked.set()
         logger.warning("stopping after this step; press ctrl-C again to stop at once")

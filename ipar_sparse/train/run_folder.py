@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..config.schema import CONFIG, INPUTS, REQUESTED, RunConfig
+from ..distributed import barrier, leads, rank
 from ..errors import UserError
 from ..files import atomic_path, check_folder, copy_folder
 from ..inference.run_folder import BEST, LAST, PREVIOUS, STAGES, last_checkpoint, read_meta
@@ -83,8 +84,12 @@ def extend_run(out: Path, values: Mapping[str, Any]) -> None:
     Raises:
         UserError: another key, a bad value, fewer epochs than are done, or patience at its end.
     """
-    if not values:
-        return
+    if values and leads():
+        _extend(out, values)
+    barrier()
+
+
+def _extend(out: Path, values: Mapping[str, Any]) -> None:
     if unknown := [key for key in values if key not in EXTENDABLE]:
         raise UserError(
             f"{unknown[0]} cannot be changed in a run that goes on; {' and '.join(EXTENDABLE)} can"
@@ -112,7 +117,7 @@ def extend_run(out: Path, values: Mapping[str, Any]) -> None:
 
 @contextmanager
 def run_folder(out: Path, resume: bool) -> Iterator[None]:
-    """The folder of a run, which no other process can train in meanwhile.
+    """The folder of a run, which no other process can train in meanwhile; of ranks, the first.
 
     A run that is replaced stays beside it until the new one has something to go on from. A
     failure before that brings it back.
@@ -121,6 +126,14 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
         UserError: another process trains in the folder.
         KeyboardInterrupt: of the block; it says so where an earlier run was brought back.
     """
+    if not leads():
+        barrier()
+        if not out.is_dir():
+            raise UserError(
+                f"rank {rank()} does not see {out}; choose an --out that all machines share"
+            )
+        yield
+        return
     replaced, new_folder = out.with_name(f".{out.name}.replaced"), not out.exists()
     if not resume:
         if not _is_empty(out):
@@ -129,6 +142,7 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     with lock_run(out):
         try:
+            barrier()
             yield
         except BaseException as error:
             if not resume and not _has_begun(out):
