@@ -135,13 +135,7 @@ def fit(
         loop.restore()
         read: list[Expression] = []
         if genes is not None and not loop.finished("encoder"):
-            if encoder is None:
-                read = train_encoder(loop.modules["encoder"], train, genes, settings, loop)
-                # A step is short, and its negatives are the whole batch: all ranks take the same
-                # steps, and go on with one result.
-                alike({"encoder": loop.modules["encoder"]})
-            else:
-                _take_encoder(encoder, loop)
+            read = _learn_encoder(encoder, train, genes, settings, loop)
         embedded = embed_slides([*train, *val], loop.modules, genes, len(train), loop, read)
         del read
         known, unseen = embedded[: len(train)], embedded[len(train) :]
@@ -342,6 +336,24 @@ def _take_settings(
     atomic_write(out / SELECTION, (Path(trained) / SELECTION).read_text())
     config.save(out)
     return config
+
+
+def _learn_encoder(
+    trained: Path | None, slides: Sequence[Slide], genes, settings: RunConfig, loop: TrainingLoop
+) -> list[Expression]:
+    """Trains the encoder of the run, or takes a trained one; what is read for it is kept.
+
+    A step is short, and every cell of its batch is a negative of the others: all ranks take the
+    same steps, and go on with one result.
+    """
+    encoder = loop.modules["encoder"]
+    read = []
+    if trained is None:
+        read = train_encoder(encoder, slides, genes, settings, loop)
+    else:
+        _take_encoder(trained, loop)
+    alike({"encoder": encoder})
+    return read
 
 
 def _take_encoder(trained: Path, loop: TrainingLoop) -> None:

@@ -22,6 +22,7 @@ from ..config import DEFAULT_SELECTION, RunConfig
 from ..config.schema import SELECTION
 from ..data.expression import median_total
 from ..data.slide import Slide
+from ..distributed import from_first
 from ..estimators.frames import FrameError
 from ..files import parse_json
 from ..inference.costs import choose_batch_kind, slide_size
@@ -343,7 +344,7 @@ def resolve_from_data(
         on_gpu = device is not None and device.type == "cuda"
         free = torch.cuda.mem_get_info(device)[0] if on_gpu else None
         sizes = [slide_size(slide) for slide in slides]
-        kind, why = choose_batch_kind(sizes, [], request, on_gpu, free)
+        kind, why = from_first(choose_batch_kind(sizes, [], request, on_gpu, free))
         logger.info("train.batch_kind=%s: %s", kind, why)
         values["train.batch_kind"] = kind
     settings = request.train
