@@ -8,7 +8,7 @@ import pytest
 from scipy import sparse
 
 from benchmarks.peers import programs
-from benchmarks.peers.__main__ import most_alike, table
+from benchmarks.peers.__main__ import main, most_alike, table
 from ipar_sparse.evaluation.naive import NAIVE, log_normalized
 
 DOES = {
@@ -51,6 +51,33 @@ def test_a_program_that_pip_cannot_install_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setitem(programs.PROGRAMS, "none", ("--no-index", "there-is-no-such-program"))
     assert "there-is-no-such-program" in programs.install("none", tmp_path)
     assert not (tmp_path / "none" / "installed").exists()
+
+
+def test_work_is_split_over_processes_and_gathered(adapters, tmp_path, capsys):
+    files = [tmp_path / f"{name}.h5ad" for name in "abc"]
+    rng = np.random.default_rng(0)
+    for i, path in enumerate(files):
+        counts = rng.poisson(3.0, (30 + i, 40)).astype(np.float32)
+        slide = anndata.AnnData(
+            sparse.csr_matrix(counts), obsm={"spatial": rng.random((30 + i, 2))}
+        )
+        slide.write_h5ad(path)
+    (adapters / "run_celery.py").write_text(
+        "import sys; from pathlib import Path; import anndata; import numpy as np\n"
+        "job = Path(sys.argv[1])\n"
+        "cells = anndata.read_h5ad(job / 'cells.h5ad'); assert 'spatial' not in cells.obsm\n"
+        "np.save(job / 'positions.npy', np.random.default_rng(0).random((cells.n_obs, 2)))\n"
+    )
+    given = [*map(str, files), "--python", sys.executable, "--programs", "celery"]
+    for name in "ab":
+        main([*given, "--only", name, "--out", str(tmp_path / name)])
+    parts = [str(tmp_path / name / "peers.json") for name in "ab"]
+    capsys.readouterr()
+    main([*given, "--only", "b", "--merge", *parts, "--out", str(tmp_path / "all")])
+    (row,) = [r.split() for r in capsys.readouterr().out.splitlines() if r.startswith("celery")]
+    assert row[1:4] == ["2", "of", "2"]
+    with np.load(tmp_path / "b" / "b.celery.npz") as kept:
+        assert kept["pos"].shape == (31, 2) and list(kept["cells"][:2]) == ["0", "1"]
 
 
 def test_naive_matches_find_the_place_that_expression_determines():

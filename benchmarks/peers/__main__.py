@@ -5,9 +5,10 @@
 
 Held-out slides, or the cells, are placed from expression alone. A program that takes one slide is
 given the one most alike: whose mean expression correlates most with that of the cells. Each program
-runs with its own defaults in an environment of its own, which is made in ``--environments``. Writes
-``peers.json``, one row a program and slide, and prints a table. A row that is there is not made
-again.
+runs with its own defaults in an environment of its own, which is made in ``--environments``, or by
+an interpreter that has all, ``--python``. Writes ``peers.json``, one row a program and slide, the
+positions as ``SLIDE.PROGRAM.npz``, and prints a table. A row that is there is not made again.
+``--only SLIDE`` splits the work over processes; ``--merge`` adds the rows that they wrote.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import anndata
@@ -57,7 +58,7 @@ def cases(given: argparse.Namespace) -> Iterator[tuple[str, list[Slide], Slide]]
     for fold in plan_folds(donors, given.hold_out)[0]:
         known = [slide for slide in slides if slide.name in (*fold.train, fold.val)]
         for slide in slides:
-            if slide.name in fold.test:
+            if slide.name in fold.test and (not given.only or slide.name in given.only):
                 yield slide.name, known, slide
 
 
@@ -111,8 +112,8 @@ def attempts(
             unplaced = cells.copy()
             del unplaced.obsm["spatial"]
             unplaced.write_h5ad(job / "cells.h5ad")
-            python = Path(sys.executable)
-            if label != OWN:
+            python = Path(sys.executable if label == OWN else given.python or "")
+            if label != OWN and not given.python:
                 if error := install(label, given.environments):
                     yield label, name, Attempt(None, "did not install", error=error)
                     continue
@@ -151,12 +152,21 @@ def table(rows: Sequence[dict]) -> str:
     )
 
 
+def gathered(paths: Iterable[Path]) -> list[dict]:
+    """Rows of these files, the first of each slide and program; a missing file has none."""
+    rows: dict[tuple[str, str], dict] = {}
+    for path in paths:
+        for row in json.loads(path.read_text()) if path.is_file() else []:
+            rows.setdefault((row["slide"], row["program"]), row)
+    return list(rows.values())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("slides", nargs="+", type=Path, help="slides with positions")
+    parser.add_argument("slides", nargs="*", type=Path, help="slides with positions")
     parser.add_argument("--cells", type=Path, help="cells to place; positions only to score")
     parser.add_argument("--same-frame", action="store_true", help="cells lie in the slide's frame")
     parser.add_argument("--hold-out", default="slide", help="slide, donor, or names")
@@ -165,7 +175,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--spatial-key", default="spatial")
     names = [OWN, *PROGRAMS]
     parser.add_argument("--programs", nargs="*", default=names, choices=names, metavar="NAME")
+    parser.add_argument("--only", nargs="*", default=[], help="place these of the held-out slides")
     parser.add_argument("--environments", type=Path, default=Path("peer-environments"))
+    parser.add_argument("--python", help="an interpreter that has the programs; none is installed")
+    parser.add_argument(
+        "--merge", nargs="*", type=Path, default=[], help="add rows of these peers.json"
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="that a program may take")
     parser.add_argument("--gigabytes", type=float, default=16.0, help="of memory, likewise")
     parser.add_argument("--out", type=Path, default=Path("peers"))
@@ -173,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given.environments = given.environments.absolute()
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "peers.json"
-    rows = json.loads(path.read_text()) if path.is_file() else []
+    rows = gathered([path, *given.merge])
+    write_json(path, rows)
     try:
         for name, slides, target in cases(given):
             members = in_common_terms(slides, target)
@@ -184,6 +200,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 row |= {"genes": members[-1].n_vars, "state": found.state, "error": found.error}
                 row |= {"seconds": round(found.seconds, 1), "gigabytes": found.gigabytes or None}
                 rows.append(row | scored(found, true, given.same_frame))
+                if found.pos is not None:
+                    kept = given.out / f"{name}.{program.replace(' ', '_')}.npz"
+                    np.savez_compressed(
+                        kept, cells=members[-1].obs_names.to_numpy(str), pos=found.pos
+                    )
                 write_json(path, rows)
                 print(json.dumps(rows[-1]), flush=True)
     except UserError as error:
