@@ -13,7 +13,13 @@ from ipar_sparse.data.assay import dissociate
 from ipar_sparse.data.input_profile import informative
 from ipar_sparse.data.simulation import simulate
 from ipar_sparse.data.writers import to_anndata
-from ipar_sparse.estimators.adapter import Adapter, Reference, mean_and_variance, mixture
+from ipar_sparse.estimators.adapter import (
+    Adapter,
+    Reference,
+    mean_and_variance,
+    mixture,
+    spatial_neighbors,
+)
 from ipar_sparse.evaluation.layouts import ablation_layouts
 from ipar_sparse.evaluation.results import NO_GATE, NO_RECYCLES, NO_REFINEMENT, ORACLE
 from ipar_sparse.graph import knn
@@ -99,6 +105,25 @@ def test_rows_are_probabilities_and_slides_count_alike(spots):
     # the second slide has a sixth of the cells, and about half of the weight
     share = rows[:, both.origin == 1].sum(1).mean()
     assert both.cells == 280 and 0.35 < share < 0.65
+
+
+def test_some_cells_and_their_neighbours_give_nearly_the_weights_of_all():
+    _, pos, counts = corners(12, np.random.default_rng(3), spots=4000)
+    near = spatial_neighbors(pos)
+    all_cells = Adapter(40).fit([Reference(counts, pos, pos)])
+    given = Adapter(40).fit([Reference(counts, pos, pos, near)])
+    assert torch.equal(given.weight, all_cells.weight)
+    assert torch.equal(given.shares, all_cells.shares)
+
+    rows = np.concatenate([np.arange(1500), np.setdiff1d(near[:1500], np.arange(1500))])
+    number = np.zeros(len(pos), dtype=np.int64)
+    number[rows] = np.arange(len(rows))
+    some = Adapter(40).fit([Reference(counts[rows], pos[rows], pos[rows], number[near[:1500]])])
+    assert (some.weight / all_cells.weight - 1).abs().max() < 0.15
+    assert (some.detected - all_cells.detected).abs().max() < 0.05
+    assert set(map(tuple, some.places.tolist())) <= set(
+        map(tuple, pos[:1500].astype("f4").tolist())
+    )
 
 
 def test_a_mixture_spreads_as_far_as_its_parts_disagree():

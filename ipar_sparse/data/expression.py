@@ -224,14 +224,14 @@ def morans_i(
 
     Args:
         matrix: expression (n, G).
-        neighbors: row numbers of the neighbours of each cell (n, k).
-        rows: row numbers of the cells i; all if left out.
+        neighbors: row numbers of the neighbours of the first m cells (m, k), m <= n.
+        rows: row numbers of the cells i; all m if left out.
 
     Returns:
         (G,) float64; 0 for genes that do not vary.
     """
-    n, k = neighbors.shape
-    rows = np.arange(n) if rows is None else np.asarray(rows)
+    n, k = matrix.shape[0], neighbors.shape[1]
+    rows = np.arange(len(neighbors)) if rows is None else np.asarray(rows)
     average = sparse.csr_matrix(
         (np.full(len(rows) * k, 1 / k), neighbors[rows].ravel(), np.arange(len(rows) + 1) * k),
         shape=(len(rows), n),

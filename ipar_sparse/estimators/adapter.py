@@ -33,11 +33,14 @@ class Reference(NamedTuple):
         shares: of each gene in a cell, up to a factor for each cell (n, G), CSR.
         pos: positions (n, 2), in any units.
         places: the same in the common frame of the training slides (n, 2).
+        near: row numbers of the spatial neighbours of the first s cells (s, 6), which alone are
+            learned from; all cells are, with neighbours searched for, if left out.
     """
 
     shares: sparse.csr_matrix
     pos: np.ndarray
     places: np.ndarray
+    near: np.ndarray | None = None
 
 
 class Adapter(nn.Module):
@@ -93,14 +96,15 @@ class Adapter(nn.Module):
         share = max(1, _CELLS // len(slides))
         kept, weights = [], []
         for slide in slides:
-            near = knn(torch.from_numpy(np.asarray(slide.pos, dtype=np.float64)), _NEAR).index
+            near = slide.near if slide.near is not None else spatial_neighbors(slide.pos)
             own = _fractions(slide.shares)
-            logs = _logs(own)
+            every = _logs(own)
+            logs = every[: len(near)]
             std = np.sqrt(np.maximum(logs.multiply(logs).mean(0) - np.square(logs.mean(0)), 0))
-            morans = np.maximum(morans_i(logs, near.numpy()), _LEAST_MORANS)
+            morans = np.maximum(morans_i(every, near), _LEAST_MORANS)
             weights.append(np.sqrt(morans / (np.asarray(std).ravel() + _LEAST_STD)))
-            rows = np.random.default_rng(0).permutation(logs.shape[0])[:share]
-            views = [logs[rows], _logs(_around(own, rows, near.numpy()))]
+            rows = np.random.default_rng(0).permutation(len(near))[:share]
+            views = [logs[rows], _logs(_around(own, rows, near))]
             kept.append((np.stack([x.toarray() for x in views]), np.asarray(slide.places)[rows]))
         self.weight = torch.from_numpy(np.mean(weights, axis=0)).float()
         self.shares = torch.from_numpy(np.concatenate([x for x, _ in kept], axis=1)).half()
@@ -108,7 +112,7 @@ class Adapter(nn.Module):
         sizes = torch.tensor([len(x) for _, x in kept])
         self.origin = torch.arange(len(sizes)).repeat_interleave(sizes)
         self.detected = torch.from_numpy(
-            np.stack([_detected(slide.shares) for slide in slides])
+            np.stack([_detected(slide.shares[: _learned(slide)]) for slide in slides])
         ).float()
         return self
 
@@ -165,6 +169,17 @@ class Adapter(nn.Module):
         return f"{self.genes}, temperature={self.temperature}, cells={self.cells}"
 
 
+def spatial_neighbors(pos: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
+    """Row numbers of the 6 nearest cells of each cell (n, 6).
+
+    Args:
+        pos: positions (n, 2).
+        device: where they are searched for.
+    """
+    place = torch.from_numpy(np.asarray(pos, dtype=np.float64)).to(device)
+    return knn(place, _NEAR).index.cpu().numpy()
+
+
 def mean_and_variance(posterior: Iterator[Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
     """Mean place (n, 2) under a posterior, and mean square distance from it (n,).
 
@@ -192,6 +207,10 @@ def mixture(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _standardized(rows: Tensor) -> Tensor:
     rows = rows - rows.mean(1, keepdim=True)
     return rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-9)
+
+
+def _learned(slide: Reference) -> int:
+    return slide.shares.shape[0] if slide.near is None else len(slide.near)
 
 
 def _fractions(values: sparse.csr_matrix) -> sparse.csr_matrix:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from ..data.input_profile import InputProfile
 from ..data.slide import Slide
 from ..estimators import Adapter, Atlas
-from ..estimators.adapter import Reference
+from ..estimators.adapter import Reference, spatial_neighbors
 from ..inference.adapting import shares_of
 from ..progress import stage
 from .loop import TrainingLoop
 from .members import read_inputs
+
+_CELLS = 20_000  # of a slide, that weights of genes are estimated on
 
 
 def fit_adapter(
@@ -35,9 +38,23 @@ def fit_adapter(
     with stage("Adapter"):
         references = []
         for slide, frame in zip(slides, atlas.frames, strict=True):
+            slide, near = _sample(slide, loop.device)
             pos = np.asarray(slide.pos)
             places = (pos - frame.translation) @ frame.rotation.T / max(frame.scale, 1e-12)
-            references.append(Reference(shares_of(slide, genes, profile)[0], pos, places))
+            references.append(Reference(shares_of(slide, genes, profile)[0], pos, places, near))
         found = Adapter(len(genes)).fit(references)
         loop.modules["adapter"] = found.to(loop.device)
         loop.state.metadata["adapter"] = {"cells": found.cells, "slides": len(slides)}
+
+
+def _sample(slide: Slide, device: torch.device) -> tuple[Slide, np.ndarray]:
+    """Some cells of a slide, their spatial neighbours behind them, and where these stand."""
+    near = spatial_neighbors(slide.pos, device)
+    if slide.num_cells <= _CELLS:
+        return slide, near
+    some = np.random.default_rng(0).permutation(slide.num_cells)[:_CELLS]
+    others = np.setdiff1d(near[some], some)
+    rows = np.concatenate([some, others])
+    number = np.zeros(slide.num_cells, dtype=np.int64)
+    number[rows] = np.arange(len(rows))
+    return slide.take(rows), number[near[some]]
