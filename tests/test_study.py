@@ -21,6 +21,7 @@ from ipar_sparse.data.splits import plan_folds
 from ipar_sparse.data.writers import write_slide
 from ipar_sparse.errors import UserError
 from ipar_sparse.evaluation import study_run
+from ipar_sparse.evaluation.block_bootstrap import study_gains
 from ipar_sparse.evaluation.naive import NAIVE
 from ipar_sparse.evaluation.study_plan import (
     Study,
@@ -118,6 +119,16 @@ def test_a_study_places_cells_of_another_assay_from_all_slides(slides, files, tm
     with pytest.raises(UserError, match="the same cells"):
         plan_study(files, study.variants, seeds=(0,), cells=[tmp_path / "again.h5ad"])
     assert any(row["metric"] == "frame_error" for row in rows(out))
+    other = tmp_path / "cells.program.npz"
+    names = np.array([str(name) for name in panel.cell_names])[::-1]
+    np.savez(other, cells=names, pos=panel.pos[::-1])  # in another order, and right
+    gains = study_gains(out, study, [other])["cells"]
+    assert {"atlas", *NAIVE, "program"} <= set(gains)
+    assert not {"model", "true coordinates", "without gate"} & set(gains)
+    score = {name: float(row["value"]) for name, row in found.items()}
+    assert gains["atlas"].mean == pytest.approx(score["model"] - score["atlas"], abs=1e-4)
+    assert gains["program"].mean == pytest.approx(score["model"] - 1, abs=1e-4)
+    assert 0 < gains["program"].se < 0.3
     with pytest.raises(UserError, match="no run is trained on such a slide; give A1, A2, B1"):
         plan_study(files[:3], variants, seeds=(0,), cells=[cells], frame="B2")
     with pytest.raises(UserError, match="both called A1"):

@@ -8,6 +8,8 @@ given the one most alike: whose mean expression correlates most with that of the
 runs with its own defaults in an environment of its own, which is made in ``--environments``, or by
 an interpreter that has all, ``--python``. Writes ``peers.json``, one row a program and slide, the
 positions as ``SLIDE.PROGRAM.npz``, and prints a table. A row that is there is not made again.
+With ``--study DIR`` of ``experiment --cells`` it also prints by how much that exceeds them, with
+standard errors.
 ``--only SLIDE`` splits the work over processes; ``--merge`` adds the rows that they wrote.
 """
 
@@ -31,9 +33,12 @@ from ipar_sparse.data.readers import read_files
 from ipar_sparse.data.slide import Slide
 from ipar_sparse.data.splits import find_donors, plan_folds
 from ipar_sparse.errors import UserError
+from ipar_sparse.evaluation.block_bootstrap import CELLS, study_gains
 from ipar_sparse.evaluation.naive import NAIVE, closest, log_normalized
+from ipar_sparse.evaluation.study_plan import load_plan
 from ipar_sparse.files import write_json
 from ipar_sparse.metrics.layout import evaluate_layout
+from ipar_sparse.report.study import print_gains
 
 from .programs import PROGRAMS, Attempt, install, run
 
@@ -184,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="that a program may take")
     parser.add_argument("--gigabytes", type=float, default=16.0, help="of memory, likewise")
     parser.add_argument("--out", type=Path, default=Path("peers"))
+    parser.add_argument("--study", type=Path, help="of experiment --cells on the same cells")
     given = parser.parse_args(argv)
     given.environments = given.environments.absolute()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -202,14 +208,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append(row | scored(found, true, given.same_frame))
                 if found.pos is not None:
                     kept = given.out / f"{name}.{program.replace(' ', '_')}.npz"
-                    np.savez_compressed(
-                        kept, cells=members[-1].obs_names.to_numpy(str), pos=found.pos
-                    )
+                    names = members[-1].obs_names.to_numpy(str)
+                    np.savez_compressed(kept, **{CELLS: names, "pos": found.pos})
                 write_json(path, rows)
                 print(json.dumps(rows[-1]), flush=True)
     except UserError as error:
         parser.error(str(error))
     print(table(rows))
+    if given.study is not None:
+        folders = [one.parent for one in (path, *given.merge)]
+        further = [found for folder in folders for found in sorted(folder.glob("*.npz"))]
+        study = load_plan(given.study)
+        print_gains(study_gains(given.study, study, further), study.reference)
 
 
 if __name__ == "__main__":

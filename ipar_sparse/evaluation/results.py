@@ -82,6 +82,8 @@ class SlideEvaluation:
         uncertainty: predicted error of each cell (n,), root mean square, in tissue radii.
         typicality: p-value of each cell (n,), small = unlike the training cells.
         verdict: a sentence on how like the training slides this slide is.
+        layouts: of each method (n, 2), as scored.
+        cells: their names (n,).
         provenance: where all this comes from.
     """
 
@@ -95,6 +97,8 @@ class SlideEvaluation:
     uncertainty: np.ndarray | None = None
     typicality: np.ndarray | None = None
     verdict: str | None = None
+    layouts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    cells: np.ndarray | None = None
     provenance: Provenance = field(default_factory=Provenance)
 
 

@@ -104,6 +104,8 @@ def score_slide(
         uncertainty=prediction.uncertainty,
         typicality=None if typicality is None else typicality.p_value,
         verdict=None if typicality is None else typicality.sentence(),
+        layouts=layouts,
+        cells=slide.cell_names,
         provenance=provenance_of(predictor, slide, prediction.cautions, unchanged_notes(layouts)),
     )
 

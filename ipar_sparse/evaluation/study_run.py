@@ -25,6 +25,7 @@ from ..inference.reference import find_reference
 from ..progress import console, log_to
 from ..train.fit import fit, fit_encoder
 from ..train.run_folder import is_resumable
+from .block_bootstrap import save_layouts
 from .jobs import run_jobs
 from .scoring import score_slide
 from .study_plan import (
@@ -220,6 +221,8 @@ def _run(study: Study, out: Path, task: Task, stop: threading.Event | None) -> N
             known=[slides[one] for one in fold.train] if baselines else (),
             reference=find_reference(folder, study.frame) if study.frame else None,
         )
+        if study.cells:
+            save_layouts(folder, evaluations[name])
     scored = time.monotonic()
     save_run(folder, result, evaluations, training=trained - start, scoring=scored - trained)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -11,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import pl
+from ..evaluation.block_bootstrap import BLOCKS, Gain, study_gains
 from ..evaluation.comparison import MIN_STANDARD_ERRORS, Comparison
 from ..evaluation.study_plan import Study, differences
 from ..evaluation.study_results import StudyResults
 from ..evaluation.study_run import run_study
+from ..files import write_json
 from ..metrics.layout import metric_info
 from .html import axes_grid, draw_figure, write_page
 from .study_tables import (
@@ -28,6 +31,9 @@ from .study_tables import (
 )
 from .tables import column
 
+GAINS = "gains.json"
+"""Gains on cells of another assay, with their errors over blocks and seeds."""
+
 
 def run_study_with_report(
     study: Study,
@@ -40,13 +46,18 @@ def run_study_with_report(
     """Works off a study, writes its tables and its page, and prints the main table.
 
     Arguments and errors are those of :func:`~ipar_sparse.evaluation.study_run.run_study`. The
-    page is also written after ctrl-C.
+    page is also written after ctrl-C. Of cells of another assay it also writes and prints the
+    gains over baselines, see :mod:`ipar_sparse.evaluation.block_bootstrap`.
     """
     out = Path(out)
     results = run_study(
         study, out, jobs=jobs, device=device, overwrite=overwrite, on_collect=write_study_report
     )
     print_study(results.comparison)
+    if study.cells and (gains := study_gains(out, study)):
+        values = {slide: {n: asdict(gain) for n, gain in of.items()} for slide, of in gains.items()}
+        write_json(out / GAINS, values)
+        print_gains(gains, study.reference)
     return results
 
 
@@ -123,6 +134,19 @@ def print_study(comparison: Comparison) -> None:
         "error over slides, seeds averaged first. "
         f"▲ better, ▼ worse by more than {MIN_STANDARD_ERRORS:g} standard errors."
     )
+
+
+def print_gains(gains: Mapping[str, Mapping[str, Gain]], own: str) -> None:
+    """Prints by how much a method exceeds others on cells of another assay, with errors."""
+    for slide, found in gains.items():
+        seeds = max(gain.seeds for gain in found.values())
+        print(
+            f"{slide}: distance Spearman of {own} less that of others, ± standard error over "
+            f"{BLOCKS} x {BLOCKS} blocks of the tissue and {seeds} seed{'s' * (seeds > 1)}:"
+        )
+        for name, gain in sorted(found.items(), key=lambda item: item[1].mean):
+            sure = gain.mean / gain.se if gain.se > 0 else 0.0
+            print(f"  {name:24} {gain.mean:+.4f} ± {gain.se:.4f}  ({sure:+.1f} standard errors)")
 
 
 def _draw(figure: Figure, results: StudyResults, metrics: Sequence[str], columns: int) -> None:
