@@ -1,9 +1,10 @@
 """Whole commands, each in a process of its own: what a person waits for, stage by stage.
 
-For every size, slides are simulated outside the clock. ``train`` runs on two of them and validates
-on a third, ``predict`` places a fourth. Time and memory of the stages are those that the commands
-themselves keep (``--profile``); the whole is timed from outside. An exponent b says that the time
-of a stage grows as n^b.
+For every size, slides are simulated outside the clock. ``train`` runs on two of them, or as many
+as asked for, and validates on a third; ``predict`` places one more, whose layout is scored. Time
+and memory of the stages are those that the commands themselves keep (``--profile``); the whole is
+timed from outside. Beside the peaks stand the estimates that are made before a command begins. An
+exponent b says that the time of a stage grows as n^b.
 """
 
 from __future__ import annotations
@@ -14,13 +15,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ipar_sparse.config import RunConfig, load_config
+from ipar_sparse.data.anndata_store import open_store
+from ipar_sparse.data.headers import check_headers
+from ipar_sparse.data.keys import Keys
 from ipar_sparse.data.simulation import iter_slides
 from ipar_sparse.data.writers import write_slide
+from ipar_sparse.inference.costs import Cost, prediction_cost, training_cost
+from ipar_sparse.metrics.layout import distance_metrics
 from ipar_sparse.progress import size_text, stage
 
 from . import harness
@@ -28,6 +36,8 @@ from . import harness
 NAME = "end_to_end"
 FITTED = 10_000, 1_000_000
 """Sizes between which exponents are fitted, where at least two of them were measured."""
+PLACED = "placed.h5ad"
+_SCORED = 5000  # cells of the placed slide
 _LEAST_SHARE = 0.02  # of a command at the largest size; stages below it are not drawn
 
 
@@ -37,16 +47,22 @@ def run(
     device: torch.device,
     *,
     genes: int = 300,
+    slides: int = 2,
+    predict_cells: int | None = None,
+    embedding: int | None = None,
     settings: Sequence[str] = (),
     seed: int = 0,
 ) -> dict:
     """Measures ``train`` and ``predict``; writes ``end_to_end.json`` and ``.png``, prints a table.
 
     Args:
-        sizes: numbers of cells of a slide.
+        sizes: numbers of cells of a slide that is trained on.
         out: folder of the files.
         device: where the commands compute.
         genes: of the simulated slides.
+        slides: that are trained on.
+        predict_cells: of the slide that is placed; as many as of the others if left out.
+        embedding: columns of an embedding that slides bring along in place of expression.
         settings: ``section.key=value`` for ``train``; its defaults if left out.
         seed: of the slides and the training.
 
@@ -55,14 +71,22 @@ def run(
         stage, and the exponents.
     """
     record = harness.Record(out / f"{NAME}.json", device)
-    record.more["genes"], record.more["settings"] = genes, list(settings)
+    settings = [*settings, *(["data.embedding=obsm:X_embedding"] if embedding else [])]
+    config = load_config(None, settings)
+    kinds = {"genes": genes, "embedding": embedding, "slides": slides, "settings": settings}
+    record.more |= kinds
     record.more["import_torch_seconds"] = _seconds([sys.executable, "-c", "import torch"])[0]
     print("import torch: {import_torch_seconds:.1f} s".format(**record.more), flush=True)
     for n in sorted(sizes):
         with tempfile.TemporaryDirectory(dir=out) as folder:
-            slides = _simulate(Path(folder), n, genes, seed)
-            for command, words in _commands(slides, Path(folder), settings, seed, device):
-                for row in _measure(command, n, words, Path(folder)):
+            given = {"genes": genes, "embedding": embedding}
+            placed = predict_cells or n
+            *known, cells = _simulate(Path(folder), slides, n, placed, seed, given)
+            commands = _commands(known, cells, Path(folder), settings, seed, device)
+            for command, words in commands:
+                cost = _estimate(command, known, cells, config, device.type == "cuda")
+                size = placed if command == "predict" else n
+                for row in _measure(command, size, words, Path(folder), cost):
                     record.add(row, _line(row))
     record.more["exponents"] = exponents(record.rows)
     record.save()
@@ -96,7 +120,7 @@ def exponents(rows: Sequence[dict]) -> list[dict]:
         own = [row for row in within if (row["command"], row["stage"]) == (command, name)]
         n = np.array([row["n"] for row in own])
         seconds = np.array([row["seconds"] for row in own])
-        if len(n) < 2 or seconds.min() <= 0:
+        if len(set(n)) < 2 or seconds.min() <= 0:
             continue
         last = own[int(n.argmax())]
         fit = {"command": command, "stage": name, "share": last["share"]}
@@ -105,26 +129,51 @@ def exponents(rows: Sequence[dict]) -> list[dict]:
     return found
 
 
-def _simulate(folder: Path, n: int, genes: int, seed: int) -> list[Path]:
-    paths = [folder / f"slide{number}.h5ad" for number in range(1, 5)]
+def _simulate(folder: Path, slides: int, n: int, placed: int, seed: int, given: dict) -> list[Path]:
+    """Files of slides to train on, one to validate on, and one of ``placed`` cells."""
+    paths = [folder / f"slide{number}.h5ad" for number in range(1, slides + 3)]
     with stage(f"Simulating {n:,} cells", total=len(paths)) as task:
-        made = iter_slides("cortex", slides=len(paths), spots=n, genes=genes, seed=seed)
-        for path, slide in zip(paths, made, strict=True):
+        known = iter_slides("cortex", slides=slides + 1, spots=n, seed=seed, **given)
+        # another seed is another slide of the same tissue
+        last = iter_slides("cortex", slides=1, spots=placed, seed=seed + 1, **given)
+        for path, slide in zip(paths, chain(known, last), strict=True):
             write_slide(slide, path, compression=None)
             task.advance()
     return paths
 
 
-def _commands(slides, folder: Path, settings, seed: int, device) -> list[tuple[str, list[str]]]:
-    a, b, val, cells = map(str, slides)
+def _commands(
+    known: Sequence[Path], cells: Path, folder: Path, settings, seed: int, device
+) -> list[tuple[str, list[str]]]:
+    *slides, val = map(str, known)
     run_folder, more = str(folder / "run"), ["--device", str(device)]
     chosen = [word for one in settings for word in ("--set", one)]
-    train = ["train", a, b, "--val", val, "--out", run_folder, "--seed", str(seed), *chosen]
-    predict = ["predict", run_folder, cells, "--out", str(folder / "placed.h5ad")]
+    train = ["train", *slides, "--val", val, "--out", run_folder, "--seed", str(seed), *chosen]
+    predict = ["predict", run_folder, str(cells), "--out", str(folder / PLACED)]
     return [("train", [*train, *more]), ("predict", [*predict, *more])]
 
 
-def _measure(command: str, n: int, words: list[str], folder: Path) -> list[dict]:
+def _estimate(
+    command: str, known: Sequence[Path], cells: Path, config: RunConfig, on_gpu: bool
+) -> Cost:
+    """What the command says beforehand that it will take."""
+    if command == "predict":
+        sizes = check_headers([cells], config.data, require_pos=False)
+        return prediction_cost(sizes, config, on_gpu)
+    sizes = check_headers(known, config.data, require_pos=True)
+    return training_cost(sizes[:-1], sizes[-1:], config, on_gpu)
+
+
+def _score(placed: Path) -> dict:
+    """How well the placed slide's distances are ranked, over a sample of pairs."""
+    with open_store(placed) as store:
+        layouts = [store["obsm"][key][:] for key in (Keys.PREDICTION, Keys.SPATIAL)]
+    rows = np.random.default_rng(0).permutation(len(layouts[0]))[:_SCORED]
+    found = distance_metrics(*(layout[rows] for layout in layouts))
+    return {"distance_spearman": found["distance_spearman"]}
+
+
+def _measure(command: str, n: int, words: list[str], folder: Path, cost: Cost) -> list[dict]:
     """One row for the whole command, then one for each stage."""
     profile = folder / "profile.json"
     argv = [sys.executable, "-m", "ipar_sparse", *words, "--profile", str(profile)]
@@ -134,8 +183,11 @@ def _measure(command: str, n: int, words: list[str], folder: Path) -> list[dict]
         return [whole | {"failed": error}]
     kept = json.loads(profile.read_text())
     peaks = {name: kept[name] for name in ("host_peak_bytes", "device_peak_bytes")}
-    busy = {"device_busy": _busy(kept["stages"])}
-    rows = [whole | {"seconds": seconds, "share": 1.0, **peaks, **busy}]
+    more = {"device_busy": _busy(kept["stages"])}
+    more |= {"host_estimate_bytes": cost.host, "device_estimate_bytes": cost.device}
+    if command == "predict":
+        more |= _score(folder / PLACED)
+    rows = [whole | {"seconds": seconds, "share": 1.0, **peaks, **more}]
     for one in kept["stages"]:
         name, share = one.pop("name"), one["seconds"] / seconds
         rows.append({"command": command, "n": n, "stage": name, "share": share, **one})
@@ -168,12 +220,15 @@ def _line(row: dict) -> str:
     if "failed" in row:
         return text + row["failed"]
     text += f"{row['seconds']:>9.2f} s {row['share']:>6.1%}"
-    if "host_peak_bytes" in row:
-        text += f"  host {size_text(row['host_peak_bytes'])}"
-    if row.get("device_peak_bytes"):
-        text += f"  GPU {size_text(row['device_peak_bytes'])}"
+    for name, key in (("host", "host"), ("GPU", "device")):
+        if row.get(f"{key}_peak_bytes"):
+            text += f"  {name} {size_text(row[f'{key}_peak_bytes'])}"
+        if row.get(f"{key}_estimate_bytes"):
+            text += f" (estimate {size_text(row[f'{key}_estimate_bytes'])})"
     if row.get("device_busy") is not None:
         text += f"  GPU busy {row['device_busy']:.0%}"
+    if "distance_spearman" in row:
+        text += f"  distance Spearman {row['distance_spearman']:.3f}"
     return text
 
 

@@ -306,7 +306,8 @@ def test_exponents_are_those_of_the_sizes_that_count():
 @pytest.mark.slow
 def test_whole_commands_are_measured_stage_by_stage(tmp_path, capsys):
     short = "encoder.steps=2 train.epochs=1 train.minisets=2 train.gate_steps=1 selection.mode=none"
-    found = end_to_end.run([300], tmp_path, CPU, genes=60, settings=short.split())
+    more = {"slides": 1, "predict_cells": 400, "settings": short.split()}
+    found = end_to_end.run([300], tmp_path, CPU, genes=60, **more)
     stages = {(row["command"], row["stage"]): row for row in found["rows"]}
     for name in ("Reading slides", "Training the encoder", "Training the model", "all"):
         assert stages["train", name]["seconds"] > 0
@@ -316,8 +317,20 @@ def test_whole_commands_are_measured_stage_by_stage(tmp_path, capsys):
         whole = stages[command, "all"]
         assert sum(row["seconds"] for row in top) == pytest.approx(whole["seconds"], rel=0.01)
         assert whole["host_peak_bytes"] > 2**27  # torch alone
+        assert 0.5 < whole["host_estimate_bytes"] / whole["host_peak_bytes"] < 2
+        assert whole["n"] == {"train": 300, "predict": 400}[command]
+    assert 0.2 < stages["predict", "all"]["distance_spearman"] <= 1
     saved = json.loads((tmp_path / "end_to_end.json").read_text())
     assert saved["import_torch_seconds"] > 0 and saved["rows"] == found["rows"]
     assert (tmp_path / "end_to_end.png").stat().st_size > 10_000
     assert "Training the model" in capsys.readouterr().out
     assert list(tmp_path.glob("*/")) == []  # slides and runs are gone
+
+
+@pytest.mark.slow
+def test_commands_on_slides_that_bring_their_embedding_are_measured(tmp_path):
+    short = ["train.epochs=1", "train.minisets=2", "train.gate_steps=1", "selection.mode=none"]
+    found = end_to_end.run([300], tmp_path, CPU, embedding=24, settings=short)
+    stages = {row["stage"]: row for row in found["rows"] if row["command"] == "predict"}
+    assert "Training the encoder" not in {row["stage"] for row in found["rows"]}
+    assert stages["all"]["distance_spearman"] > 0.8

@@ -234,7 +234,8 @@ def test_a_run_says_and_saves_what_its_steps_see(slides, tmp_path, monkeypatch, 
     with caplog.at_level("INFO"):
         fit(slides[:2], [], load_config(None, settings), tmp_path / "run", encoder=tmp_path / "e")
     said = [line for line in caplog.messages if "train.batch_kind=" in line]
-    assert len(said) == 1 and said[0].startswith("train.batch_kind=mixed: best for slides of ")
+    assert len(said) == 1 and said[0].startswith("each step sees a few hundred cells and a whole")
+    assert "best for slides of 150 cells on the CPU (train.batch_kind=mixed)" in said[0]
     assert RunConfig.load(tmp_path / "run").train.batch_kind == "mixed"
     assert RunConfig.load_request(tmp_path / "run").train.batch_kind == "auto"
 

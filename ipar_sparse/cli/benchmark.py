@@ -16,6 +16,22 @@ from .watched import loading
 _SIZES, _COMMAND_SIZES = "384,1300,2600,5000", "1000,10000,100000,1000000"
 
 
+def _simulated(name: str, text: str, metavar: str, least: int):
+    return flag(name, f"With --end-to-end: {text}", RUNNING, metavar, min=least)
+
+
+Genes = Annotated[int, _simulated("--genes", "genes of a slide.", "N", 50)]
+Slides = Annotated[int, _simulated("--slides", "slides to train on.", "N", 1)]
+PredictCells = Annotated[
+    int | None,
+    _simulated("--predict-cells", "cells to place. [dim]Default: as --sizes[/dim]", "N", 15),
+]
+Embedding = Annotated[
+    int | None,
+    _simulated("--embedding", "columns of an embedding that slides bring, no counts.", "D", 2),
+]
+
+
 def benchmark(
     out: options.OutFolder,
     sizes: Annotated[
@@ -55,6 +71,10 @@ def benchmark(
         list[str] | None,
         flag("--set", "With --end-to-end: a setting of train; can be repeated.", RUNNING, "K=V"),
     ] = None,
+    genes: Genes = 300,
+    slides: Slides = 2,
+    predict_cells: PredictCells = None,
+    embedding: Embedding = None,
     device: options.Device = None,
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -71,7 +91,16 @@ def benchmark(
         from ..benchmarks import run, run_commands
 
     if end_to_end:
-        run_commands(numbers, out, target, settings=overrides or [])
+        run_commands(
+            numbers,
+            out,
+            target,
+            genes=genes,
+            slides=slides,
+            predict_cells=predict_cells,
+            embedding=embedding,
+            settings=overrides or [],
+        )
         say(f"{out / 'end_to_end.json'}\n{out / 'end_to_end.png'}")
         return
 

@@ -122,9 +122,19 @@ def simulate(
 
 
 def iter_slides(
-    tissue: str, *, slides: int = 3, spots: int = 1500, genes: int = 1200, seed: int = 0
+    tissue: str,
+    *,
+    slides: int = 3,
+    spots: int = 1500,
+    genes: int = 1200,
+    seed: int = 0,
+    embedding: int | None = None,
 ) -> Iterator[Slide]:
-    """As :func:`simulate`, one slide at a time: a slide of 10^6 spots takes about 3 GB."""
+    """As :func:`simulate`, one slide at a time: a slide of 10^6 spots takes about 3 GB.
+
+    ``embedding`` asks for slides without counts, with an embedding of so many columns: mixtures
+    of what expression follows, and noise.
+    """
     if tissue not in TISSUES:
         raise ValueError(f"tissue is {tissue!r}, expected one of {', '.join(TISSUES)}")
     for name, value, least in (("slides", slides, 1), ("spots", spots, 1), ("genes", genes, 50)):
@@ -134,23 +144,31 @@ def iter_slides(
     definition = TISSUES[tissue](genes, np.random.default_rng([code, genes]))
     for i in range(slides):
         rng = np.random.default_rng([seed, code, i])
-        yield _cut_slide(f"{tissue}{i + 1}", definition, spots, rng)
+        yield _cut_slide(f"{tissue}{i + 1}", definition, spots, rng, embedding)
 
 
-def _cut_slide(name: str, tissue: Tissue, spots: int, rng: np.random.Generator) -> Slide:
+def _cut_slide(
+    name: str, tissue: Tissue, spots: int, rng: np.random.Generator, embedding: int | None
+) -> Slide:
     place = _place_spots(_random_region(tissue.extent, rng), spots, rng)
     features = tissue.features(place, rng)
-    counts = _sample_counts(tissue, features, rng)
     obs = tissue.annotate(place, features)
     obs |= {"tissue_x": place[:, 0], "tissue_y": place[:, 1]}
+    own: dict[str, Any] = {"expression": None, "genes": np.empty(0, dtype=str)}
+    if embedding is None:
+        counts = own["expression"] = _sample_counts(tissue, features, rng)
+        own["genes"] = np.array([f"Gene{g + 1:04d}" for g in range(counts.shape[1])])
+        own["empty"] = np.diff(counts.indptr) == 0
+    else:
+        mixing = np.random.default_rng(embedding).normal(size=(features.shape[1], embedding))
+        own["embedding"] = (features @ mixing).astype(np.float32)
+        own["embedding"] += 0.3 * rng.standard_normal((spots, embedding), dtype=np.float32)
     return Slide(
         name=name,
-        expression=counts,
-        genes=np.array([f"Gene{g + 1:04d}" for g in range(counts.shape[1])]),
         cell_names=np.array([f"{name}_{i + 1:07d}" for i in range(spots)]),
         pos=_slide_coordinates(place, rng),
-        empty=np.diff(counts.indptr) == 0,
         obs=obs,
+        **own,
     )
 
 

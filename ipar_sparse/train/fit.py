@@ -50,11 +50,6 @@ from .typicality import fit_typicality
 logger = logging.getLogger(__name__)
 
 _REFERENCE_CELLS = 5000
-_WHAT_A_STEP_SEES = {
-    "miniset": "a few hundred cells, drawn anew, so its cost does not grow with the slide",
-    "slide": "a whole slide",
-    "mixed": "a few hundred cells and a whole slide in turn",
-}
 _RECALL_CELLS = 20_000  # of a slide, whose candidates are all looked at; of more, a sample
 
 
@@ -444,7 +439,6 @@ def _train(parts: Trained, train, val, config: RunConfig, loop: TrainingLoop) ->
         loop.advance("gate")
         loop.save_best()
         return
-    logger.info("each step sees %s (train.batch_kind)", _WHAT_A_STEP_SEES[config.train.batch_kind])
     with stage("Graphs and targets"):
         batches = Batches(train, val, config, loop.device)
     if not loop.finished("gate"):

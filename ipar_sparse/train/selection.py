@@ -36,6 +36,11 @@ from .loop import TimeUp, TrainingLoop
 logger = logging.getLogger(__name__)
 
 _ERROR_WITHOUT_ATLAS = 0.75  # mean square error, in squared tissue radii, on four public sets
+_STEP_SEES = {
+    "miniset": "a few hundred cells, drawn anew, so its cost does not grow with the slide",
+    "slide": "a whole slide",
+    "mixed": "a few hundred cells and a whole slide in turn",
+}
 _CORRECTION = "refine.distance_correction_steps"
 
 
@@ -345,7 +350,7 @@ def resolve_from_data(
         free = torch.cuda.mem_get_info(device)[0] if on_gpu else None
         sizes = [slide_size(slide) for slide in slides]
         kind, why = from_first(choose_batch_kind(sizes, [], request, on_gpu, free))
-        logger.info("train.batch_kind=%s: %s", kind, why)
+        logger.info("each step sees %s: %s (train.batch_kind=%s)", _STEP_SEES[kind], why, kind)
         values["train.batch_kind"] = kind
     settings = request.train
     if request.data.normalized is None:
