@@ -203,7 +203,8 @@ def joined(device: str | None = None) -> Iterator[str | None]:
         _group.rank, _group.size = number, count
         try:
             _compare_versions(store, number, count)
-            check_devices(here, device)
+            if device != "cpu":
+                check_devices(here, device)
             gpu = device != "cpu" and torch.cuda.is_available()
             name = f"cuda:{local}" if gpu else "cpu"
             if gpu:
@@ -353,7 +354,7 @@ def alike(modules: Mapping[str, nn.Module]) -> None:
 def shared_out(items: Sequence[Any], compute: Callable[[Any], T]) -> list[T]:
     """The result for each item, computed by the ranks in turn and gathered in order.
 
-    An exception of any rank is raised on all of them.
+    An exception of any rank is raised on all of them. While it computes, each is a rank of one.
 
     Args:
         items: the same on all ranks.
@@ -361,9 +362,11 @@ def shared_out(items: Sequence[Any], compute: Callable[[Any], T]) -> list[T]:
     """
     own: dict[int, Any] = {}
     failed: BaseException | None = None
+    numbers = range(rank(), len(items), size())
     try:
-        for number in range(rank(), len(items), size()):
-            own[number] = compute(items[number])
+        with apart():
+            for number in numbers:
+                own[number] = compute(items[number])
     except (KeyboardInterrupt, Exception) as error:
         if size() == 1 or isinstance(error, RankLost):
             raise
@@ -374,6 +377,17 @@ def shared_out(items: Sequence[Any], compute: Callable[[Any], T]) -> list[T]:
             raise error
     found = {number: one for results, _ in everything for number, one in results.items()}
     return [found[number] for number in range(len(items))]
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """What this rank computes for itself: in the block it is a rank of one."""
+    before = _group.rank, _group.size
+    _group.rank, _group.size = 0, 1
+    try:
+        yield
+    finally:
+        _group.rank, _group.size = before
 
 
 def share_of(count: int) -> range:

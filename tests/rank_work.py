@@ -10,6 +10,11 @@ import torch
 
 from ipar_sparse import distributed as ranks
 from ipar_sparse.errors import UserError
+from ipar_sparse.inference.modules import build_gate_and_model
+from ipar_sparse.train.batches import Batches, EmbeddedSlide
+from ipar_sparse.train.loop import Loop
+from ipar_sparse.train.model import Trained, train_gate, train_model
+from tests.small_run import small_config
 
 
 def exchange() -> dict[str, Any]:
@@ -29,7 +34,7 @@ def exchange() -> dict[str, Any]:
         "largest": ranks.largest(number, -number),
         "summed": ranks.summed(torch.tensor([1.0, number])).tolist(),
         "alike": layer.weight.flatten().tolist(),
-        "shared_out": ranks.shared_out([10, 11, 12], lambda one: (one, ranks.rank())),
+        "shared_out": ranks.shared_out([10, 11, 12], lambda one: (one, number)),
         "shares": ranks.gathered([*ranks.share_of(3)]),
         "errors": errors,
         "told_by": sum(ranks.gathered(ranks.tells())),
@@ -38,14 +43,66 @@ def exchange() -> dict[str, Any]:
 
 def _fail_on_last() -> None:
     def compute(one: int) -> int:
-        if ranks.rank():
+        if one == 2:
             raise UserError(f"item {one} failed")
         return one
 
     ranks.shared_out([1, 2], compute)
 
 
-WORK: dict[str, Callable[[], Any]] = {"exchange": exchange}
+class _Kept(Loop):
+    """A loop that keeps the losses of all steps."""
+
+    def __init__(self):
+        super().__init__(0, torch.device("cpu"))
+        self.losses: list[float] = []
+
+    def count(self, stage, losses):
+        self.losses.append(float(losses["loss"].detach()))
+        super().count(stage, losses)
+
+
+def losses(dtype: torch.dtype, kind: str, *more: str) -> list[float]:
+    """Of every step of gate and model, on two small slides."""
+    settings = ["train.epochs=2", "train.steps_per_epoch=20", "train.gate_steps=10", *TERMS]
+    settings += ["train.batch_size=5", "train.slides_per_step=2", f"train.batch_kind={kind}"]
+    config, slides = small_config(*settings, *more), []
+    for number in range(2):
+        generator = torch.Generator().manual_seed(number)
+        pos = torch.rand(150 + 40 * number, 2, generator=generator, dtype=torch.float64)
+        maps = torch.randn(2, 16, generator=generator, dtype=torch.float64)
+        slides.append(EmbeddedSlide(f"slide{number}", (pos @ maps).sin().to(dtype), pos))
+    torch.manual_seed(0)
+    modules = [module.to(dtype) for module in build_gate_and_model(config, 16)]
+    parts = Trained(*modules, config, torch.device("cpu"))
+    loop, batches = _Kept(), Batches(slides, slides[:1], config, parts.device)
+    train_gate(parts, batches, loop)
+    train_model(parts, batches, loop)
+    return loop.losses
+
+
+TERMS = [
+    "train.lambda_long=0.1",
+    "train.lambda_multiscale=0.1",
+    "train.vary_augmentation=true",
+    "train.k_fraction_range=[0.1,0.2]",
+    "train.mutual_prob=0.3",
+    "train.minisets=12",
+    "train.patience=9",
+]
+"""Every term of the loss, and all that is drawn at random."""
+
+
+def equal() -> dict[str, list[float]]:
+    """Losses in both precisions, and of batches that are smaller than the number of ranks."""
+    return {
+        "float64": losses(torch.float64, "mixed"),
+        "float32": losses(torch.float32, "mixed", "train.epochs=1"),
+        "one miniset": losses(torch.float64, "miniset", "train.batch_size=1", "train.epochs=1"),
+    }
+
+
+WORK: dict[str, Callable[[], Any]] = {"exchange": exchange, "equal": equal}
 
 
 if __name__ == "__main__":

@@ -107,20 +107,25 @@ def test_initial_layouts_follow_their_cells_into_minisets_and_batches(small_slid
 def test_every_epoch_sees_each_miniset_once_in_a_new_order(small_slides):
     slides = [embedded(slide) for slide in small_slides[:2]]
     batches = Batches(slides, [], small_config(), torch.device("cpu"))
-    epochs = [[batches.at("model", step).h for step in range(4 * e, 4 * e + 4)] for e in range(3)]
+    epochs = [
+        [batches.at("model", step).alone.h for step in range(4 * e, 4 * e + 4)] for e in range(3)
+    ]
     orders = [tuple(float(h[0, 0]) for h in epoch) for epoch in epochs]
     assert len({frozenset(order) for order in orders}) == 1 and len(set(orders)) > 1
-    assert torch.equal(batches.at("model", 1).h, epochs[0][1])
+    assert torch.equal(batches.at("model", 1).alone.h, epochs[0][1])
     assert not batches.val
 
 
 def test_slides_come_in_turn_and_mixed_batches_alternate(small_slides):
     slides = [embedded(slide) for slide in small_slides[:2]]
     whole = Batches(slides, slides[:1], small_config("train.batch_kind=slide"), torch.device("cpu"))
-    assert all(torch.equal(whole.at("model", i).h, slides[i % 2].h) for i in range(4))
+    assert all(torch.equal(whole.at("model", i).alone.h, slides[i % 2].h) for i in range(4))
     assert whole.val[0].whole and len(whole.val[0].h) == 140
+    two = small_config("train.batch_kind=slide", "train.slides_per_step=2")
+    share = Batches(slides, [], two, torch.device("cpu")).at("model", 0)
+    assert [len(piece.h) for piece in share.pieces] == [140, 140] and share.alone is None
     mixed = Batches(slides, [], small_config("train.batch_kind=mixed"), torch.device("cpu"))
-    assert [mixed.at("model", step).whole for step in range(4)] == [False, True, False, True]
+    assert [mixed.at("model", step).alone.whole for step in range(4)] == [False, True, False, True]
 
 
 def test_an_oracle_attends_on_the_true_neighbours(small_slides):

@@ -10,6 +10,7 @@ import pytest
 
 from ipar_sparse import distributed as ranks
 from ipar_sparse.errors import UserError
+from tests.rank_work import equal
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +52,18 @@ def test_ranks_exchange_what_they_say(tmp_path):
             "told_by": 1,
         }
     )
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_compute_the_losses_of_one(count, tmp_path):
+    one = equal()
+    for many in on_ranks("equal", count, tmp_path):
+        assert len(many["float64"]) == 50
+        assert many["float64"] == pytest.approx(one["float64"], rel=1e-9)
+        assert many["one miniset"] == pytest.approx(one["one miniset"], rel=1e-9)
+        gate, joint = slice(5), slice(10, 15)
+        assert many["float32"][gate] == pytest.approx(one["float32"][gate], rel=1e-5)
+        assert many["float32"][joint] == pytest.approx(one["float32"][joint], rel=1e-5)
 
 
 def test_a_process_alone_is_a_rank_of_one():

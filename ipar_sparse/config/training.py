@@ -29,6 +29,9 @@ class TrainConfig(Section):
     """Optimiser steps per epoch; none = each miniset once, or 100 steps on whole slides."""
     batch_size: Positive = 1
     """Minisets per optimiser step. Raise it to use a GPU better."""
+    slides_per_step: Positive = 1
+    """Whole slides per optimiser step, where it sees whole slides. Several devices share them; one
+    computes them one after another."""
     lr: Rate = 5e-4
     """Learning rate at the start of the cosine schedule. Lower it where the loss diverges."""
     lr_min: Weight = 1e-5

@@ -158,6 +158,7 @@ class IPALiteModel(nn.Module):
         return_trajectory: bool = False,
         return_attention_weights: bool = False,
         initial: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor | tuple[Any, ...]:
         """Predict positions; see the class for shapes.
 
@@ -173,6 +174,7 @@ class IPALiteModel(nn.Module):
             initial: initial layout (n, 2) in any gauge, for instance
                 :func:`~ipar_sparse.geometry.principal_plane` of ``h``; the model's own MLP of
                 ``h`` if left out.
+            noise: standard normal numbers (n, 2) of the initial noise, in place of ``generator``.
 
         Raises:
             ValueError: if ``h`` is not (n, in_channels), or ``initial`` not (n, 2).
@@ -192,10 +194,12 @@ class IPALiteModel(nn.Module):
             if edge_bias is not None:
                 edge_bias = graph.to_table(edge_bias).index_select(0, perm).flatten(0, 1)
             graph, h = ordered, h.index_select(0, perm)
-            batch, initial = (x if x is None else x.index_select(0, perm) for x in (batch, initial))
-        trajectory, attention = self._recycles(
-            h, graph, edge_bias, batch, initial, num_graphs, generator, return_attention_weights
-        )
+            batch, initial, noise = (
+                x if x is None else x.index_select(0, perm) for x in (batch, initial, noise)
+            )
+        given = (h, graph, edge_bias, batch, initial, num_graphs)
+        drawn = generator if noise is None else noise
+        trajectory, attention = self._recycles(*given, drawn, return_attention_weights)
         if inverse is not None:
             trajectory = [pos.index_select(0, inverse) for pos in trajectory]
         result: list[Any] = [trajectory[-1]]
@@ -206,15 +210,16 @@ class IPALiteModel(nn.Module):
         return tuple(result) if len(result) > 1 else result[0]
 
     def _recycles(
-        self, h, graph, bias, batch, initial, num_graphs, generator, return_attention_weights
+        self, h, graph, bias, batch, initial, num_graphs, drawn, return_attention_weights
     ) -> tuple[list[Tensor], list]:
         """Positions before the first recycle and after each, and attention if asked for."""
         state, pos = self._maybe_checkpoint(self._initial, h, initial)
         if initial is not None:
             pos = gauge_fix(pos, batch, num_graphs)  # the noise below is in that gauge
         if self.training and self.init_std > 0:
-            noise = torch.empty_like(pos).normal_(generator=generator)
-            pos = pos + self.init_std * noise
+            if not isinstance(drawn, Tensor):  # a source of noise
+                drawn = torch.empty_like(pos).normal_(generator=drawn)
+            pos = pos + self.init_std * drawn
         pos = gauge_fix(pos, batch, num_graphs)
         trajectory, attention = [pos], []
         pair = self.pair_logits(h, graph)

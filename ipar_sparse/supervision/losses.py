@@ -5,7 +5,7 @@ otherwise. Losses are computed in their dtype, without synchronisation with the 
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ __all__ = [
     "walk_entropy_loss",
 ]
 
+Source = torch.Generator | Sequence[torch.Generator] | None
+"""Of random numbers: one for all graphs of a batch, or each its own; torch's default if None."""
+BY_CELL = frozenset({"rw_kl", "long_range", "entropy_reg"})
+"""Terms that are means over all cells of a batch; the others are means over its graphs."""
 STRESS_WEIGHT = 0.1  # of L_stress beside L_RW, in E_geo and in training
 _LOG_FLOOR = 1e-8
 DENSE_LIMIT = 1536  # up to here n x n products beat sparse ones
@@ -161,7 +165,7 @@ def gram_loss(pos: Tensor, target: SlideTarget) -> Tensor:
 def long_range_loss(
     pos: Tensor,
     target: SlideTarget,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     pairs_per_node: int = 8,
 ) -> Tensor:
     r"""Mean of :math:`(d_\mathrm{pred} - d_\mathrm{true})^2` over fresh uniform random pairs.
@@ -174,12 +178,13 @@ def long_range_loss(
     Args:
         pos: positions (n, 2).
         target: the true positions.
-        generator: source of the pairs.
+        generator: source of the pairs; several are one for each graph.
         pairs_per_node: partners drawn for every node, within its graph.
     """
-    device = _source(generator, pos.device)
     shape = (pos.size(0), pairs_per_node)
-    uniform = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+    sources = _sources(generator, target.sizes, pos.device)
+    each = [torch.rand(n, pairs_per_node, dtype=torch.float64, **source) for n, source in sources]
+    uniform = torch.cat(each)
     start = target.ptr[target.batch].unsqueeze(-1)
     size = target.ptr.diff()[target.batch].unsqueeze(-1)
     node = torch.arange(pos.size(0), device=pos.device).unsqueeze(-1)
@@ -192,7 +197,7 @@ def long_range_loss(
 
 def repulsion_loss(
     pos: Tensor,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     num_pairs: int = 256,
     sizes: tuple[int, ...] | Tensor | None = None,
 ) -> Tensor:
@@ -200,15 +205,15 @@ def repulsion_loss(
 
     Args:
         pos: positions (n, 2).
-        generator: source of the pairs.
+        generator: source of the pairs; several are one for each graph.
         num_pairs: pairs drawn in each graph.
         sizes: number of nodes of each graph; one graph if left out. A tensor on the device
             saves a copy.
     """
     sizes = (pos.size(0),) if sizes is None else sizes
-    device = _source(generator, pos.device)
-    uniform = torch.rand(2, len(sizes), num_pairs, generator=generator, device=device)
-    uniform = uniform.double().to(pos.device, non_blocking=True)
+    sources = _sources(generator, [1] * len(sizes), pos.device)
+    each = [torch.rand(2, count, num_pairs, **source) for count, source in sources]
+    uniform = torch.cat(each, dim=1).double().to(pos.device, non_blocking=True)
     size = torch.as_tensor(sizes, dtype=torch.float64).unsqueeze(-1)
     size = size.to(pos.device, non_blocking=True)
     start = size.cumsum(0) - size
@@ -309,7 +314,7 @@ def geometry_terms(
     *,
     probe_rows: int | None = None,
     stress_pairs: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> dict[str, Tensor]:
     """The named terms of a layout's supervision, unweighted.
 
@@ -319,7 +324,8 @@ def geometry_terms(
         names: of ``GEOMETRY_TERMS``.
         probe_rows: see :func:`rw_kl_loss`.
         stress_pairs: see :func:`log_stress_loss`, for each of the two terms made of pairs.
-        generator: source of every random choice.
+        generator: source of every random choice; several are one for each graph, whose terms are
+            not sampled by ``probe_rows`` and ``stress_pairs``.
 
     Returns:
         Scalars by name.
@@ -360,6 +366,17 @@ def _random_rows(
 ) -> Tensor:
     rows = torch.randperm(n, generator=generator, device=_source(generator, device))[:count]
     return rows.to(device, non_blocking=True)
+
+
+def _sources(
+    generator: Source, counts: Sequence[int], device: torch.device
+) -> list[tuple[int, dict[str, Any]]]:
+    """How many numbers to draw from which source: one for all graphs, or each its own."""
+    if not isinstance(generator, Sequence):
+        of: dict[str, Any] = {"generator": generator, "device": _source(generator, device)}
+        return [(sum(counts), of)]
+    given = zip(counts, generator, strict=True)
+    return [(count, {"generator": one, "device": one.device}) for count, one in given]
 
 
 def _source(generator: torch.Generator | None, device: torch.device) -> torch.device:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig, TrainConfig
+from ..distributed import share_of, size
 from ..errors import UserError
 from ..graph import NeighborTable
 from ..inference import steps
 from ..inference.costs import MINISET_CELLS, WHOLE_CELL
 from ..supervision import SlideTarget, build_target, gate_target, target_graph
 from ..supervision import collate as collate_targets
+from ..supervision.losses import Source
 
 SLIDE_STEPS = 100
 """Steps per epoch on whole slides, where none are asked for."""
@@ -64,6 +66,7 @@ class GraphBatch:
         whole: whether this is a whole slide, whose walk is compared by probe rows.
         initial: layout (n, 2) that the recycles begin from; None leaves it to the model.
         stays: whether later steps get this very batch again.
+        members: the batches of single graphs that it was collated from, if it was.
     """
 
     h: Tensor
@@ -73,6 +76,7 @@ class GraphBatch:
     whole: bool = False
     initial: Tensor | None = None
     stays: bool = False
+    members: Sequence[GraphBatch] = ()
 
     def to(self, device: torch.device | str) -> GraphBatch:
         """The same batch on another device; itself where it is there already."""
@@ -87,6 +91,30 @@ class GraphBatch:
             whole=self.whole,
             initial=None if self.initial is None else self.initial.to(device),
         )
+
+
+@dataclass
+class Share:
+    """What this rank computes of the batch of one step.
+
+    Args:
+        pieces: minisets as one collated batch, or whole slides one by one, where there was room
+            for them; maybe none.
+        numbers: of the graphs of each piece in the whole batch, which name their random numbers.
+        cells: of the whole batch, over all ranks.
+        graphs: of the whole batch, likewise.
+    """
+
+    pieces: list[GraphBatch]
+    numbers: list[range]
+    cells: int
+    graphs: int
+
+    @property
+    def alone(self) -> GraphBatch | None:
+        """The whole batch, where one rank computes all of it in one piece."""
+        whole = len(self.pieces) == 1 and len(self.numbers[0]) == self.graphs
+        return self.pieces[0] if whole and size() == 1 else None
 
 
 def build_batch(
@@ -120,9 +148,7 @@ def build_batch(
     return GraphBatch(slide.h, graph, target, walk.float(), whole, initial)
 
 
-def subsample_edges(
-    batch: GraphBatch, settings: TrainConfig, generator: torch.Generator
-) -> GraphBatch:
+def subsample_edges(batch: GraphBatch, settings: TrainConfig, generator: Source) -> GraphBatch:
     """The batch on a random part of its candidates, as a step of training sees it.
 
     ``k_fraction_range`` keeps the nearest candidates, a fraction of the cells drawn anew. Where all
@@ -133,11 +159,14 @@ def subsample_edges(
     Args:
         batch: its graph's rows list the nearest candidates first.
         settings: ``k_fraction_range`` and ``mutual_prob``.
-        generator: source of the draw.
+        generator: source of the draw; several are one for each member of a batch.
     """
     graph, keep = batch.graph, batch.graph.index >= 0
     if not graph.k or (settings.k_fraction_range is None and settings.mutual_prob == 0):
         return batch
+    if isinstance(generator, Sequence):
+        each = zip(batch.members or [batch], generator, strict=True)
+        return collate([subsample_edges(one, settings, source) for one, source in each])
 
     def draw() -> float:
         return float(torch.rand((), generator=generator, device=generator.device))
@@ -182,6 +211,7 @@ def collate(batches: Sequence[GraphBatch]) -> GraphBatch:
         target=collate_targets([batch.target for batch in batches]),
         gate_target=torch.cat([batch.gate_target for batch in batches]),
         initial=initial,
+        members=batches,
     )
 
 
@@ -293,7 +323,7 @@ def _side_by_side(build: Callable[..., GraphBatch], *given: Sequence) -> list[Gr
 
 
 class Batches:
-    """The batch of every training step, and those of the validation.
+    """What this rank computes of the batch of every training step, and the validation's batches.
 
     Args:
         train: slides to train on.
@@ -311,36 +341,57 @@ class Batches:
     ):
         settings = config.train
         self.config, self.device, kind = config, device, settings.batch_kind
+        self.slides, self.per_step = train, min(settings.slides_per_step, len(train))
         oracle = settings.attention_graph == "target"
         self.pool = MinisetPool(
             train, settings.minisets, config, settings.seed, oracle=oracle, device=device
         )
-        self.whole: list[GraphBatch] = []
+        self.whole: dict[int, GraphBatch] = {}
         if kind in ("slide", "mixed"):
-            self.whole = [build_batch(s, config, settings.seed, True, oracle) for s in train]
-            self.val = [build_batch(s, config, settings.seed, True) for s in val]
-            _make_room(self.whole, self.val, device)
+            turns, own = range(len(train)), share_of(self.per_step)
+            own_slides = {self._slides_of(turn)[place] for turn in turns for place in own}
+            for i in sorted(own_slides):
+                self.whole[i] = build_batch(train[i], config, settings.seed, True, oracle)
+            held = {i: build_batch(s, config, settings.seed, True) for i, s in enumerate(val)}
+            _make_room(self.whole, held, device)
+            self.val = [*held.values()]
         else:
             count = settings.val_minisets if val else 0
             minisets = MinisetPool(val, count, config, settings.seed + 1, device=device)
             self.val = [minisets[number] for number in range(len(minisets))]
 
-    def at(self, stage: str, step: int) -> GraphBatch:
-        """The batch of a step: minisets in a new order each epoch, slides in turn."""
+    def at(self, stage: str, step: int) -> Share:
+        """The batch of a step: minisets in a new order each epoch, slides in turn.
+
+        It is the same whatever the number of ranks, each of which computes a part of it.
+        """
         settings = self.config.train
         if settings.batch_kind == "slide":
-            return self.whole[step % len(self.whole)].to(self.device)
+            return self._share_of_slides(step)
         if settings.batch_kind == "mixed":
             if step % 2:
-                return self.whole[step // 2 % len(self.whole)].to(self.device)
+                return self._share_of_slides(step // 2)
             step //= 2
-        size = settings.batch_size
-        per_pass = math.ceil(len(self.pool) / size)
+        width = settings.batch_size
+        per_pass = math.ceil(len(self.pool) / width)
         generator = step_generator(settings.seed, f"{stage} order", step // per_pass)
-        order = torch.randperm(len(self.pool), generator=generator)
-        start = step % per_pass * size
-        minisets = [self.pool[int(number)] for number in order[start : start + size]]
-        return collate(minisets).to(self.device)
+        order = torch.randperm(len(self.pool), generator=generator).tolist()
+        start = step % per_pass * width
+        chosen = order[start : start + width]
+        cells, own = sum(len(self.pool.sets[i][1]) for i in chosen), share_of(len(chosen))
+        if not own:
+            return Share([], [], cells, len(chosen))
+        piece = collate([self.pool[chosen[place]] for place in own])
+        return Share([piece], [own], cells, len(chosen))
+
+    def _slides_of(self, turn: int) -> list[int]:
+        return [(turn * self.per_step + place) % len(self.slides) for place in range(self.per_step)]
+
+    def _share_of_slides(self, turn: int) -> Share:
+        chosen, own = self._slides_of(turn), share_of(self.per_step)
+        pieces = [self.whole[chosen[place]] for place in own]
+        cells = sum(len(self.slides[i].h) for i in chosen)
+        return Share(pieces, [range(place, place + 1) for place in own], cells, len(chosen))
 
 
 def step_generator(
@@ -356,13 +407,15 @@ def step_seed(seed: int, stage: str, step: int) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def _make_room(train: list[GraphBatch], val: list[GraphBatch], device: torch.device) -> None:
+def _make_room(
+    train: dict[int, GraphBatch], val: dict[int, GraphBatch], device: torch.device
+) -> None:
     """Whole slides stay on the device if they fit; else only the one in use is there."""
     if device.type != "cuda":
         return
     room = torch.cuda.get_device_properties(device).total_memory // 4
     for batches in (train, val):
-        for number, batch in enumerate(batches):
+        for number, batch in batches.items():
             room -= WHOLE_CELL * len(batch.h)
             batches[number] = batch.to(device if room >= 0 else "cpu")
             batches[number].stays = room >= 0

@@ -29,7 +29,8 @@ from ..inference.embedding import normalize_expression, read_expression
 from ..nn import SharedEncoder
 from ..nn.encoder import SMOOTH_CHANNELS
 from ..ops.recording import Recorder
-from .loop import Loop, adamw, cosine, set_lr
+from .loop import Loop
+from .optimizers import adamw, cosine, set_lr
 
 _ROWS = 8192  # cells of dense expression at once
 _AXES_CELLS = 20_000  # a slide; more do not move the leading components

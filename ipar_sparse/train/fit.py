@@ -45,6 +45,7 @@ from .members import check_members, divide, read_inputs
 from .model import Trained, train_gate, train_model
 from .run_folder import PARTS
 from .selection import read_frame_errors, resolve_from_data, select_settings
+from .sharing import fill_ranks
 from .typicality import fit_typicality
 
 logger = logging.getLogger(__name__)
@@ -282,6 +283,7 @@ def _decide(
         config = RunConfig.load(loop.out).replace(train={"device": request.train.device})
     else:
         config, found = select_settings(slides, donors, request, genes, loop)
+        config = fill_ranks(config, len(slides))
         if leads():
             text = json.dumps(found.as_dict(), indent=1)
             atomic_write(loop.out / SELECTION, text + "\n")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -94,6 +94,11 @@ class Loop:
     def seed_of(self, stage: str, step: int) -> int:
         """The seed of that source."""
         return step_seed(self.seed, stage, step)
+
+    def seeds_of(self, stage: str, step: int, pieces: Iterable[range]) -> list[list[int]]:
+        """Seeds of the graphs of a step, by their numbers in its batch; those of each piece."""
+        names = ((f"{stage}/{n}" if n else stage for n in piece) for piece in pieces)
+        return [[self.seed_of(name, step) for name in piece] for piece in names]
 
     @contextmanager
     def stage(
@@ -449,30 +454,6 @@ class TrainingLoop(KeptLoop):
             keep_previous(self.out)
             super().save(stage)
         self._saved_at = time.monotonic()
-
-
-def cosine(step: int, total: int, high: float, low: float) -> float:
-    """A learning rate that falls from ``high`` to ``low`` over ``total`` steps as a cosine."""
-    return low + 0.5 * (high - low) * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
-
-
-def adamw(
-    parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, device: torch.device
-) -> Optimizer:
-    """AdamW; on a GPU it keeps step and learning rate there, so that steps can be recorded."""
-    if device.type != "cuda":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    rate = torch.tensor(lr, device=device)
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay, capturable=True)
-
-
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Sets the learning rate of all parameters."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
 
 
 @contextmanager

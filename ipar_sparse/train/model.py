@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,18 @@ from torch import Tensor, nn
 
 from .. import progress
 from ..config import RunConfig, TrainConfig
+from ..distributed import shared_out
 from ..inference import steps
 from ..metrics.diagnostics import collapse_diagnostics, health_warnings
 from ..nn import EdgeGateSoft, IPALiteModel
 from ..ops.recording import Recorder
 from ..supervision import e_geo, gate_loss, geometry_terms, target_graph
-from .batches import Batches, GraphBatch, subsample_edges
+from ..supervision.losses import BY_CELL, Source
+from .batches import Batches, GraphBatch, Share, subsample_edges
 from .history import SCORES, TERM_COLUMNS
-from .loop import Loop, adamw, cosine, set_lr
+from .loop import Loop
+from .optimizers import adamw, cosine, set_lr
+from .sharing import SharedSteps, Sources
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +59,10 @@ class Trained:
         half = self.config.train.precision == "float16" and self.device.type == "cuda"
         return torch.amp.GradScaler(self.device.type, enabled=half)
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of gate and model."""
+        return [*self.gate.parameters(), *self.model.parameters()]
+
     def autocast(self):
         """The arithmetic of the forward pass."""
         precision = self.config.train.precision
@@ -67,17 +76,40 @@ def train_gate(parts: Trained, batches: Batches, loop: Loop) -> None:
     settings, gate = parts.config.train, parts.gate
     total = settings.gate_steps if parts.config.model.gated else 0
     optimizer, scaler = parts.optimizer(gate), parts.grad_scaler()
+    parameters, sources = [*gate.parameters()], Sources(parts.device)
     gate.train()
+
+    def losses(batch: GraphBatch, source: Source, shares: Tensor | None = None):
+        h, _ = augment(batch, settings, source)
+        with parts.autocast():
+            logits = gate(h, batch.graph)
+        loss = gate_loss(in_full(logits), batch.graph, probability=batch.gate_target)
+        loss = loss if shares is None else shares[2] * loss
+        return {"loss": loss, "l_gate": loss}
+
+    def step_on(share: Share, seeds: list[list[int]]) -> dict[str, Any]:
+        draw = partial(_drawn, share, seeds, sources, parts)
+        if share.alone is None:
+            return shared(share, draw, ["loss", "l_gate"], losses)
+        found = losses(*draw(0))
+        norm = update(found["loss"], parameters, optimizer, scaler, settings.grad_clip)
+        return {**found, "grad_norm": norm}
+
+    take = partial(take_step, parameters, optimizer, scaler, settings.grad_clip)
+    shared = SharedSteps(parameters, take, scaler, Recorder(parts.device, enabled=False))
     with loop.stage("gate", total, optimizer, scaler) as stage:
         for step in stage:
-            generator = loop.generator("gate", step)
-            batch = subsample_edges(batches.at("gate", step), settings, generator)
-            h, _ = augment(batch, settings, generator)
-            with parts.autocast():
-                logits = gate(h, batch.graph)
-            loss = gate_loss(logits.float(), batch.graph, probability=batch.gate_target)
-            norm = update(loss, [*gate.parameters()], optimizer, scaler, settings.grad_clip)
-            stage.record({"loss": loss, "l_gate": loss, "grad_norm": norm})
+            share = batches.at("gate", step)
+            stage.record(step_on(share, loop.seeds_of("gate", step, share.numbers)))
+
+
+def _drawn(
+    share: Share, seeds: list[list[int]], sources: Sources, parts: Trained, number: int
+) -> tuple[GraphBatch, Source]:
+    """A piece of a share on the candidates that its step sees, and the source of what is next."""
+    source = sources(seeds[number])
+    piece = share.pieces[number].to(parts.device)
+    return subsample_edges(piece, parts.config.train, source), source
 
 
 def train_model(parts: Trained, batches: Batches, loop: Loop) -> None:
@@ -94,8 +126,9 @@ def train_model(parts: Trained, batches: Batches, loop: Loop) -> None:
             epoch = loop.state.step // per_epoch
             for step in stage.until((epoch + 1) * per_epoch):
                 set_lr(optimizer, cosine(step, total, settings.lr, settings.lr_min))
-                batch = batches.at("joint", step)
-                stage.record(recorded(batch, loop.seed_of("joint", step), step / per_epoch))
+                share = batches.at("joint", step)
+                seeds = loop.seeds_of("joint", step, share.numbers)
+                stage.record(recorded(share, seeds, step / per_epoch))
             whole = loop.state.step == (epoch + 1) * per_epoch
             if not whole:  # time is up: resuming goes on here, whatever the validation finds
                 loop.save(stage)
@@ -128,35 +161,45 @@ class RecordedSteps:
         self, parts: Trained, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ):
         self.parts, self.optimizer, self.scaler = parts, optimizer, scaler
-        settings = parts.config.train
-        self.generator = torch.Generator(parts.device)
+        settings, self.sources = parts.config.train, Sources(parts.device)
         # what is drawn on the host, and what a float16 scale decides there, cannot be replayed
         varies = settings.k_fraction_range is not None or settings.mutual_prob > 0
         self.record = Recorder(
-            parts.device, self.generator, enabled=not (varies or scaler.is_enabled())
+            parts.device, *self.sources.all, enabled=not (varies or scaler.is_enabled())
         )
         self.walk_weight: Tensor | None = None
         if self.record.enabled and settings.rw_cap > 0:
             self.walk_weight = torch.zeros((), device=parts.device)
+        parameters = parts.parameters()
+        take = partial(take_step, parameters, optimizer, scaler, settings.grad_clip)
+        self.shared = SharedSteps(parameters, take, scaler, self.record)
 
-    def __call__(self, batch: GraphBatch, seed: int, epoch: float) -> dict[str, Any]:
-        """One step on a batch; returns its losses, see :func:`losses_of`."""
-        settings = self.parts.config.train
-        self.generator.manual_seed(seed)
+    def __call__(self, share: Share, seeds: list[list[int]], epoch: float) -> dict[str, Any]:
+        """One step on a batch; returns its losses, see :func:`losses_of`.
+
+        Args:
+            share: of the batch.
+            seeds: of the graphs of its pieces.
+            epoch: time in epochs.
+        """
+        parts, settings = self.parts, self.parts.config.train
         if self.walk_weight is not None:
             self.walk_weight.fill_(walk_weight(epoch, settings))
+        draw = partial(_drawn, share, seeds, self.sources, parts)
+        if share.alone is None:
+            weights = term_weights(epoch, settings, self.walk_weight)
+            names = ["loss", "l_gate", *(TERM_COLUMNS[name] for name in weights)]
+
+            def losses(piece: GraphBatch, source: Source, shares: Tensor):
+                return losses_of(parts, piece, source, epoch, self.walk_weight, shares)
+
+            found = self.shared(share, draw, names, losses, _RECORD_CELLS)
+            return {**found, "w_rw": weights.get("rw_kl", 0.0)}
+        batch, source = draw(0)
 
         def step() -> dict[str, Any]:
-            drawn = subsample_edges(batch, settings, self.generator)
-            losses = training_step(
-                self.parts,
-                drawn,
-                self.generator,
-                epoch,
-                self.optimizer,
-                self.scaler,
-                self.walk_weight,
-            )
+            given = (epoch, self.optimizer, self.scaler, self.walk_weight)
+            losses = training_step(parts, batch, source, *given)
             return {
                 name: value.detach() if isinstance(value, Tensor) else value
                 for name, value in losses.items()
@@ -170,7 +213,7 @@ class RecordedSteps:
 def training_step(
     parts: Trained,
     batch: GraphBatch,
-    generator: torch.Generator,
+    generator: Source,
     epoch: float,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -181,27 +224,30 @@ def training_step(
     On a GPU it never waits for the device, but for float16's scale.
     """
     losses = losses_of(parts, batch, generator, epoch, rw_weight)
-    parameters = [*parts.gate.parameters(), *parts.model.parameters()]
     clip = parts.config.train.grad_clip
-    losses["grad_norm"] = update(losses["loss"], parameters, optimizer, scaler, clip)
+    losses["grad_norm"] = update(losses["loss"], parts.parameters(), optimizer, scaler, clip)
     return losses
 
 
 def losses_of(
     parts: Trained,
     batch: GraphBatch,
-    generator: torch.Generator,
+    generator: Source,
     epoch: float,
     rw_weight: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> dict[str, Any]:
     """The losses of one training step, by the columns of the history.
 
     Args:
         parts: gate, model and settings.
         batch: on the device.
-        generator: source of augmentation, dropped edges and sampled pairs.
+        generator: source of augmentation, dropped edges and sampled pairs; several are one for
+            each member of a batch.
         epoch: time in epochs, which decides the weight of the random-walk loss.
         rw_weight: that weight on the device, where it changes between replays of a recorded step.
+        shares: (3,) of all cells, graphs and cells with a true neighbour among their candidates
+            that this part of a larger batch has. Losses are then its part of their means.
     """
     config, settings, target = parts.config, parts.config.train, batch.target
     h, dropped = augment(batch, settings, generator)
@@ -210,7 +256,7 @@ def losses_of(
         if config.model.gated:
             seen = h if settings.gate_noise else batch.h
             logits = parts.gate(seen, batch.graph)
-            gate_bias = config.model.gate_weight * logits.float()
+            gate_bias = config.model.gate_weight * in_full(logits)
             drop = dropped.unsqueeze(-1) if gate_bias.dim() == 2 else dropped
             bias = gate_bias.masked_fill(torch.isinf(drop), -math.inf)
         pos = parts.model(
@@ -219,11 +265,12 @@ def losses_of(
             edge_bias=bias,
             batch=target.batch if target.num_graphs > 1 else None,
             num_graphs=target.num_graphs,
-            generator=generator,
+            generator=None if isinstance(generator, Sequence) else generator,
             initial=batch.initial,
+            noise=_start_noise(batch, generator) if isinstance(generator, Sequence) else None,
         )
     if config.model.gated:
-        l_gate = gate_loss(logits.float(), batch.graph, probability=batch.gate_target)
+        l_gate = gate_loss(in_full(logits), batch.graph, probability=batch.gate_target)
     weights = term_weights(epoch, settings, rw_weight)
     terms = geometry_terms(
         pos,
@@ -233,6 +280,9 @@ def losses_of(
         stress_pairs=settings.stress_pairs if batch.whole else None,
         generator=generator,
     )
+    if shares is not None:
+        terms = {n: shares[0 if n in BY_CELL else 1] * value for n, value in terms.items()}
+        l_gate = shares[2] * l_gate
     loss = sum(weight * terms[name] for name, weight in weights.items())
     loss = loss + settings.lambda_gate * l_gate
     named = {TERM_COLUMNS[name]: value for name, value in terms.items()}
@@ -253,6 +303,16 @@ def update(
     """
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
+    return take_step(parameters, optimizer, scaler, clip)
+
+
+def take_step(
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    clip: float,
+) -> Tensor:
+    """The step of :func:`update` with the gradients that parameters hold."""
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     bad = ~norm.isfinite()
@@ -264,10 +324,26 @@ def update(
     return norm
 
 
-def augment(
-    batch: GraphBatch, settings: TrainConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def in_full(values: Tensor) -> Tensor:
+    """Values in float32, or float64 where they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _start_noise(batch: GraphBatch, sources: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal numbers (n, 2) for the first positions, each member's from its source."""
+    kind = torch.float64 if batch.h.dtype == torch.float64 else torch.float32
+    each = zip(batch.target.sizes, sources, strict=True)
+    return torch.cat(
+        [torch.randn(n, 2, generator=g, device=batch.h.device, dtype=kind) for n, g in each]
+    )
+
+
+def augment(batch: GraphBatch, settings: TrainConfig, generator: Source) -> tuple[Tensor, Tensor]:
     """A noisy embedding (n, d), and an edge bias (E,) of 0 or, on dropped edges, -inf."""
+    if isinstance(generator, Sequence):
+        each = zip(batch.members, generator, strict=True)
+        noisy, dropped = zip(*(augment(one, settings, g) for one, g in each), strict=True)
+        return torch.cat(noisy), torch.cat(dropped)
     h, noise_h, dropout_h = batch.h, settings.noise_h, settings.dropout_h
     if settings.vary_augmentation:
         level = torch.empty(2, device=h.device).uniform_(0.5, 1.5, generator=generator)
@@ -328,9 +404,9 @@ def score(parts: Trained, batches: Sequence[GraphBatch], loop: Loop) -> dict[str
     Means over the batches; beside E_geo its two parts and the measures of collapse.
     """
     gate, model, config = parts.gate.eval(), parts.model.eval(), parts.config
-    sums: dict[str, Any] = {}
-    for number, batch in enumerate(batches):
-        batch = batch.to(parts.device)
+
+    def scores_of(number: int) -> dict[str, float]:
+        batch = batches[number].to(parts.device)
         bias, _ = steps.gate_bias(gate, batch.h, batch.graph, config)
         true = target_graph(batch.target.pos, mode=config.graph.target_mode).to(parts.device)
         layouts = {
@@ -338,18 +414,20 @@ def score(parts: Trained, batches: Sequence[GraphBatch], loop: Loop) -> dict[str
             "tedge": model(batch.h, true, initial=batch.initial),
         }
         probes = config.train.probe_rows if batch.whole else None
+        found: dict[str, Any] = {}
         for kind, pos in layouts.items():
             generator = loop.generator("validation", number)
             values: dict[str, Any] = e_geo(pos.float(), batch.target, probes, generator)
             values |= collapse_diagnostics(pos)
-            for name in SCORES:
-                key = f"{kind}_{name}"
-                sums[key] = sums.get(key, 0.0) + torch.as_tensor(values[name]).float().cpu()
+            found |= {f"{kind}_{name}": values[name] for name in SCORES}
         generator = loop.generator("validation", number)
-        floor = e_geo(batch.target.pos.float(), batch.target, probes, generator)["e_geo"]
-        sums["e_geo_floor"] = sums.get("e_geo_floor", 0.0) + floor.cpu()
+        floor = e_geo(batch.target.pos.float(), batch.target, probes, generator)
+        found["e_geo_floor"] = floor["e_geo"]
+        return {name: float(torch.as_tensor(value).float()) for name, value in found.items()}
+
+    scores = shared_out(range(len(batches)), scores_of)
     gate.train(), model.train()
-    return {name: float(value) / len(batches) for name, value in sums.items()}
+    return {name: sum(one[name] for one in scores) / len(scores) for name in scores[0]}
 
 
 def term_weights(

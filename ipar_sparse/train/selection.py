@@ -22,7 +22,7 @@ from ..config import DEFAULT_SELECTION, RunConfig
 from ..config.schema import SELECTION
 from ..data.expression import median_total
 from ..data.slide import Slide
-from ..distributed import from_first
+from ..distributed import from_first, rank, shared_out, size
 from ..estimators.frames import FrameError
 from ..files import parse_json
 from ..inference.costs import choose_batch_kind, slide_size
@@ -226,8 +226,8 @@ def select_settings(
                 if calibrates:
                     task.advance(0, now="error model")
                     trial |= _error_model(folds, trial)
-                for fold in folds:
-                    result.frame_errors |= fold.frame_errors(trial)
+                for errors in shared_out(folds, lambda fold: fold.frame_errors(trial)):
+                    result.frame_errors |= errors
                 values = {key: trial[key] if key in open_keys else values[key] for key in values}
             except TimeUp:
                 logger.warning("what was not tried takes its default")
@@ -268,7 +268,7 @@ def _try_choices(
         table = _choose(choice, folds, values, task)
         values |= table.pop("values")
         result.choices.append(table)
-    found = [fold.scores(values) for fold in folds]
+    found = _scores(folds, values)
     distance, hit = (_donors(found, name) for name in ("distance", "hit"))
     result.donors = len(hit)
     logger.info(
@@ -395,11 +395,8 @@ def _choose(
     """The table of one choice, and under ``values`` the settings that it decides."""
     scores: list[list[Scores]] = []
     for candidate in choice.candidates:
-        scores.append([])
-        for fold in folds:
-            task.advance(0, now=f"{choice.setting}: {candidate.name}")
-            scores[-1].append(fold.scores({**values, **candidate.values}))
-            task.advance()
+        task.advance(0, now=f"{choice.setting}: {candidate.name}")
+        scores.append(_scores(folds, {**values, **candidate.values}, task))
     balanced = [_donors(found, "balanced") for found in scores]
     taken = best_candidate(balanced, choice.errors)
     rows = []
@@ -423,6 +420,23 @@ def _choose(
         "reason": reason,
         "values": dict(choice.candidates[taken].values),
     }
+
+
+def _scores(
+    folds: Sequence[DonorFold], values: Mapping[str, Any], task: Task | None = None
+) -> list[Scores]:
+    """Of every fold; ranks compute folds in turn."""
+
+    def score(fold: DonorFold) -> Scores:
+        found = fold.scores(values)
+        if task is not None:
+            task.advance()
+        return found
+
+    found = shared_out(folds, score)
+    if task is not None:
+        task.advance(len(folds) - len(range(rank(), len(folds), size())))
+    return found
 
 
 def best_candidate(scores: Sequence[np.ndarray], errors: float = 1.0) -> int:
@@ -451,7 +465,7 @@ def _donors(found: Sequence[Scores], name: str) -> np.ndarray:
 
 def _error_model(folds: Sequence[DonorFold], values: Mapping[str, Any]) -> dict[str, Any]:
     """How the square error of a cell follows its predictive variance, on the left-out donors."""
-    donors = [fold.errors(values) for fold in folds]
+    donors = shared_out(folds, lambda fold: fold.errors(values))
     model = fit_error_model(donors)
     return {
         "uncertainty.error_intercept": model.intercept,
