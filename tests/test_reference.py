@@ -21,6 +21,7 @@ from ipar_sparse.inference.checkpoint import save_checkpoint
 from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.inference.reference import find_reference
 from ipar_sparse.inference.run_folder import BEST, read_meta
+from ipar_sparse.report.carried import carrying_genes
 from ipar_sparse.train.fit import fit
 
 TURN = np.array([[0.6, 0.8], [0.8, -0.6]])  # a rotation with a reflection
@@ -277,6 +278,31 @@ def test_a_number_of_places_that_makes_no_sense_is_refused(run, slides, tmp_path
     assert "1 to 10 places" in capsys.readouterr().err and not (tmp_path / "o.h5ad").exists()
 
 
+def test_genes_carried_the_placement_that_cells_express_where_the_reference_does():
+    """Three genes have a pattern on the reference; cells follow the first and third of them."""
+    rng = np.random.default_rng(0)
+    spots, pos = rng.random((400, 2)), rng.random((300, 2))
+
+    def noise(where):
+        return rng.normal(size=len(where))
+
+    wave, rise = np.sin(6 * spots[:, 0]), spots[:, 1]
+    known = np.stack([wave, rise, 4 * rise, noise(spots)], axis=1)
+    wave, rise = np.sin(6 * pos[:, 0]), pos[:, 1]
+    own = np.stack([wave, noise(pos), rise + 0.3 * noise(pos), noise(pos)], axis=1)
+    found = carrying_genes(
+        sparse.csr_matrix(own), pos, sparse.csr_matrix(known), spots, ["a", "lost", "c", "noise"]
+    )
+    assert list(found.genes) == ["a", "c"] and list(found.lost) == ["lost"]
+    assert found.genes["a"] > 0.95 > found.genes["c"] > 0.4 and abs(found.lost["lost"]) < 0.1
+    assert "carried the placement: a (" in found.sentence()
+    shuffled = rng.permutation(pos)
+    nothing = carrying_genes(
+        sparse.csr_matrix(own), shuffled, sparse.csr_matrix(known), spots, ["a", "b", "c", "noise"]
+    )
+    assert not nothing.genes and "do not rely on the places" in nothing.sentence()
+
+
 def test_the_page_shows_the_cells_over_the_reference_and_beside_it(run, slides, tmp_path):
     cells, reference, page = (tmp_path / name for name in ("c.h5ad", "r.h5ad", "page"))
     write_slide(replace(slides[3], pos=None), cells)
@@ -290,6 +316,8 @@ def test_the_page_shows_the_cells_over_the_reference_and_beside_it(run, slides, 
     assert "On cortex2" in html and f"lie within {said['median_error']:.4g}" in html
     assert f"Expression of {gene} on the reference" in html
     assert len(list((page / "figures").glob("frame*.png"))) == 5
+    named = html.split("These genes carried the placement: ")[1].split(" (")[0]
+    assert named in slides[3].genes
     other = IPAR.load(run).predict(
         to_anndata(slides[3]), copy=True, reference="cortex1", report=tmp_path / "other"
     )

@@ -80,7 +80,7 @@ def cell_table(
     known = [str(gene) for gene in (slide.genes if genes is None else genes) if str(gene) in own]
     others = [gene for gene in known if gene not in asked][:_LOOKED_AT]
     matrix = normalized_expression(slide, [*asked, *others])
-    ranks = np.argsort(-_pattern(matrix[:, len(asked) :], pos), kind="stable")[:INFORMATIVE]
+    ranks = np.argsort(-pattern(matrix[:, len(asked) :], pos), kind="stable")[:INFORMATIVE]
     chosen = [*range(len(asked)), *(len(asked) + ranks)]
     names = [*asked, *(others[rank] for rank in ranks)]
     return CellTable(slide.cell_names, columns, matrix[:, chosen], names, len(asked))
@@ -101,8 +101,13 @@ def check_genes(slides: Sequence[Slide], asked: Sequence[str]) -> None:
                 )
 
 
-def _pattern(matrix: sparse.csr_matrix, pos: np.ndarray) -> np.ndarray:
-    """How alike the expression of each gene is among neighbours on the map (G,)."""
+def pattern(matrix: sparse.csr_matrix, pos: np.ndarray) -> np.ndarray:
+    """How alike the expression of each gene is among neighbours on a map (G,): Moran's I.
+
+    Args:
+        matrix: log-normalised expression (n, G).
+        pos: positions (n, 2).
+    """
     if not matrix.shape[1] or len(pos) < 3:
         return np.zeros(matrix.shape[1])
     neighbors = knn(torch.from_numpy(np.ascontiguousarray(pos, dtype=float)), 8).index.numpy()

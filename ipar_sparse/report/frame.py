@@ -15,6 +15,7 @@ from ..data.slide import Slide
 from ..inference.placing import Additions
 from ..inference.predictor import Predictor
 from ..inference.reference import Reference
+from .carried import carried
 from .cells import CellTable, cell_table
 from .html import draw_figure
 from .sections import section
@@ -58,8 +59,10 @@ def frame_section(
         genes = [str(gene) for gene in table.genes if str(gene) in held][:wanted]
         text += (
             "Grey is the outline of the reference. Each gene is shown as measured there, left, and "
-            "on the cells, right: patterns that you know should come out alike."
+            "on the cells, right: patterns that you know should come out alike. "
         )
+        if found := carried(predictor, slide, pos, shown, spots):
+            text += found.sentence()
     else:
         text += "Give the file of the reference to see it beside the cells."
     if not shown.any():
