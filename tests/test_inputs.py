@@ -8,6 +8,7 @@ import pytest
 from scipy import sparse
 
 from ipar_sparse.config.schema import DataConfig
+from ipar_sparse.data.copies import identified
 from ipar_sparse.data.gene_names import kind_of_names, rename_genes, stem
 from ipar_sparse.data.input_profile import InputProfile, conform, profile_inputs
 from ipar_sparse.data.names import safe_name, safe_names, unique_names
@@ -286,6 +287,17 @@ def test_positions_in_another_order_than_the_cells_are_told_of():
     assert neighbor_agreement(slide, slide.genes) > 8 > 4 > neighbor_agreement(mixed, slide.genes)
     assert "another order than the cells" in told(told_of_order(mixed, slide.genes, 1e4))
     assert told_of_order(slide, slide.genes, 1e4) is slide
+
+
+def test_cells_that_occur_more_than_once_are_told_of(members):
+    slide = members[0]
+    assert not any("another cell holds" in note for note in identified(slide).notes)
+    rows = np.concatenate([np.arange(slide.num_cells), np.arange(slide.num_cells // 4)])
+    found = identified(replace(slide.take(rows), digest=None))
+    told = [note for note in found.notes if "another cell holds" in note]
+    assert len(told) == 1 and isinstance(told[0], Warned)
+    assert told[0].startswith(f"{slide.num_cells // 4} of {len(rows)} cells")
+    assert identified(replace(found, digest=None)).notes == found.notes
 
 
 def test_positions_are_taken_from_the_columns_that_vary():

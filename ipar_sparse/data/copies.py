@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .notes import Warned
 from .slide import Slide
 
 _SKETCH = 256  # cells of a slide by which another slide is compared with it
@@ -31,7 +32,16 @@ def identified(slide: Slide) -> Slide:
             rows = _mixed(rows ^ _mixed(np.ascontiguousarray(column).view(np.uint64)))
     digest = hashlib.sha256(np.sort(rows).tobytes()).hexdigest()[:16]
     places = np.empty(0, np.uint64) if slide.pos is None else _place_signatures(slide.pos)
-    return replace(slide, digest=digest, signatures=np.unique(telling), places=places)
+    signatures = np.unique(telling)
+    repeated = len(telling) - len(signatures)
+    notes = list(slide.notes)
+    if repeated > SOME * len(telling):
+        said = (
+            f"{repeated} of {slide.num_cells} cells hold exactly what another cell holds: the "
+            "slide may have been joined with itself; keep one of each"
+        )
+        notes += [] if said in notes else [Warned(said)]
+    return replace(slide, digest=digest, signatures=signatures, places=places, notes=notes)
 
 
 def slide_digest(slide: Slide) -> str:
