@@ -304,6 +304,16 @@ def failed_stage() -> str:
     return " / ".join(_shown.failed)
 
 
+def is_quiet() -> bool:
+    """Whether stages are not shown."""
+    return _shown.quiet
+
+
+def where() -> str:
+    """How far the innermost stage is that runs in this process; empty if none does."""
+    return "".join(task.line() for task in _shown.stack[-1:])
+
+
 def tell(line: str) -> None:
     """Shows a line that is neither a result nor a warning; quiet commands leave it out."""
     _shown.tell(line, above_bars=True)

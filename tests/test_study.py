@@ -34,7 +34,8 @@ from ipar_sparse.evaluation.study_plan import (
     study_jobs,
 )
 from ipar_sparse.evaluation.study_results import Row, as_record
-from ipar_sparse.evaluation.study_run import check_study_folder, run_study, threads_per_job
+from ipar_sparse.evaluation.study_run import check_study_folder, run_study
+from ipar_sparse.evaluation.study_workers import threads_per_job
 from ipar_sparse.inference.run_folder import BEST, LAST, read_meta
 from ipar_sparse.report import write_study_report
 from ipar_sparse.train.fit import fit, fit_encoder

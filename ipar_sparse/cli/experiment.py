@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from . import options
 from .messages import Stopped, say
 from .options import OUTPUT, READING, RUNNING, flag, given
 from .watched import loading
+
+if TYPE_CHECKING:
+    from ..evaluation.study_plan import Study
 
 Variants = Annotated[
     list[str] | None,
@@ -74,6 +77,27 @@ Reference = Annotated[
     ),
 ]
 
+RunsPerGpu = Annotated[
+    int | None,
+    flag(
+        "--runs-per-gpu",
+        "Runs that share a GPU, while its memory allows. [dim]Default: 4[/dim]",
+        RUNNING,
+        "N",
+        min=1,
+    ),
+]
+Scheduler = Annotated[
+    str | None,
+    flag(
+        "--scheduler",
+        "Address of a dask scheduler, or the file that it wrote: its workers do the runs, and see "
+        "slides and --out under the same paths.",
+        RUNNING,
+        "ADDRESS",
+    ),
+]
+
 
 def experiment(
     out: options.OutFolder,
@@ -97,6 +121,8 @@ def experiment(
     drop_outliers: options.DropOutliers = None,
     device: options.Device = None,
     jobs: options.Jobs = None,
+    runs_per_gpu: RunsPerGpu = None,
+    scheduler: Scheduler = None,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Train and score variants on held-out slides over seeds, side by side, in one table.
@@ -117,6 +143,11 @@ def experiment(
         raise UserError("--hold-out means nothing beside --cells, which no run sees; leave it out")
     if frame and not cells:
         raise UserError("--frame is that of --cells; add these, or leave it out")
+    if scheduler and (jobs or runs_per_gpu):
+        raise UserError(
+            "--jobs and --runs-per-gpu are of this machine; with --scheduler each worker does one "
+            "run: start as many workers as runs are wanted"
+        )
     check_folder(out)
     data = given(embedding=embedding, layer=layer, normalized=normalized, slide_key=slide_key)
     data |= given(spatial_key=spatial_key, ignore_case=ignore_case, drop_outliers=drop_outliers)
@@ -138,11 +169,17 @@ def experiment(
         frame=frame,
     )
 
+    how = {"jobs": jobs, "runs_per_gpu": runs_per_gpu, "scheduler": scheduler}
+    _run(study, out, **how, device=device, overwrite=overwrite)
+
+
+def _run(study: Study, out: Path, **how: Any) -> None:
+    """Works off a study, and says what came of it."""
     with loading():  # what is refused above does not wait for torch
         from ..report import run_study_with_report
 
     try:
-        results = run_study_with_report(study, out, jobs=jobs, device=device, overwrite=overwrite)
+        results = run_study_with_report(study, out, **how)
     except KeyboardInterrupt:
         raise Stopped(
             f"stopped; {out} holds all that was done so far: the same command goes on with it"

@@ -167,7 +167,8 @@ Jobs = Annotated[
     int | None,
     flag(
         "--jobs",
-        "Number of runs at the same time, on a GPU too. [dim]Default: half of the cores[/dim]",
+        "Number of runs at the same time. [dim]Default: as many as cores, memory and GPUs "
+        "allow[/dim]",
         RUNNING,
         "N",
         min=1,

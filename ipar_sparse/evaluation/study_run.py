@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import threading
@@ -11,7 +10,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +25,9 @@ from ..inference.predictor import Predictor
 from ..inference.reference import find_reference
 from ..progress import console, log_to
 from ..train.fit import fit, fit_encoder
-from ..train.run_folder import is_resumable
+from ..train.run_folder import is_resumable, lock_run
 from .block_bootstrap import save_layouts
-from .jobs import run_jobs
+from .jobs import run_jobs, standing
 from .scoring import score_slide
 from .study_plan import (
     PLAN,
@@ -42,10 +43,14 @@ from .study_plan import (
     save_plan,
     study_jobs,
 )
+from .study_progress import Board, described
 from .study_results import StudyResults, collect, is_done, load_run, save_run
+from .study_workers import cluster_workers, local_workers
 
 ERROR = "error.txt"
 LOG = "log.txt"
+_LAG_SECONDS = 90.0
+"""Until a shared folder shows what another machine wrote, or lets go of locks of one that died."""
 
 
 def run_study(
@@ -53,6 +58,8 @@ def run_study(
     out: Path,
     *,
     jobs: int | None = None,
+    runs_per_gpu: int | None = None,
+    scheduler: str | None = None,
     device: str | None = None,
     overwrite: bool = False,
     on_collect: Callable[[Path, StudyResults], object] | None = None,
@@ -65,22 +72,30 @@ def run_study(
     Args:
         study: the plan.
         out: folder of the study.
-        jobs: runs side by side; half of the cores if left out. They share the cores, and none
-            has more threads than ``OMP_NUM_THREADS`` allows.
+        jobs: runs side by side; as many as cores, memory and GPUs allow if left out. They share
+            the cores, and none has more threads than ``OMP_NUM_THREADS`` allows.
+        runs_per_gpu: runs that share a GPU, while its memory allows.
+        scheduler: address of a dask scheduler, or its file, whose workers do the runs. They see
+            ``out`` and the slides under the same paths.
         device: where all runs are computed; as configured if left out.
         overwrite: remove an earlier study in ``out``, whatever it is, and start anew.
         on_collect: called with folder and results once they are written, also after ctrl-C.
 
     Raises:
-        UserError: ``out`` holds something else.
+        UserError: ``out`` holds something else, or the scheduler is lost, or a worker cannot do
+            the runs; results of what is finished are written.
         KeyboardInterrupt: after ctrl-C; results of what is finished are written.
     """
     out = Path(out)
+    if scheduler is not None:
+        with standing(scheduler):  # a mistake leaves nothing behind
+            pass
     if overwrite:
         _remove_study(out)
     check_study_folder(study, out)
     if device is not None:
-        resolve_device(device)
+        if scheduler is None:
+            resolve_device(device)
         variants = {n: c.replace(train={"device": device}) for n, c in study.variants.items()}
         study = replace(study, variants=variants)
     out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +103,7 @@ def run_study(
     failed: dict[str, str] = {}
     try:
         with _sigterm_as_ctrl_c():
-            _work_off(study, out, jobs, failed)
+            _work_off(study, out, jobs, runs_per_gpu, scheduler, failed)
     finally:
         results = collect(out, study, failed)
         if on_collect is not None:
@@ -118,42 +133,54 @@ def _remove_study(out: Path) -> None:
         shutil.rmtree(out)
 
 
-def threads_per_job(cores: int) -> int:
-    """Threads of a job that has so many cores, no more than ``OMP_NUM_THREADS`` allows.
-
-    Threads beyond the cores wait for each other by spinning.
-    """
-    allowed = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(cores, int(allowed)) if allowed.isdigit() else cores)
-
-
-def _work_off(study: Study, out: Path, jobs: int | None, failed: dict[str, str]) -> None:
+def _work_off(
+    study: Study,
+    out: Path,
+    jobs: int | None,
+    runs_per_gpu: int | None,
+    scheduler: str | None,
+    failed: dict[str, str],
+) -> None:
     """Runs all jobs that are not done, says so line by line, and notes what failed."""
     planned = study_jobs(study)
     todo = [job for job in planned if not is_done(out, job.key)]
     needed = {job.after for job in todo}
     todo = [job for job in todo if job.key.kind == "run" or job.key in needed]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = max(1, min(jobs or cores // 2, len(todo)))
     total = sum(job.key.kind == "run" for job in planned)
     done = total - sum(job.key.kind == "run" for job in todo)
-    _say(
-        f"{total} runs: {len(study.variants)} variants x {len(study.folds)} held out x "
-        f"{len(study.seeds)} seeds; {done} are done, {processes} at a time"
-    )
-    for note in study.notes:
-        _say(f"note: {note}")
+    if scheduler is None:
+        workers = local_workers(study, len(todo), jobs, runs_per_gpu)
+        where = f"{workers.processes} at a time"
+    else:
+        workers, where = cluster_workers(scheduler, study, out), f"on workers of {scheduler}"
     start = time.monotonic()
-    threads = threads_per_job(cores // processes)
-    for task, error in run_jobs(_Work(out), todo, processes=processes, threads=threads):
-        if error is not None:
-            failed[task.folder] = error
-        if task.kind == "run":
-            done += error is None
-            minutes = (time.monotonic() - start) / 60
-            told = f"failed: {error}" if error else f"{_score(out, task)}; {minutes:.1f} min in all"
-            held = f"{task.variant}, {task.fold} held out, seed {task.seed}"
-            _say(f"[{done}/{total}] {held}: {told}")
+    with Board() as board:
+        board.say(
+            f"{total} runs: {len(study.variants)} variants x {len(study.folds)} held out x "
+            f"{len(study.seeds)} seeds; {done} are done, {where}"
+        )
+        for note in study.notes:
+            board.say(f"note: {note}")
+        work = _Work(out.absolute())
+        shown: dict[str, Any] = {"tell": board.say, "show": board.show, "show_every": board.every}
+        for task, error in run_jobs(work, todo, workers, **shown):
+            if error is None and not _within(_LAG_SECONDS, partial(is_done, out, task)):
+                error = f"its worker wrote to another {out}"
+            if error is not None:
+                failed[task.folder] = error
+            if task.kind == "run":
+                done += error is None
+                minutes = (time.monotonic() - start) / 60
+                told = f"failed: {error}" if error else _score(out, task)
+                board.say(f"[{done}/{total}] {described(task)}: {told}; {minutes:.1f} min in all")
+
+
+def _within(seconds: float, holds: Callable[[], bool]) -> bool:
+    """Whether something comes true in time."""
+    until = time.monotonic() + seconds
+    while not (found := holds()) and time.monotonic() < until:
+        time.sleep(1.0)
+    return found
 
 
 @dataclass(frozen=True)
@@ -168,6 +195,7 @@ class _Work:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ERROR).unlink(missing_ok=True)
         work = _train_encoder if task.kind == "encoder" else _run
+        _within(_LAG_SECONDS, partial(_is_free, folder))
         with log_to(folder / LOG):
             try:
                 work(study, self.out, task, stop)
@@ -175,6 +203,15 @@ class _Work:
                 console.print(traceback.format_exc(), markup=False)
                 atomic_write(folder / ERROR, f"{error}\n")
                 raise
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether no other process works in the folder of a job."""
+    try:
+        with lock_run(folder):
+            return True
+    except UserError:
+        return False
 
 
 def _train_encoder(study: Study, out: Path, task: Task, stop: threading.Event | None) -> None:
@@ -195,6 +232,8 @@ def _run(study: Study, out: Path, task: Task, stop: threading.Event | None) -> N
     slides, fold = _slides_by_name(study, task), study.fold(task.fold)
     folder, config = out / task.folder, study.config(task.variant, task.seed)
     shared = encoder_task(study, task.variant, task.fold, task.seed)
+    if shared is not None:
+        _within(_LAG_SECONDS, partial(is_done, out, shared))
     start = time.monotonic()
     result = fit(
         [slides[name] for name in fold.train],
@@ -243,10 +282,6 @@ def _score(out: Path, task: Task) -> str:
     scores = [slide["methods"]["model"]["distance_spearman"] for slide in found["slides"].values()]
     seconds = found["seconds_training"] + found["seconds_scoring"]
     return f"distance Spearman {np.mean(scores):.3f} in {seconds:.0f} s"
-
-
-def _say(text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -38,10 +39,7 @@ GAINS = "gains.json"
 def run_study_with_report(
     study: Study,
     out: str | Path,
-    *,
-    jobs: int | None = None,
-    device: str | None = None,
-    overwrite: bool = False,
+    **how: Any,
 ) -> StudyResults:
     """Works off a study, writes its tables and its page, and prints the main table.
 
@@ -50,9 +48,7 @@ def run_study_with_report(
     gains over baselines, see :mod:`ipar_sparse.evaluation.block_bootstrap`.
     """
     out = Path(out)
-    results = run_study(
-        study, out, jobs=jobs, device=device, overwrite=overwrite, on_collect=write_study_report
-    )
+    results = run_study(study, out, on_collect=write_study_report, **how)
     print_study(results.comparison)
     if study.cells and (gains := study_gains(out, study)):
         values = {slide: {n: asdict(gain) for n, gain in of.items()} for slide, of in gains.items()}
