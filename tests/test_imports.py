@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import ipar_sparse
+from ipar_sparse.data.writers import write_slide
 
 ROOMS = {"geometry", "graph", "nn", "ops"}
 PROBE = "import json, sys; print(json.dumps(sorted(sys.modules)))"
@@ -52,6 +53,22 @@ def test_what_pyg_loads_without_need_loads_once_it_is_used():
         "assert compiled(torch.ones(2)).tolist() == [2, 2]"
     )
     assert heavy <= modules_after(used)
+
+
+def test_a_prediction_loads_no_more_than_it_needs(small_run, small_slides, tmp_path):
+    write_slide(small_slides[2], tmp_path / "cells.h5ad")
+    words = ["predict", str(small_run), str(tmp_path / "cells.h5ad"), "--out"]
+    words += [str(tmp_path / "placed.h5ad"), "--device", "cpu"]
+    loaded = modules_after(f"import ipar_sparse.cli as cli; assert not cli.run_command({words})")
+    assert "ipar_sparse.layout.refinement" in loaded
+    unneeded = {"sympy", "torch._dynamo", "torch_geometric.datasets", "scipy.stats", "sklearn"}
+    assert not unneeded & loaded
+
+
+def test_the_compiler_of_torch_does_not_load_what_pyg_left_out():
+    loaded = modules_after("import ipar_sparse.nn, torch._dynamo")
+    assert "torch._dynamo.eval_frame" in loaded
+    assert "torch_geometric.datasets.planetoid" not in loaded
 
 
 def test_threads_may_make_optimisers_at_once():

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import false_discovery_control
 
 from ipar_sparse.layout.uncertainty import (
     ErrorModel,
     calibration_metrics,
     disc_radius,
+    false_discovery_rate,
     fit_error_model,
     predict_rmse,
     square_errors,
@@ -112,3 +114,9 @@ def test_a_calibrated_uncertainty_is_as_large_as_the_error():
     assert raw["uncertainty_error_ratio_low"] < 0.6
     few = calibration_metrics(np.ones(3), np.ones(3))  # fewer cells than fifths
     assert few["uncertainty_error_ratio"] == few["uncertainty_coverage"] == 1.0
+
+
+def test_p_values_are_adjusted_as_in_scipy():
+    p = np.random.default_rng(0).uniform(size=500)
+    p[:100], p[100:200] = 0.02, p[100:200] ** 6  # equal ones, and small ones
+    np.testing.assert_allclose(false_discovery_rate(p), false_discovery_control(p), rtol=1e-12)

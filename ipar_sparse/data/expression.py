@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import sparse
-from scipy.stats import rankdata
 
 from ..errors import UserError
 from .on_disk import is_on_disk, row_blocks, row_sums, take_columns
@@ -102,7 +102,7 @@ def select_genes(slides: Sequence[Slide], genes: Genes, n_top: int) -> list[str]
     """
     if n_top < 1:
         raise ValueError(f"n_top is {n_top}, expected at least 1")
-    ranks = sum(rankdata(-_moments(s, genes)[1]) for s in slides)
+    ranks = sum(pd.Series(-_moments(s, genes)[1]).rank().to_numpy() for s in slides)
     selected = np.argsort(ranks, kind="stable")[:n_top]
     return [str(genes[i]) for i in selected]
 

@@ -125,7 +125,7 @@ class Atlas(nn.Module):
         self.register_buffer("grid", torch.zeros(_SIDE**2, 2))
         self.register_buffer("log_density", torch.zeros(_SIDE**2))
         self.register_buffer("field", torch.zeros(_SIDE**2, channels))
-        self.register_buffer("whiten", torch.eye(channels))
+        self.register_buffer("whiten", torch.zeros(channels, channels).fill_diagonal_(1.0))
         self.register_buffer("known", torch.zeros(cells, channels))
         self.register_buffer("places", torch.zeros(cells, 2))
         self.register_buffer("origin", torch.zeros(cells, dtype=torch.long))

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.linalg
 import torch
 from numpy.typing import ArrayLike
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from ..data.expression import Expression
@@ -58,6 +56,8 @@ def spatial_axes(
         Axes (G, count), largest :math:`\mu` first, the largest loading of each positive; and the
         factor that brings the total variance of a cell's components to 1.
     """
+    import scipy.linalg  # loads much, for training alone
+
     device = torch.device(device)
     axes = principal_axes(slides, count, device)[0].double().numpy()
     size = axes.shape[1]
@@ -101,6 +101,9 @@ def principal_axes(
         Axes (G, count), largest variance first, the largest loading of each positive; and the
         factor that brings the total variance of a cell's components to 1.
     """
+    import scipy.linalg
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
     samples = []
     for number, slide in enumerate(slides):
         rng = np.random.default_rng([number, 7])

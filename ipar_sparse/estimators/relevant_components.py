@@ -42,7 +42,8 @@ class RelevantComponents(nn.Module):
     def __init__(self, channels: int, *, neighbors: int = 15, shrinkage: float = 0.1):
         super().__init__()
         self.channels, self.neighbors, self.shrinkage = channels, neighbors, shrinkage
-        self.register_buffer("covariance", torch.eye(channels))
+        # torch.eye on the meta device, where runs are checked, loads the compiler of torch
+        self.register_buffer("covariance", torch.zeros(channels, channels).fill_diagonal_(1.0))
 
     @torch.no_grad()
     def fit(self, slides: EmbeddedSlides) -> RelevantComponents:

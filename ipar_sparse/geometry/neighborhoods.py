@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy.spatial import cKDTree
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from scipy.spatial import cKDTree
 
 # Relative. Distances this close count as equal: float32 positions, spots on a regular grid.
 _TIE = 1e-6
@@ -139,6 +141,8 @@ class TrueNeighborhoods:
         width = min(n - 1, 2 * widest + 8)
         if width < 1:
             return
+        from scipy.spatial import cKDTree  # loads much, which a prediction does without
+
         tree = cKDTree(self.pos)
         for start in range(0, n, _QUERY_ROWS):
             rows = np.arange(start, min(n, start + _QUERY_ROWS))

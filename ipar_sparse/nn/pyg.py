@@ -2,19 +2,18 @@
 
 ``import torch_geometric`` loads torch's compiler and PyG's collection of data sets, and with it
 pandas and language models where they are installed. Together they take nine tenths of its time.
-Here both are left to load when something of theirs is first used. The standard library's
-``LazyLoader`` does so, but before Python 3.12.3 not for several threads at once, all of which may
-make an optimiser. torch imports its compiler itself where it is named, so that is left to torch.
+Here both are left to load when they are first named. The standard library's ``LazyLoader`` keeps
+the place of each while PyG loads, and no longer: whoever looks through all modules, as torch's
+compiler does, would load them, and before Python 3.12.3 it is not for several threads at once.
 """
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
 from types import ModuleType
-
-import torch
 
 _LATER = ("torch._dynamo", "torch_geometric.datasets")
 
@@ -37,8 +36,18 @@ def _postponed() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(_Postponing)
-        if type(sys.modules.get("torch._dynamo", sys)) is not ModuleType:  # not loaded yet
-            del sys.modules["torch._dynamo"], torch._dynamo
+        for name in _LATER:
+            if type(sys.modules.get(name, sys)) is not ModuleType:  # not loaded yet
+                package, _, part = name.rpartition(".")
+                del sys.modules[name]
+                delattr(sys.modules[package], part)
+
+
+def _named(part: str) -> ModuleType:
+    """A part of PyG that was left out; torch does the same for its compiler."""
+    if f"torch_geometric.{part}" not in _LATER:
+        raise AttributeError(f"module 'torch_geometric' has no attribute {part!r}")
+    return import_module(f"torch_geometric.{part}")
 
 
 with _postponed():
@@ -46,6 +55,8 @@ with _postponed():
     from torch_geometric.nn.aggr import SumAggregation
     from torch_geometric.typing import Adj, SparseTensor
     from torch_geometric.utils import is_sparse, to_edge_index
+
+vars(sys.modules["torch_geometric"]).setdefault("__getattr__", _named)
 
 __all__ = [
     "Adj",
