@@ -99,8 +99,6 @@ def launch(arguments: Sequence[str], devices: int, device: str | None = None) ->
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     os.environ[_LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     config = LaunchConfig(
@@ -114,6 +112,7 @@ def launch(arguments: Sequence[str], devices: int, device: str | None = None) ->
         logs_specs=DefaultLogsSpecs(),
         max_restarts=0,
     )
+    logging.disable(logging.CRITICAL)  # the launcher's; what failed is told in one line
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except SignalException:
@@ -122,6 +121,7 @@ def launch(arguments: Sequence[str], devices: int, device: str | None = None) ->
         codes = {number: failure.exitcode for number, failure in error.failures.items()}
         return _first_failure(codes)
     finally:
+        logging.disable(logging.NOTSET)
         del os.environ[_LAUNCHED]
     return 0
 

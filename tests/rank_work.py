@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import torch
 
 from ipar_sparse import distributed as ranks
+from ipar_sparse.config import RunConfig, load_config
+from ipar_sparse.data.simulation import simulate
 from ipar_sparse.errors import UserError
 from ipar_sparse.inference.modules import build_gate_and_model
 from ipar_sparse.train.batches import Batches, EmbeddedSlide
+from ipar_sparse.train.fit import fit
+from ipar_sparse.train.history import HISTORY, read_history
 from ipar_sparse.train.loop import Loop
 from ipar_sparse.train.model import Trained, train_gate, train_model
-from tests.small_run import small_config
+from tests.small_run import QUICK, small_config
 
 
 def exchange() -> dict[str, Any]:
@@ -102,7 +107,20 @@ def equal() -> dict[str, list[float]]:
     }
 
 
-WORK: dict[str, Callable[[], Any]] = {"exchange": exchange, "equal": equal}
+def selected(folder: str = "") -> dict[str, Any]:
+    """The settings of a run that selects, and its losses; every rank names the same folder."""
+    slides = simulate("cortex", slides=4, spots=140, genes=80, seed=3)
+    out = Path(folder or tempfile.mkdtemp()) / "run"
+    out = ranks.from_first(out)
+    config = load_config(overrides=[*QUICK, "train.batch_size=2", "selection.folds=3"])
+    fit(slides[:3], slides[3:], config, out, device="cpu")
+    losses = [row["loss"] for row in read_history(out / HISTORY) if "loss" in row]
+    settings = RunConfig.load(out)
+    decided = {key: settings.get(key) for key in RunConfig.load_request(out).unresolved()}
+    return {"decided": decided, "losses": losses}
+
+
+WORK: dict[str, Callable[[], Any]] = {"exchange": exchange, "equal": equal, "selected": selected}
 
 
 if __name__ == "__main__":

@@ -2,15 +2,23 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from ipar_sparse import cli
 from ipar_sparse import distributed as ranks
+from ipar_sparse.data.writers import write_slide
 from ipar_sparse.errors import UserError
-from tests.rank_work import equal
+from ipar_sparse.inference.run_folder import BEST
+from ipar_sparse.train.history import HISTORY, read_history
+from tests.rank_work import equal, selected
+from tests.small_run import SMALL
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,6 +72,56 @@ def test_ranks_compute_the_losses_of_one(count, tmp_path):
         gate, joint = slice(5), slice(10, 15)
         assert many["float32"][gate] == pytest.approx(one["float32"][gate], rel=1e-5)
         assert many["float32"][joint] == pytest.approx(one["float32"][joint], rel=1e-5)
+
+
+def test_ranks_select_what_one_selects(tmp_path):
+    one = selected()
+    for many in on_ranks("selected", 2, tmp_path):
+        assert many["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        assert len(one["decided"]) > 5
+        for key, value in one["decided"].items():
+            close = pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
+            assert many["decided"][key] == close, key
+
+
+def test_a_rank_that_is_killed_ends_the_run_in_one_line_and_any_number_goes_on(
+    small_slides, tmp_path
+):
+    files, out = [tmp_path / f"{n}.h5ad" for n in range(3)], tmp_path / "run"
+    for slide, file in zip(small_slides, files, strict=False):
+        write_slide(slide, file)
+    settings = [*SMALL, "train.batch_size=2", "train.epochs=4000", "train.patience=4000"]
+    command = [sys.executable, "-m", "ipar_sparse", "train", *map(str, files[:2])]
+    command += ["--val", str(files[2]), "--out", str(out)]
+    command += [word for one in settings for word in ("--set", one)]
+    command += ["--device", "cpu", "--devices", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (out / BEST).is_file():
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.1)
+    os.kill(_process_of_rank(1, out), signal.SIGKILL)
+    began = time.monotonic()
+    _, said = run.communicate(timeout=60)
+
+    assert run.returncode == 2 and time.monotonic() - began < 30
+    (line,) = [one for one in said.splitlines() if "error" in one or "Error" in one]
+    assert line.startswith("error: rank 1 was killed (SIGKILL)") and "--resume" in line
+    epochs = max(row["epoch"] for row in read_history(out / HISTORY) if "epoch" in row)
+    given = ["--set", f"train.epochs={int(epochs) + 3}", "--out", str(out), "--resume"]
+    assert cli.run_command(["train", *given]) == 0
+
+
+def _process_of_rank(number: int, out: Path) -> int:
+    """The process that a launcher started with a folder among its words."""
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError):
+            words = (folder / "cmdline").read_text().split("\0")
+            if str(out) in words and f"RANK={number}" in (folder / "environ").read_text().split(
+                "\0"
+            ):
+                return int(folder.name)
+    raise AssertionError(f"no process of rank {number}")
 
 
 def test_a_process_alone_is_a_rank_of_one():

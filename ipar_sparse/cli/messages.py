@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
-from ..distributed import LOST, RankLost, launcher_tells, started_rank, tells
+from ..distributed import LOST, RankLost, is_rank, launcher_tells, started_rank, tells
 from ..errors import UserError
 
 _EXTRAS = {
@@ -84,7 +85,8 @@ def out_of_memory(left: str) -> str:
     from ..progress import failed_stage
 
     stage = failed_stage()
-    return f"out of memory{f' ({stage})' if stage else ''}; {left}"
+    who = f"rank {os.environ['RANK']} is " if is_rank() else ""
+    return f"{who}out of memory{f' ({stage})' if stage else ''}; {left}"
 
 
 def _explain(error: Exception) -> tuple[int, str]:

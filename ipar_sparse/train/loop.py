@@ -469,7 +469,8 @@ def _interrupts(asked: threading.Event) -> Iterator[None]:
                 return  # its launcher passes on what the terminal has sent already
             raise KeyboardInterrupt
         asked.set()
-        logger.warning("stopping after this step; press ctrl-C again to stop at once")
+        again = "" if is_rank() else "; press ctrl-C again to stop at once"
+        logger.warning("stopping after this step%s", again)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
