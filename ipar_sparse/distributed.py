@@ -197,43 +197,43 @@ def joined(device: str | None = None) -> Iterator[str | None]:
     with rank_losses():
         if _group.base is None:
             _group.base = next(iter(dist.rendezvous("env://", timeout=limit)))
-        base, number, count = _group.base
+        base, _group.rank, _group.size = _group.base
         _group.times += 1
-        store = _group.store = dist.PrefixStore(f"ipar_sparse/{_group.times}", base)
-        _group.rank, _group.size = number, count
-        try:
-            _compare_versions(store, number, count)
-            if device != "cpu":
-                check_devices(here, device)
-            gpu = device != "cpu" and torch.cuda.is_available()
-            name = f"cuda:{local}" if gpu else "cpu"
-            if gpu:
-                torch.cuda.set_device(local)
-            backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        _group.store = dist.PrefixStore(f"ipar_sparse/{_group.times}", base)
+    try:
+        with rank_losses():
+            _compare_versions()
+        if device != "cpu":
+            check_devices(here, device)
+        gpu = device != "cpu" and torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(local)
+        with rank_losses():
             dist.init_process_group(
-                backend, store=store, rank=number, world_size=count, timeout=limit
+                "cpu:gloo,cuda:nccl" if gpu else "gloo",
+                store=_group.store,
+                rank=_group.rank,
+                world_size=_group.size,
+                timeout=limit,
             )
-            yield name
-            dist.barrier() if not gpu else dist.barrier(device_ids=[local])
-            dist.destroy_process_group()
-        finally:
-            _group.size = 1
+        yield f"cuda:{local}" if gpu else "cpu"
+        barrier()
+        dist.destroy_process_group()
+    finally:
+        _group.size = 1
 
 
 @contextmanager
 def rank_losses() -> Iterator[None]:
-    """Turns what torch raises where another rank does not answer into :class:`RankLost`."""
+    """Turns what torch raises in an exchange, where another rank does not answer.
+
+    Raises:
+        RankLost: in its place.
+    """
     try:
         yield
     except RuntimeError as error:
-        from torch import distributed as dist
-
-        said, lost = str(error), (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
-        signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
-        signs += ("gloo/transport", "Broken pipe", "NCCL", "Socket Timeout", "wait timeout")
-        if isinstance(error, lost) or any(sign in said for sign in signs):
-            raise RankLost(said.partition("\n")[0]) from error
-        raise
+        raise RankLost(str(error).partition("\n")[0]) from error
 
 
 def tells() -> bool:
@@ -251,11 +251,12 @@ def launcher_tells() -> bool:
     return _LAUNCHED in os.environ and is_rank()
 
 
-def _compare_versions(store, number: int, count: int) -> None:
+def _compare_versions() -> None:
     import torch
 
     from . import __version__
 
+    store, number, count = _group.store, _group.rank, _group.size
     own = {"ipar_sparse": __version__, "torch": torch.__version__}
     own["python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
     store.set(f"version/{number}", json.dumps(own))

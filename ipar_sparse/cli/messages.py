@@ -52,7 +52,7 @@ def note(text: str, warns: bool = False) -> None:
 
 def tell_failure(error: BaseException, text: str) -> None:
     """Prints the line of a failure, on one rank where several have failed."""
-    stopped = isinstance(error, KeyboardInterrupt | Stopped | RankLost)
+    stopped = isinstance(error, KeyboardInterrupt | Stopped) or _lost_a_rank(error)
     if (stopped and launcher_tells()) or not tells():
         return
     say(text, stream=sys.stderr)
@@ -89,10 +89,15 @@ def out_of_memory(left: str) -> str:
     return f"{who}out of memory{f' ({stage})' if stage else ''}; {left}"
 
 
+def _lost_a_rank(error: BaseException) -> bool:
+    """Also where torch raises it from the work that waits for an exchange."""
+    return isinstance(error, RankLost) or type(error).__name__ == "DistBackendError"
+
+
 def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, UserError):
         return 2, str(error)
-    if isinstance(error, RankLost):
+    if _lost_a_rank(error):
         return LOST, f"another rank died or did not answer in time ({error})"
     if hasattr(error, "format_message"):  # a mistake found by the parser
         context = getattr(error, "ctx", None)

@@ -1,0 +1,268 @@
+"""Training on several devices: what they exchange, that they agree, and how much faster they are.
+
+    python -m benchmarks.devices --devices 1,2 --sizes 1000000 --out DIR
+
+In one command: bandwidth of a copy and of an all-reduce, the losses of N ranks beside those of
+one, optimiser steps of 16 slides of 40,000 cells shared by slide, and of one slide of each size
+shared by rows. Every part runs in processes of its own, with a time limit; ``devices.json`` is
+written after each, and a part that fails leaves its reason there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from ipar_sparse import distributed as ranks
+from ipar_sparse.config import RunConfig, load_config
+from ipar_sparse.files import write_json
+from ipar_sparse.inference.modules import build_gate_and_model
+from ipar_sparse.train.batches import Batches, EmbeddedSlide
+from ipar_sparse.train.loop import Loop
+from ipar_sparse.train.model import Trained, train_gate, train_model
+
+from . import harness
+from .model import make_embedding
+
+EXCHANGED = 64 << 20  # numbers of float32 in an all-reduce: 256 MiB
+SLIDES, CELLS = 16, 40_000
+WARM = 3  # steps that compile, and find the order of a graph
+
+
+def bandwidth(job: dict) -> dict:
+    """GB/s of a copy on one device, and of an all-reduce over all (bus bandwidth)."""
+    device = torch.device(job["device"])
+    values = torch.ones(EXCHANGED if device.type == "cuda" else EXCHANGED >> 4, device=device)
+    target, size = torch.empty_like(values), values.numel() * 4
+    copied = harness.measure(lambda: target.copy_(values), device, 10)["seconds"]
+    found = {"copy_gb_per_s": 2 * size / copied / 1e9}
+    if ranks.size() > 1:
+        for name, count in (("all_reduce", len(values)), ("all_reduce_1_mib", 1 << 18)):
+            part = values[:count]
+            took = harness.measure(lambda part=part: dist.all_reduce(part), device, 10)["seconds"]
+            moved = 2 * (ranks.size() - 1) / ranks.size() * 4 * count
+            found |= {f"{name}_gb_per_s": moved / took / 1e9, f"{name}_seconds": took}
+    return found
+
+
+class _Timed(Loop):
+    """A loop that keeps the losses of its steps, and the time of each where asked to."""
+
+    def __init__(self, device: torch.device, waits: bool = False):
+        super().__init__(0, device)
+        self.losses: list[torch.Tensor] = []
+        self.times: list[float] = []
+        self.waits = waits
+
+    def count(self, stage, losses):
+        if self.waits and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times.append(time.perf_counter())
+        self.losses.append(torch.as_tensor(losses["loss"]).detach().double().cpu())
+        super().count(stage, losses)
+
+
+def _slides(count: int, cells: int, width: int, device, dtype=torch.float32):
+    """Embedded slides whose embedding tells the place of a cell, but for noise."""
+    slides = []
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        pos = torch.randn(cells, 2, generator=generator, dtype=torch.float64)
+        h = make_embedding(pos.float(), 0, device)[:, :width].to(dtype)
+        slides.append(EmbeddedSlide(f"slide{number}", h.contiguous(), pos.to(device)))
+    return slides
+
+
+def _parts(config: RunConfig, width: int, device: torch.device, dtype=torch.float32) -> Trained:
+    torch.manual_seed(0)
+    modules = [module.to(device, dtype) for module in build_gate_and_model(config, width)]
+    return Trained(*modules, config, device)
+
+
+def equality(job: dict) -> dict:
+    """Losses of gate and model over 50 steps, on minisets and whole slides in turn."""
+    device, dtype = torch.device(job["device"]), getattr(torch, job["precision"])
+    settings = [
+        "train.batch_kind=mixed",
+        "train.batch_size=4",
+        "train.slides_per_step=4",
+        "train.minisets=16",
+        "train.gate_steps=10",
+        "train.epochs=2",
+        "train.steps_per_epoch=20",
+        "train.patience=99",
+        "train.lambda_long=0.1",
+        "model.init=pca",
+    ]
+    config = load_config(overrides=settings)
+    slides = _slides(4, job["n"], 64, device, dtype)
+    parts = _parts(config, 64, device, dtype)
+    loop, batches = _Timed(device), Batches(slides, slides[:1], config, device)
+    train_gate(parts, batches, loop)
+    train_model(parts, batches, loop)
+    return {"losses": [float(loss) for loss in loop.losses]}
+
+
+def shared_slides(job: dict) -> dict:
+    """Seconds of an optimiser step on whole slides, shared by slide."""
+    device, steps = torch.device(job["device"]), job["steps"]
+    settings = [
+        "train.batch_kind=slide",
+        f"train.slides_per_step={job['slides']}",
+        f"train.steps_per_epoch={WARM + steps}",
+        "train.epochs=1",
+        "train.gate_steps=0",
+        "train.warmup_epochs=0",
+        "train.ramp_epochs=0",
+        "train.minisets=1",
+        "model.init=pca",
+    ]
+    return _timed_steps(job, load_config(overrides=settings), device)
+
+
+def _timed_steps(job: dict, config: RunConfig, device: torch.device) -> dict:
+    began = time.perf_counter()
+    slides = _slides(job["slides"], job["n"], job["width"], device)
+    parts = _parts(config, job["width"], device)
+    batches, loop = Batches(slides, [], config, device), _Timed(device, waits=True)
+    prepared = time.perf_counter() - began
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    train_model(parts, batches, loop)
+    times = torch.tensor(loop.times).diff()[WARM - 1 :]
+    found = {
+        "seconds": float(times.median()),
+        "seconds_spread": float(times.max() - times.min()) / 2,
+        "seconds_to_prepare": prepared,
+        "last_loss": float(loop.losses[-1]),
+        "parameters": sum(p.numel() for p in parts.parameters()),
+    }
+    if device.type == "cuda":
+        found["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return found
+
+
+MEASURES: dict[str, Callable[[dict], dict]] = {
+    "bandwidth": bandwidth,
+    "equality": equality,
+    "slides": shared_slides,
+}
+
+
+def plan(sizes: list[int], counts: list[int], cells: int, device: str) -> list[dict]:
+    """All parts, each with a time limit in seconds; what is cheap comes first."""
+    jobs: list[dict] = [{"task": "bandwidth", "devices": n, "limit": 60} for n in counts]
+    for precision in ("float64", "float32"):
+        small = 1500 if device == "cuda" else 200
+        one = {"task": "equality", "precision": precision, "n": small, "limit": 90}
+        jobs += [one | {"devices": n} for n in counts]
+    one = {"task": "slides", "n": cells, "slides": SLIDES, "width": 128, "steps": 8, "limit": 100}
+    jobs += [one | {"devices": n} for n in counts]
+    return [job | {"device": device} for job in jobs]
+
+
+def run_job(job: dict, folder: Path) -> dict:
+    """What every rank found: a part runs under torch's launcher, and is ended when it is late."""
+    path = folder / "found.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m"]
+    if job["devices"] > 1:
+        command += ["torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={job['devices']}", "-m"]
+    command += ["benchmarks.devices", "--job", json.dumps(job), "--out", str(path)]
+    environment = os.environ | {ranks.TIME_LIMIT: str(job["limit"])}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job["devices"])))
+    run = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = run.communicate(timeout=job["limit"])
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, 9)
+        said, _ = run.communicate()
+        return {"failed": f"took more than {job['limit']} s", "said": said[-2000:]}
+    if run.returncode or not path.is_file():
+        return {"failed": f"exit code {run.returncode}", "said": said[-2000:]}
+    return json.loads(path.read_text())
+
+
+def compare(rows: list[dict]) -> list[dict]:
+    """Rows with how much faster they are than one device, or how far their losses are from its."""
+    for row in rows:
+        same = ("task", "n", "precision", "slides")
+        first = next(one for one in rows if all(one.get(name) == row.get(name) for name in same))
+        if "failed" in row or "failed" in first or first["devices"] != 1:
+            continue
+        if "losses" in row:
+            pairs = list(zip(row["losses"], first["losses"], strict=True))
+            off = [abs(own - one) / abs(one) for own, one in pairs]
+            row |= {"largest_difference": max(off), "of_first_5": max([*off[:5], *off[10:15]])}
+        elif "seconds" in row:
+            row["times_faster"] = first["seconds"] / row["seconds"]
+            row["loss_difference"] = abs(row["last_loss"] / first["last_loss"] - 1)
+    return rows
+
+
+def text(row: dict) -> str:
+    """A row as a person reads it."""
+    head = f"{row['task']:<10} {row['devices']} x"
+    head += f" {row['slides']} x" if "slides" in row else ""
+    head += f" {row['n']:,} cells" if "n" in row else ""
+    head += f" {row['precision']}" if "precision" in row else ""
+    if "failed" in row:
+        return f"{head}: failed: {row['failed']}; {row.get('said', '')[-600:]}"
+    known = {k: v for k, v in row.items() if isinstance(v, float)}
+    return f"{head}: " + ", ".join(f"{name} {value:.4g}" for name, value in known.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", default="1,2", help="numbers of ranks, 1 first")
+    parser.add_argument("--sizes", default="1000000", help="cells of one slide shared by rows")
+    parser.add_argument("--cells", type=int, default=CELLS, help="of each of the 16 slides")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=8.5, help="of all parts together")
+    parser.add_argument("--tasks", help="some of them, with commas between")
+    parser.add_argument("--out", type=Path, default=Path("devices"))
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.job:
+        job = json.loads(given.job)
+        with ranks.joined(job["device"]) as device:
+            found = MEASURES[job["task"]](job | {"device": device})
+        if ranks.leads():
+            write_json(given.out, found)
+        return
+    began, rows = time.monotonic(), []
+    given.out.mkdir(parents=True, exist_ok=True)
+    counts, sizes = ([int(x) for x in text.split(",")] for text in (given.devices, given.sizes))
+    jobs = plan(sizes, counts, given.cells, given.device)
+    for job in (j for j in jobs if not given.tasks or j["task"] in given.tasks.split(",")):
+        left = 60 * given.minutes - (time.monotonic() - began)
+        with tempfile.TemporaryDirectory() as folder:
+            job["limit"] = min(job["limit"], math.floor(left))
+            row = job | (run_job(job, Path(folder)) if left > 15 else {"failed": "no time left"})
+        rows = compare([*rows, row])
+        print(text(rows[-1]), flush=True)
+        machine = harness.describe_machine(torch.device("cpu"))
+        write_json(given.out / "devices.json", {"machine": machine, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
