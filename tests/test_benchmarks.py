@@ -334,3 +334,20 @@ def test_commands_on_slides_that_bring_their_embedding_are_measured(tmp_path):
     stages = {row["stage"]: row for row in found["rows"] if row["command"] == "predict"}
     assert "Training the encoder" not in {row["stage"] for row in found["rows"]}
     assert stages["all"]["distance_spearman"] > 0.8
+
+
+def test_random_counts_are_written_as_they_are_read(tmp_path, capsys):
+    from benchmarks import reading
+    from ipar_sparse.data.readers import read_slides
+
+    stored = reading.write_random(tmp_path / "a.h5ad", 25, 400, 0.05)
+    (slide,) = read_slides(tmp_path / "a.h5ad", require_pos=True)
+    assert slide.expression.nnz == stored == 25 * 20 and slide.expression.shape == (25, 400)
+    assert set(np.diff(slide.expression.indptr)) == {20} and not slide.normalized
+    words = ["--cells", "300", "--genes", "400", "--out", str(tmp_path / "out")]
+    for more in ([], ["--in-memory"]):
+        reading.main([*words, *more])
+        (row,) = json.loads((tmp_path / "out" / "reading.json").read_text())["rows"]
+        assert row["stored"] == 6000 and row["genes_taken"] == 400
+        assert row["reading_bytes"] > row["before_bytes"] > 2**27
+    assert "| 300 | 6,000 |" in capsys.readouterr().out

@@ -248,3 +248,77 @@ def test_expression_is_the_same_on_both_devices():
         there = resident(expression, torch.device("cuda"))
         torch.testing.assert_close(there.rows(rows.cuda()).cpu(), host)
         torch.testing.assert_close(there.keep_dense().rows(rows.cuda()).cpu(), host)
+
+
+STILL = ["train.noise_h=0", "train.dropout_h=0", "train.edge_drop=0", "model.init=pca"]
+
+
+def test_losses_and_gradients_of_a_step_agree_with_the_host():
+    from small_run import small_config
+
+    from ipar_sparse.inference.modules import build_gate_and_model
+    from ipar_sparse.train.batches import EmbeddedSlide, build_batch
+    from ipar_sparse.train.model import Trained, losses_of
+
+    pos, h = sheet(300, 16, device="cpu")
+    config = small_config(*STILL, "train.lambda_gram=1", "train.lambda_long=0.1", "graph.k=20")
+    batch = build_batch(EmbeddedSlide("a", h, pos.double()), config, seed=0)
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        gate, model = (part.to(device) for part in build_gate_and_model(config, 16))
+        parts = Trained(gate, model, config, torch.device(device))
+        losses = losses_of(parts, batch.to(device), torch.Generator(device), epoch=5.0)
+        losses["loss"].backward()
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in [*gate.parameters(), *model.parameters()] if p.grad is not None]
+        )
+        losses["norm"] = norm
+        found.append({k: float(torch.as_tensor(v).detach()) for k, v in losses.items()})
+    assert len(found[0]) > 6 and found[0]["loss"] > 0 and found[0]["norm"] > 0
+    assert found[1] == pytest.approx(found[0], rel=2e-3, abs=1e-5)
+
+
+def test_a_prediction_agrees_with_the_host(small_run, small_slides):
+    from ipar_sparse.inference.predictor import Predictor
+
+    slide = small_slides[2]
+    host, there = (
+        Predictor.load(small_run, torch.device(device)).predict(slide) for device in ("cpu", "cuda")
+    )
+    assert abs(host.embedding - there.embedding).max() < 1e-3
+    for one, other in zip(host.trajectory, there.trajectory, strict=True):
+        assert abs(one - other).mean() < 5e-3  # in radii; ties of candidates may fall either way
+    assert abs(host.pos - there.pos).mean() < 2e-2
+    assert abs(host.uncertainty - there.uncertainty).mean() < 1e-2
+
+
+def test_slides_that_come_from_the_host_train_as_resident_ones_do(
+    small_slides, tmp_path, monkeypatch
+):
+    from safetensors.torch import load_file
+    from small_run import small_config
+
+    from ipar_sparse.inference.run_folder import LAST
+    from ipar_sparse.train import batches
+    from ipar_sparse.train.fit import fit
+
+    config = small_config("train.batch_kind=slide", "train.steps_per_epoch=6", "train.epochs=2")
+    config = config.replace(train={"device": "cuda"})
+    took, weights = [], []
+    at = batches.Batches.at
+    for name, cost in (("resident", batches.WHOLE_CELL), ("streamed", 1 << 50)):
+        monkeypatch.setattr(batches, "WHOLE_CELL", cost)
+        kept = []
+
+        def watch(self, stage, step, kept=kept):
+            kept.append({one.h.device.type for one in self.whole.values()})
+            return at(self, stage, step)
+
+        monkeypatch.setattr(batches.Batches, "at", watch)
+        fit(small_slides[:2], small_slides[2:3], config, tmp_path / name)
+        took.append(kept[-1])
+        weights.append(load_file(tmp_path / name / LAST))
+    assert took == [{"cuda"}, {"cpu"}]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-4)
