@@ -86,8 +86,8 @@ def _slides(count: int, cells: int, width: int, device, dtype=torch.float32):
 
 def _parts(config: RunConfig, width: int, device: torch.device, dtype=torch.float32) -> Trained:
     torch.manual_seed(0)
-    modules = [module.to(device, dtype) for module in build_gate_and_model(config, width)]
-    return Trained(*modules, config, device)
+    gate, model = build_gate_and_model(config, width)
+    return Trained(gate.to(device, dtype), model.to(device, dtype), config, device)
 
 
 def equality(job: dict) -> dict:
@@ -114,8 +114,8 @@ def equality(job: dict) -> dict:
     return {"losses": [float(loss) for loss in loop.losses]}
 
 
-def shared_slides(job: dict) -> dict:
-    """Seconds of an optimiser step on whole slides, shared by slide."""
+def step_time(job: dict) -> dict:
+    """Seconds of an optimiser step on whole slides, shared by slide; one is shared by rows."""
     device, steps = torch.device(job["device"]), job["steps"]
     settings = [
         "train.batch_kind=slide",
@@ -141,7 +141,9 @@ def _timed_steps(job: dict, config: RunConfig, device: torch.device) -> dict:
         torch.cuda.reset_peak_memory_stats(device)
     train_model(parts, batches, loop)
     times = torch.tensor(loop.times).diff()[WARM - 1 :]
-    found = {
+    rows = next((b.rows for b in batches.whole.values() if b.rows is not None), None)
+    found = {} if rows is None else {"share_fetched": sum(rows.fetched) / rows.total}
+    found |= {
         "seconds": float(times.median()),
         "seconds_spread": float(times.max() - times.min()) / 2,
         "seconds_to_prepare": prepared,
@@ -156,7 +158,8 @@ def _timed_steps(job: dict, config: RunConfig, device: torch.device) -> dict:
 MEASURES: dict[str, Callable[[dict], dict]] = {
     "bandwidth": bandwidth,
     "equality": equality,
-    "slides": shared_slides,
+    "slides": step_time,
+    "rows": step_time,
 }
 
 
@@ -169,6 +172,9 @@ def plan(sizes: list[int], counts: list[int], cells: int, device: str) -> list[d
         jobs += [one | {"devices": n} for n in counts]
     one = {"task": "slides", "n": cells, "slides": SLIDES, "width": 128, "steps": 8, "limit": 100}
     jobs += [one | {"devices": n} for n in counts]
+    for size in sizes:
+        one = {"task": "rows", "n": size, "slides": 1, "width": 128, "steps": 8, "limit": 150}
+        jobs += [one | {"devices": n} for n in counts]
     return [job | {"device": device} for job in jobs]
 
 

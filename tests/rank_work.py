@@ -98,11 +98,23 @@ TERMS = [
 """Every term of the loss, and all that is drawn at random."""
 
 
+ROWS = [
+    "train.slides_per_step=1",
+    "train.k_fraction_range=null",
+    "train.mutual_prob=0",
+    "train.gate_noise=true",
+    "train.probe_rows=50",
+    "train.stress_pairs=300",
+]
+"""Settings with which ranks share the rows of one slide."""
+
+
 def equal() -> dict[str, list[float]]:
     """Losses in both precisions, and of batches that are smaller than the number of ranks."""
     return {
         "float64": losses(torch.float64, "mixed"),
         "float32": losses(torch.float32, "mixed", "train.epochs=1"),
+        "rows": losses(torch.float64, "slide", *ROWS),
         "one miniset": losses(torch.float64, "miniset", "train.batch_size=1", "train.epochs=1"),
     }
 

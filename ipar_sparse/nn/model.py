@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from ..graph.order import reorder
 from .conv import IPALiteConv, as_edge_index
 from .pyg import Adj, inits
 from .terms import LearnedScalars, PairBias
+
+if TYPE_CHECKING:
+    from ..graph.rows import HeldRows
 
 BETA_BOUNDS = (0.0, 2.5)
 REORDER_FROM = 100_000  # cells whose keys and values no longer fit a GPU's cache
@@ -159,6 +163,7 @@ class IPALiteModel(nn.Module):
         return_attention_weights: bool = False,
         initial: Tensor | None = None,
         noise: Tensor | None = None,
+        rows: "HeldRows | None" = None,
     ) -> Tensor | tuple[Any, ...]:
         """Predict positions; see the class for shapes.
 
@@ -175,6 +180,8 @@ class IPALiteModel(nn.Module):
                 :func:`~ipar_sparse.geometry.principal_plane` of ``h``; the model's own MLP of
                 ``h`` if left out.
             noise: standard normal numbers (n, 2) of the initial noise, in place of ``generator``.
+            rows: where the cells are some rows of a graph over several ranks, and ``graph`` is
+                :attr:`HeldRows.graph`.
 
         Raises:
             ValueError: if ``h`` is not (n, in_channels), or ``initial`` not (n, 2).
@@ -189,7 +196,7 @@ class IPALiteModel(nn.Module):
         if batch is not None and num_graphs is None:
             num_graphs = int(batch.max()) + 1 if batch.numel() else 0
         inverse = None
-        if not return_attention_weights and self._reorders(graph):
+        if rows is None and not return_attention_weights and self._reorders(graph):
             ordered, perm, inverse = reorder(graph, h.detach())
             if edge_bias is not None:
                 edge_bias = graph.to_table(edge_bias).index_select(0, perm).flatten(0, 1)
@@ -197,7 +204,8 @@ class IPALiteModel(nn.Module):
             batch, initial, noise = (
                 x if x is None else x.index_select(0, perm) for x in (batch, initial, noise)
             )
-        given = (h, graph, edge_bias, batch, initial, num_graphs)
+        fix = partial(gauge_fix, batch=batch, num_graphs=num_graphs)
+        given = (h, graph, edge_bias, batch, initial, fix if rows is None else rows.gauge_fix, rows)
         drawn = generator if noise is None else noise
         trajectory, attention = self._recycles(*given, drawn, return_attention_weights)
         if inverse is not None:
@@ -210,28 +218,28 @@ class IPALiteModel(nn.Module):
         return tuple(result) if len(result) > 1 else result[0]
 
     def _recycles(
-        self, h, graph, bias, batch, initial, num_graphs, drawn, return_attention_weights
+        self, h, graph, bias, batch, initial, fix, rows, drawn, return_attention_weights
     ) -> tuple[list[Tensor], list]:
         """Positions before the first recycle and after each, and attention if asked for."""
         state, pos = self._maybe_checkpoint(self._initial, h, initial)
         if initial is not None:
-            pos = gauge_fix(pos, batch, num_graphs)  # the noise below is in that gauge
+            pos = fix(pos)  # the noise below is in that gauge
         if self.training and self.init_std > 0:
             if not isinstance(drawn, Tensor):  # a source of noise
                 drawn = torch.empty_like(pos).normal_(generator=drawn)
             pos = pos + self.init_std * drawn
-        pos = gauge_fix(pos, batch, num_graphs)
+        pos = fix(pos)
         trajectory, attention = [pos], []
-        pair = self.pair_logits(h, graph)
+        pair = self.pair_logits(h if rows is None else rows.sources(h), graph)
         for recycle in range(self.num_recycles):
-            given = (recycle, state, pos, graph, bias, pair, batch)
+            given = (recycle, state, pos, graph, bias, pair, batch, rows)
             if return_attention_weights:
                 state, moved, weights = self._recycle(*given, return_attention_weights=True)
                 attention.append(weights)
             else:
                 state, moved = self._maybe_checkpoint(self._recycle, *given)
             pos = moved if self.step is None else pos + self.step()[recycle] * (moved - pos)
-            pos = gauge_fix(pos, batch, num_graphs)
+            pos = fix(pos)
             trajectory.append(pos)
         return trajectory, attention
 
@@ -317,13 +325,15 @@ class IPALiteModel(nn.Module):
         block = self.block(recycle)
         return found | block.learned_scalars(state, use_terms=self.uses_terms(recycle))
 
-    def _recycle(self, recycle, state, pos, graph, edge_bias, pair, batch, **kwargs):
+    def _recycle(self, recycle, state, pos, graph, edge_bias, pair, batch, rows, **kwargs):
         terms = self.edge_terms(recycle, edge_bias, pair)
         bias = terms.get("gate")
         if "pair" in terms:
             shared = bias is not None and bias.dim() == 1
             bias = bias.unsqueeze(-1) if shared else bias
             bias = terms["pair"] if bias is None else bias + terms["pair"]
+        if rows is not None:
+            state, pos = (rows.sources(state), state), (rows.sources(pos), pos)
         return self.block(recycle)(
             state, pos, graph, bias, batch=batch, use_terms=self.uses_terms(recycle), **kwargs
         )

@@ -172,7 +172,7 @@ def edge_gate(
     The first two blocks of :math:`W_0` take one node alone and are applied once a node.
 
     Args:
-        h: embeddings (n, d).
+        h: embeddings (n, d); of a table with fewer rows, the destinations stand first.
         edges: candidate edges as a :class:`NeighborTable` or ``edge_index`` (2, E); i is the
             destination.
         weights: ``(W0 (M, 4d), b0 (M,), W1 (M', M), b1 (M',), W2 (G, M'), b2 (G,))``.
@@ -243,10 +243,10 @@ def _fits(bias: Tensor, num_edges: int, heads: int) -> bool:
 def _check_gate(h: Tensor, edges: NeighborTable | Tensor, weights: Sequence[Tensor]) -> None:
     w0, b0, w1, b1, w2, b2 = weights
     if isinstance(edges, NeighborTable):
-        if h.dim() != 2 or not h.size(0) == edges.num_nodes == edges.num_src_nodes:
+        if h.dim() != 2 or not h.size(0) == edges.num_src_nodes >= edges.num_nodes:
             raise ValueError(
-                f"edge_gate needs embeddings ({edges.num_nodes}, d) of one node set; "
-                f"given {tuple(h.shape)} and {edges.num_src_nodes} sources"
+                f"edge_gate needs embeddings ({edges.num_src_nodes}, d) of one node set, the "
+                f"{edges.num_nodes} destinations first; given {tuple(h.shape)}"
             )
     elif edges.dim() != 2 or edges.size(0) != 2:
         raise ValueError(f"edge_gate needs edge_index (2, E); given {tuple(edges.shape)}")

@@ -168,10 +168,12 @@ class _Parts:
         n, d = h.shape
         m, m2, outputs = self.shape["M"], self.shape["M2"], self.shape["G"]
         width = m + d if need_h else m
-        centre = torch.empty(n, width, dtype=torch.float32, device=device)
+        # sources that are no destinations have no gradient as such
+        make = torch.zeros if graph.num_nodes < n and not by_source else torch.empty
+        centre = make(n, width, dtype=torch.float32, device=device)
         tile = _tile(h.dtype, backward=True, exact=self.exact, large=need_h or d > 128)
         plan = SourcePlan.of(graph) if by_source else None
-        tasks = n if plan is None else plan.num_tasks
+        tasks = graph.num_nodes if plan is None else plan.num_tasks
         programs = min(tasks, _multiprocessors(device) * (8 // tile["num_warps"]))
         total = 0 if by_source else 3 * d * m + m * m2 + m2 + outputs * m2
         sums = torch.empty(programs, total, dtype=torch.float32, device=device)

@@ -15,6 +15,7 @@ from ..config import RunConfig, TrainConfig
 from ..distributed import share_of, size
 from ..errors import UserError
 from ..graph import NeighborTable
+from ..graph.rows import HeldRows
 from ..inference import steps
 from ..inference.costs import MINISET_CELLS, WHOLE_CELL
 from ..supervision import SlideTarget, build_target, gate_target, target_graph
@@ -67,6 +68,8 @@ class GraphBatch:
         initial: layout (n, 2) that the recycles begin from; None leaves it to the model.
         stays: whether later steps get this very batch again.
         members: the batches of single graphs that it was collated from, if it was.
+        rows: of the graph that this rank holds, where several share it. ``graph``, ``gate_target``
+            and ``initial`` are then those of these rows, and ``all_rows`` the batch of all.
     """
 
     h: Tensor
@@ -77,6 +80,21 @@ class GraphBatch:
     initial: Tensor | None = None
     stays: bool = False
     members: Sequence[GraphBatch] = ()
+    rows: HeldRows | None = None
+    all_rows: GraphBatch | None = None
+
+    def hold_rows(self) -> GraphBatch:
+        """The part of the batch that this rank computes where all share one graph."""
+        rows = HeldRows(self.graph, self.h)
+        return replace(
+            self,
+            graph=rows.graph,
+            gate_target=rows.edges(self.gate_target, self.graph),
+            initial=None if self.initial is None else self.initial[rows.own],
+            stays=False,
+            rows=rows,
+            all_rows=self,
+        )
 
     def to(self, device: torch.device | str) -> GraphBatch:
         """The same batch on another device; itself where it is there already."""
@@ -342,18 +360,21 @@ class Batches:
         settings = config.train
         self.config, self.device, kind = config, device, settings.batch_kind
         self.slides, self.per_step = train, min(settings.slides_per_step, len(train))
+        self.by_rows = self.per_step < size() and shares_rows(config)
+        self.own = range(self.per_step) if self.by_rows else share_of(self.per_step)
         oracle = settings.attention_graph == "target"
         self.pool = MinisetPool(
             train, settings.minisets, config, settings.seed, oracle=oracle, device=device
         )
         self.whole: dict[int, GraphBatch] = {}
         if kind in ("slide", "mixed"):
-            turns, own = range(len(train)), share_of(self.per_step)
-            own_slides = {self._slides_of(turn)[place] for turn in turns for place in own}
+            own_slides = {self._slides_of(t)[p] for t in range(len(train)) for p in self.own}
             for i in sorted(own_slides):
                 self.whole[i] = build_batch(train[i], config, settings.seed, True, oracle)
+                if self.by_rows:
+                    self.whole[i] = self.whole[i].to(device).hold_rows()
             held = {i: build_batch(s, config, settings.seed, True) for i, s in enumerate(val)}
-            _make_room(self.whole, held, device)
+            _make_room({} if self.by_rows else self.whole, held, device)
             self.val = [*held.values()]
         else:
             count = settings.val_minisets if val else 0
@@ -388,10 +409,18 @@ class Batches:
         return [(turn * self.per_step + place) % len(self.slides) for place in range(self.per_step)]
 
     def _share_of_slides(self, turn: int) -> Share:
-        chosen, own = self._slides_of(turn), share_of(self.per_step)
-        pieces = [self.whole[chosen[place]] for place in own]
+        chosen = self._slides_of(turn)
+        pieces = [self.whole[chosen[place]] for place in self.own]
         cells = sum(len(self.slides[i].h) for i in chosen)
-        return Share(pieces, [range(place, place + 1) for place in own], cells, len(chosen))
+        return Share(pieces, [range(place, place + 1) for place in self.own], cells, len(chosen))
+
+
+def shares_rows(config: RunConfig) -> bool:
+    """Whether ranks can share the rows of one slide: terms of the logits that measure a whole
+    layout, and candidates that are drawn anew in each step, are not shared."""
+    settings = config.train
+    drawn = settings.k_fraction_range is not None or settings.mutual_prob > 0
+    return not drawn and not set(config.model.terms) - {"pair"}
 
 
 def step_generator(

@@ -283,7 +283,7 @@ def _decide(
         config = RunConfig.load(loop.out).replace(train={"device": request.train.device})
     else:
         config, found = select_settings(slides, donors, request, genes, loop)
-        config = fill_ranks(config, len(slides))
+        config = fill_ranks(config, [slide.num_cells for slide in slides])
         if leads():
             text = json.dumps(found.as_dict(), indent=1)
             atomic_write(loop.out / SELECTION, text + "\n")

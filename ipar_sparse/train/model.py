@@ -81,6 +81,7 @@ def train_gate(parts: Trained, batches: Batches, loop: Loop) -> None:
 
     def losses(batch: GraphBatch, source: Source, shares: Tensor | None = None):
         h, _ = augment(batch, settings, source)
+        h = h if batch.rows is None else h[batch.rows.nodes]
         with parts.autocast():
             logits = gate(h, batch.graph)
         loss = gate_loss(in_full(logits), batch.graph, probability=batch.gate_target)
@@ -251,10 +252,15 @@ def losses_of(
     """
     config, settings, target = parts.config, parts.config.train, batch.target
     h, dropped = augment(batch, settings, generator)
+    rows, noise = batch.rows, None
+    seen = h if settings.gate_noise else batch.h
+    if rows is not None or isinstance(generator, Sequence):
+        noise = _start_noise(batch, generator)
+    if rows is not None:
+        h, seen, noise = h[rows.own], seen[rows.nodes], noise[rows.own]
     with parts.autocast():
         bias, l_gate = dropped, h.new_zeros(())
         if config.model.gated:
-            seen = h if settings.gate_noise else batch.h
             logits = parts.gate(seen, batch.graph)
             gate_bias = config.model.gate_weight * in_full(logits)
             drop = dropped.unsqueeze(-1) if gate_bias.dim() == 2 else dropped
@@ -267,8 +273,10 @@ def losses_of(
             num_graphs=target.num_graphs,
             generator=None if isinstance(generator, Sequence) else generator,
             initial=batch.initial,
-            noise=_start_noise(batch, generator) if isinstance(generator, Sequence) else None,
+            noise=noise,
+            rows=rows,
         )
+    pos = pos if rows is None else rows.whole(pos)
     if config.model.gated:
         l_gate = gate_loss(in_full(logits), batch.graph, probability=batch.gate_target)
     weights = term_weights(epoch, settings, rw_weight)
@@ -329,8 +337,9 @@ def in_full(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _start_noise(batch: GraphBatch, sources: Sequence[torch.Generator]) -> Tensor:
+def _start_noise(batch: GraphBatch, sources: Source) -> Tensor:
     """Standard normal numbers (n, 2) for the first positions, each member's from its source."""
+    sources = sources if isinstance(sources, Sequence) else [sources]
     kind = torch.float64 if batch.h.dtype == torch.float64 else torch.float32
     each = zip(batch.target.sizes, sources, strict=True)
     return torch.cat(
@@ -339,7 +348,13 @@ def _start_noise(batch: GraphBatch, sources: Sequence[torch.Generator]) -> Tenso
 
 
 def augment(batch: GraphBatch, settings: TrainConfig, generator: Source) -> tuple[Tensor, Tensor]:
-    """A noisy embedding (n, d), and an edge bias (E,) of 0 or, on dropped edges, -inf."""
+    """A noisy embedding (n, d), and an edge bias (E,) of 0 or, on dropped edges, -inf.
+
+    Where ranks share the graph, the bias is that of the rows which this one holds.
+    """
+    if batch.all_rows is not None:
+        h, dropped = augment(batch.all_rows, settings, generator)
+        return h, batch.rows.edges(dropped, batch.all_rows.graph)
     if isinstance(generator, Sequence):
         each = zip(batch.members, generator, strict=True)
         noisy, dropped = zip(*(augment(one, settings, g) for one, g in each), strict=True)

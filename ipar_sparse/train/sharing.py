@@ -18,9 +18,11 @@ from ..config import RunConfig
 from ..distributed import from_first, size, summed
 from ..ops.recording import Recorder
 from ..supervision.losses import Source
-from .batches import GraphBatch, Share
+from .batches import GraphBatch, Share, shares_rows
 
 logger = logging.getLogger(__name__)
+
+_SHARED_CELLS = 200_000  # of a slide; ranks share the rows of a larger one
 
 Losses = Callable[[GraphBatch, Source, Tensor], Mapping[str, Any]]
 """Losses of a part, by name and weighted by three shares: of cells, of graphs, and of the cells
@@ -101,7 +103,8 @@ class SharedSteps:
         self.sums.zero_()
         for number in numbers:
             piece, source = draw(number)
-            part = (len(piece.h) / share.cells, len(share.numbers[number]) / share.graphs, 0.0)
+            graphs, alike = len(share.numbers[number]), 1 if piece.rows is None else size()
+            part = (len(piece.h) / share.cells / alike, graphs / share.graphs / alike, 0.0)
             self.shares.copy_(torch.tensor(part, dtype=torch.float64))
             self.shares[2] = cells[number].to(self.shares) / learned.clamp(min=1)
 
@@ -140,19 +143,21 @@ class SharedSteps:
         return self.update()
 
 
-def fill_ranks(config: RunConfig, slides: int) -> RunConfig:
+def fill_ranks(config: RunConfig, slides: Sequence[int]) -> RunConfig:
     """Settings with which every rank has a part of each step; what they become is said.
 
     A batch that is smaller than the number of ranks becomes that number. So many fewer steps see
-    as much, and the learning rate grows by the square root, as is usual with Adam.
+    as much, and the learning rate grows by the square root, as is usual with Adam. Whole slides
+    that are few or large are not more a step: ranks share the rows of each.
 
     Args:
         config: of a run, decided.
-        slides: to train on.
+        slides: numbers of cells of those to train on.
     """
     settings, ranks = config.train, size()
     minisets = max(settings.batch_size, min(ranks, settings.minisets))
-    whole = max(settings.slides_per_step, min(ranks, slides))
+    by_rows = shares_rows(config) and (len(slides) < ranks or max(slides) > _SHARED_CELLS)
+    whole = max(settings.slides_per_step, 1 if by_rows else min(ranks, len(slides)))
     more = {"miniset": minisets / settings.batch_size, "slide": whole / settings.slides_per_step}
     used = [k for k in more if settings.batch_kind in (k, "mixed")]
     growth = min(more[kind] for kind in used)
