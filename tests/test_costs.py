@@ -77,6 +77,14 @@ def test_what_a_step_sees_follows_size_device_and_memory(free, monkeypatch):
     assert costs.choose_batch_kind([MILLION], [], SLIDES, True, 30e9)[0] == "slide"
 
 
+def test_ten_million_cells_that_bring_an_embedding_fit_on_one_gpu(free):
+    free(120)
+    config = RunConfig().replace(data={"embedding": "obsm:X"})
+    costs.check_prediction([Size(10_000_000, 0, 0)], config, True, "x.h5ad", 79e9)
+    with pytest.raises(UserError, match="GPU memory"):
+        costs.check_prediction([Size(16_000_000, 0, 0)], config, True, "x.h5ad", 79e9)
+
+
 def test_a_file_larger_than_memory_costs_a_block_and_the_selected_genes():
     large = Size(1_000_000, 1_000_000_000, 20_000)
     config = RunConfig().replace(train={"minisets": 10})

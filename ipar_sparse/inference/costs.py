@@ -17,14 +17,17 @@ from ..errors import UserError
 from ..progress import size_text
 from ..usage import free_host_memory, host_memory
 
-_START = 0.62e9  # Python, torch, what they load, and room for blocks of fixed size
-_TRAINING = 0.08e9  # optimisers, logs
+_START = 0.48e9  # Python, torch and what a prediction loads
+_TRAINING = 0.22e9  # what a training loads beside it, optimisers, logs, blocks of fixed size
+_BLOCK_CELL = 20_000  # a cell of a prediction, up to so many that fill a block
+_BLOCK_CELLS = 10_000
 _BLOCK = 1 << 23  # values in memory of a matrix that goes through the disk
 _READ = 8  # a stored value, as it is read
 _DENSER = 2.5  # genes of large variance hold so many times more values than others
 _USED = 24  # a stored value of the genes that are used, while it is normalised and weighted
 _TABLE = 1 << 26  # expression values of a training slide that are kept dense
 _CELL = 8_500  # a cell of the slide that is worked on: searches, embeddings, layouts
+_DEVICE_CELL = 5_500  # the same on a GPU, in a prediction: inference in docs/kernels.md
 _KEPT_CELL = 1_400  # a cell of every other slide: embedding, positions, names
 _MINISET_CELL = 20_000  # a cell of a miniset that is kept
 MINISET_CELLS = 500_000
@@ -68,8 +71,10 @@ def prediction_cost(sizes: Sequence[Size], config: RunConfig, on_gpu: bool = Fal
     largest = max(size.cells for size in sizes)
     host = _START + _expression(sizes, config, dense=False)
     host += sum(_KEPT_CELL * size.cells for size in sizes)
-    work = _CELL * _width(config) * largest
-    return Cost(host, work) if on_gpu else Cost(host + work)
+    if on_gpu:
+        return Cost(host, _DEVICE_CELL * _width(config) * largest)
+    work = _CELL * _width(config) * largest + _BLOCK_CELL * min(largest, _BLOCK_CELLS)
+    return Cost(host + work)
 
 
 def training_cost(
