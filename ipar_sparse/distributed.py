@@ -28,6 +28,8 @@ TIME_LIMIT = "IPAR_SPARSE_TIME_LIMIT"
 """Environment variable: seconds that a rank waits for the others before it gives up."""
 _SECONDS = 1800.0
 _LAUNCHED = "IPAR_SPARSE_LAUNCHED"  # set by :func:`launch`, which tells of ranks that died
+_FEW_ROWS = 256  # of a rank; fewer are not worth an exchange
+_BLOCK_ROWS = 8192
 LOST = 71
 """Exit code of a rank that lost the others."""
 
@@ -40,6 +42,7 @@ class _Group:
     """What this process has joined."""
 
     rank, size, times = 0, 1, 0
+    shares_rows = False  # whether what is computed now is the same on all ranks
     base: Any = None  # where ranks find each other; outlives the group
     store: Any = None
 
@@ -396,3 +399,57 @@ def share_of(count: int) -> range:
     each, more = divmod(count, size())
     start = each * rank() + min(rank(), more)
     return range(start, start + each + (rank() < more))
+
+
+@contextmanager
+def sharing_rows(count: int) -> Iterator[None]:
+    """All ranks compute the same in the block; functions that are made for it split the rows.
+
+    Args:
+        count: rows of the smallest thing; few are computed by each rank.
+    """
+    before, _group.shares_rows = _group.shares_rows, count >= _FEW_ROWS * size()
+    try:
+        yield
+    finally:
+        _group.shares_rows = before
+
+
+def shares_rows() -> bool:
+    """Whether the rows of what is computed are split over several ranks."""
+    return _group.shares_rows and size() > 1
+
+
+def rows_of(count: int) -> slice:
+    """Which of ``count`` rows this rank computes, for :func:`all_rows`; all of them elsewhere."""
+    if not shares_rows():
+        return slice(0, count)
+    each = _rows_each(count)
+    return slice(min(each * rank(), count), min(each * (rank() + 1), count))
+
+
+def _rows_each(count: int) -> int:
+    """Rows of a rank; many are whole blocks, whose values do not depend on the number of ranks."""
+    each = -(-count // size())
+    return each if each < 16 * _BLOCK_ROWS else -(-each // _BLOCK_ROWS) * _BLOCK_ROWS
+
+
+def all_rows(own: Tensor, count: int) -> Tensor:
+    """The rows of all ranks (count, ...), from those of :func:`rows_of`; the same bits on all."""
+    if not shares_rows():
+        return own
+    from torch import distributed as dist
+
+    each = _rows_each(count)
+    padded = own.new_zeros(each, *own.shape[1:])
+    padded[: len(own)] = own
+    whole = own.new_empty(each * size(), *own.shape[1:])
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its newer name
+    with rank_losses():
+        gather(whole, padded)
+    return whole[:count]
+
+
+def added_rows(values: Tensor) -> Tensor:
+    """Adds what ranks wrote to rows of their own, zeros elsewhere, in place."""
+    return summed(values) if shares_rows() else values

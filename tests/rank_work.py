@@ -14,6 +14,8 @@ from ipar_sparse.config import RunConfig, load_config
 from ipar_sparse.data.simulation import simulate
 from ipar_sparse.errors import UserError
 from ipar_sparse.inference.modules import build_gate_and_model
+from ipar_sparse.inference.placing import place_cells, read_cells
+from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.train.batches import Batches, EmbeddedSlide
 from ipar_sparse.train.fit import fit
 from ipar_sparse.train.history import HISTORY, read_history
@@ -132,7 +134,20 @@ def selected(folder: str = "") -> dict[str, Any]:
     return {"decided": decided, "losses": losses}
 
 
-WORK: dict[str, Callable[[], Any]] = {"exchange": exchange, "equal": equal, "selected": selected}
+def predict() -> dict[str, Any]:
+    """Positions by every run of the folder, rows split over the ranks."""
+    folder, found, split = Path(sys.argv[2]).parent, {}, {}
+    for run in sorted((folder / "runs").iterdir()):
+        predictor = Predictor.load(run)
+        slides = read_cells(predictor, folder / "cells0.h5ad", predictor.config.data)
+        with ranks.sharing_rows(slides[0].num_cells):
+            split[run.name] = ranks.rows_of(1000) != slice(0, 1000)
+            found[run.name] = place_cells(predictor, slides).pos.tolist()
+    return found | {"split": split}
+
+
+WORK: dict[str, Callable[[], Any]] = {"exchange": exchange, "equal": equal}
+WORK |= {"selected": selected, "predict": predict}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from . import (
     simulate,
     train,
 )
+from .folders import what_is_left
 from .messages import explain, tell_failure
 from .watched import on_devices, watched
 
@@ -45,9 +46,9 @@ app = typer.Typer(
 )
 app.command()(watched(simulate.simulate))
 app.command()(watched(convert.convert))
-app.command()(on_devices(watched(train.train)))
+app.command()(on_devices(watched(train.train), what_is_left))
 app.command()(watched(check.check))
-app.command()(watched(predict.predict))
+app.command()(on_devices(watched(predict.predict), predict.what_is_left))
 app.command()(watched(embed.embed))
 app.command()(watched(evaluate.evaluate))
 app.command()(watched(experiment.experiment))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..distributed import LOST, RankLost, is_rank, launcher_tells, started_rank, tells
 from ..errors import UserError
@@ -28,6 +31,11 @@ _EXTRAS = {
 """Library that may be missing -> the extra that installs it."""
 
 
+Lines = list[tuple[int, str]]
+"""What a rank has for a person: results at level 0, and log messages at theirs."""
+_kept: Lines | None = None  # of another rank than the first
+
+
 class Stopped(Exception):
     """Ctrl-C, with a line on what is left and how to go on."""
 
@@ -38,6 +46,8 @@ def say(text: str, stream=None) -> None:
     Of several ranks the first prints results.
     """
     if stream is None and started_rank():
+        if _kept is not None:
+            _kept.append((0, text))
         return
     text = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
     print(text, file=stream or sys.stdout, flush=True)
@@ -47,7 +57,50 @@ def note(text: str, warns: bool = False) -> None:
     """Prints what is no result and no error; ``warns`` of a result that may be wrong."""
     from ..progress import tell
 
-    tell(f"{'warning' if warns else 'note'}: {text}")
+    line = f"{'warning' if warns else 'note'}: {text}"
+    if _kept is not None:
+        _kept.append((logging.INFO, line))
+    tell(line)
+
+
+class _Keeper(logging.Handler):
+    """Keeps log messages of this package."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _kept is not None:
+            _kept.append((record.levelno, self.format(record)))
+
+
+@contextmanager
+def lines_kept() -> Iterator[Lines]:
+    """Keeps what this rank has for a person, where the first rank has to say it."""
+    global _kept
+    lines: Lines = []
+    if not started_rank():
+        yield lines
+        return
+    handler, logger = _Keeper(), logging.getLogger("ipar_sparse")
+    handler.setFormatter(logging.Formatter("%(levelname)-8s %(message)s"))
+    _kept, level = lines, logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        _kept = None
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def say_kept(lines: Lines) -> None:
+    """Says on the first rank what another has kept."""
+    from ..progress import tell
+
+    for level, text in lines:
+        if level >= logging.WARNING and not started_rank():
+            say(text, stream=sys.stderr)
+        else:
+            (tell if level else say)(text)
 
 
 def tell_failure(error: BaseException, text: str) -> None:

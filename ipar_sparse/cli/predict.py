@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..distributed import barrier, leads, shared_out, sharing_rows, size
 from ..errors import UserError
 from ..files import check_output_folder
 from . import options
 from .folders import removed_on_failure
 from .inputs import check_inputs, load_predictor, tell_notes
-from .messages import say
+from .messages import Lines, lines_kept, say, say_kept
 from .options import OUTPUT, RUNNING, flag, given
 from .results import outputs_of, tell_written
 
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
     from ..data.slide import Slide
     from ..inference.predictor import Predictor
 
+CellFiles = Annotated[
+    list[Path],
+    typer.Argument(metavar="CELLS...", help="Files or folders of the cells, of any format."),
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="FILE|DIR",
+        help="Copy of the input to write, with the results added; .csv for a table of the results "
+        "alone. A folder for several inputs.",
+    ),
+]
 ObsmOnly = Annotated[
     bool,
     flag(
@@ -81,20 +96,8 @@ Adapt = Annotated[
 
 def predict(
     run: options.Run,
-    cells: Annotated[
-        list[Path],
-        typer.Argument(metavar="CELLS...", help="Files or folders of the cells, of any format."),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="FILE|DIR",
-            help="Copy of the input to write, with the results added; .csv for a table of the "
-            "results alone. A folder for several inputs.",
-        ),
-    ],
+    cells: CellFiles,
+    out: Out,
     reference: Reference = None,
     top: Top = None,
     mapping: Mapped = None,
@@ -145,16 +148,38 @@ def predict(
     wanted |= {"noise_samples": noise_samples, "keep_empty": keep_empty, "adapt": adapt}
     writing: dict[str, Any] = given(slide_key=data.slide_key, results_alone=obsm_only)
     writing["overwrite"] = overwrite
-    for source, path in outputs.items():
-        slides = read_cells(predictor, source, data, slide_key_optional=optional)
-        tell_notes(slides)
-        folder = report if report is None or len(outputs) == 1 else report / path.stem
-        command = f"ipar-sparse predict {run} {source} --out {path} --report {report}"
-        page = None if folder is None else (folder, asked, command)
-        pages = _place(predictor, slides, source, path, wanted, page, mapping, writing)
-        tell_written(slides, path, obsm, columns)
-        for one in pages:
-            say(f"report: {one}")
+
+    def place(output: tuple[Path, Path]) -> Lines:
+        source, path = output
+        with lines_kept() as lines:
+            slides = read_cells(predictor, source, data, slide_key_optional=optional)
+            tell_notes(slides)
+            folder = report if report is None or len(outputs) == 1 else report / path.stem
+            command = f"ipar-sparse predict {run} {source} --out {path} --report {report}"
+            page = None if folder is None else (folder, asked, command)
+            pages = _place(predictor, slides, source, path, wanted, page, mapping, writing)
+            tell_written(slides, path, obsm, columns)
+            for one in pages:
+                say(f"report: {one}")
+        return lines
+
+    _on_ranks(list(outputs.items()), place)
+
+
+def _on_ranks(outputs: Sequence[tuple[Path, Path]], place: Callable) -> None:
+    """Files on different ranks, or where these are more than files, one by one on all of them."""
+    barrier()  # all have checked what none has written yet
+    if size() > len(outputs):
+        for output in outputs:
+            place(output)
+    else:
+        for lines in shared_out(outputs, place):
+            say_kept(lines)
+
+
+def what_is_left(out: Path) -> str:
+    """What a prediction that was stopped leaves behind."""
+    return f"{out} holds nothing half-written; run it again"
 
 
 def _keys(reference: str | None, top: int | None) -> tuple[str, ...]:
@@ -222,12 +247,15 @@ def _place(
     from ..progress import stage
 
     pages: list[Path] = []
-    with removed_on_failure(page[0]) if page else nullcontext():
-        if page:
-            from ..report import check_genes, write_prediction_report
+    if page:
+        from ..report import check_genes, write_prediction_report
 
-            check_genes(slides, page[1])
-        added = place_cells(predictor, slides, **wanted)
+        check_genes(slides, page[1])
+    with removed_on_failure(page[0]) if page and leads() else nullcontext():
+        with sharing_rows(min(slide.num_cells for slide in slides)):
+            added = place_cells(predictor, slides, **wanted)
+        if not leads():
+            return pages
         if page:
             folder, genes, command = page
             shown: dict[str, Any] = {"genes": genes, "command": command}

@@ -15,7 +15,6 @@ import typer
 from ..distributed import RankLost, is_rank, joined, launch, started_rank
 from ..errors import UserError
 from ..files import check_folder
-from .folders import what_is_left
 from .messages import Stopped
 from .options import OUTPUT, RUNNING, flag
 
@@ -69,10 +68,12 @@ def watched(command: Callable[..., None]) -> Callable[..., None]:
     return _with_options(command, run, _OPTIONS)
 
 
-def on_devices(command: Callable[..., None]) -> Callable[..., None]:
+def on_devices(command: Callable[..., None], left: Callable[[Path], str]) -> Callable[..., None]:
     """A command with the option ``--devices``, which starts it once on each of them.
 
-    The command has the options ``--device`` and ``--out``.
+    Args:
+        command: with the options ``--device`` and ``--out``.
+        left: says what it leaves at ``--out`` where it was stopped, and how to go on.
     """
 
     @functools.wraps(command)
@@ -83,12 +84,12 @@ def on_devices(command: Callable[..., None]) -> Callable[..., None]:
         elif devices is None or devices == 1:
             command(*args, **rest)
         else:
-            _launch(devices, rest["device"], rest["out"])
+            _launch(devices, rest["device"], functools.partial(left, rest["out"]))
 
     return _with_options(command, run, {"devices": (Devices, None)})
 
 
-def _launch(devices: int, device: str | None, out: Path) -> None:
+def _launch(devices: int, device: str | None, left: Callable[[], str]) -> None:
     """Runs this very command line on several devices."""
     words = [word for word in sys.argv[1:] if not word.startswith("--devices=")]
     while "--devices" in words:
@@ -97,9 +98,9 @@ def _launch(devices: int, device: str | None, out: Path) -> None:
     try:
         code = launch(["-m", "ipar_sparse", *words], devices, device)
     except KeyboardInterrupt:
-        raise Stopped(what_is_left(out)) from None
+        raise Stopped(left()) from None
     except RankLost as error:
-        raise UserError(f"{error}; {what_is_left(out)}") from None
+        raise UserError(f"{error}; {left()}") from None
     if code:
         raise typer.Exit(code)
 

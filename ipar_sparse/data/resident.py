@@ -13,7 +13,8 @@ from .expression import Expression
 _TABLE = 1 << 26  # values of a slide that are kept dense on the host: 256 MiB
 _TABLE_SHARE = 32  # what one slide may take of a GPU's memory, if kept dense: a 32nd
 _BLOCK = 1 << 25  # dense values made at once on a GPU
-_ROWS = 8192  # cells made dense at once
+BLOCK_ROWS = 8192
+"""Cells made dense at once."""
 
 
 class ResidentExpression:
@@ -65,7 +66,7 @@ class ResidentExpression:
 
     def blocks(self) -> tuple[Tensor, ...]:
         """All row numbers, in parts of a size to be made dense at once."""
-        return torch.arange(self.shape[0], device=self.device).split(_ROWS)
+        return torch.arange(self.shape[0], device=self.device).split(BLOCK_ROWS)
 
     def rows(self, index: Tensor) -> Tensor:
         """Expression (m, G) of some cells, float32, on the device.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..distributed import all_rows, rows_of
 from ..geometry.alignment import EmbeddedSlides, Similarity, align, align_slides
 
 _SIDE = 48  # grid points along each side of the common frame
@@ -196,11 +197,12 @@ class Atlas(nn.Module):
             of those places from them (n,).
         """
         self._check(h)
-        nearest = self._nearest_cells(h)
-        halves = self._posterior(h, self._field_for(nearest)), self._around(nearest, h.dtype)
+        nearest, own = self._nearest_cells(h), rows_of(len(h))
+        posterior = self._posterior(h[own], self._field_for(nearest))
+        halves = posterior, self._around(nearest[own], h.dtype)
         place = torch.stack([mean for mean, _ in halves]).mean(0)
         square = [variance + (mean - place).square().sum(1) for mean, variance in halves]
-        return place, torch.stack(square).mean(0)
+        return all_rows(place, len(h)), all_rows(torch.stack(square).mean(0), len(h))
 
     @torch.no_grad()
     def std(self, h: Tensor) -> Tensor:
@@ -311,11 +313,11 @@ class Atlas(nn.Module):
         count = min(self.neighbors, self.cells)
         norm = self.known.square().sum(1)
         blocks = []
-        for part in h.to(self.known).split(_BLOCK // 4):
+        for part in h.to(self.known)[rows_of(len(h))].split(_BLOCK // 4):
             # |h - g|^2 without |h|^2, which is the same for every training cell
             distance = torch.addmm(norm, part, self.known.T, alpha=-2)
             blocks.append(distance.topk(count, dim=1, largest=False).indices)
-        return torch.cat(blocks)
+        return all_rows(torch.cat(blocks), len(h))
 
     def _around(self, nearest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Mean (n, 2) and variance (n,) of the places of the nearest training cells (n, k)."""

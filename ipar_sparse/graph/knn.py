@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed import added_rows, all_rows, rank, rows_of, shares_rows, size
 from ..ticks import counted
 from .table import NeighborTable, validate_table
 
@@ -189,9 +190,11 @@ def pooled_candidates(
     index = torch.empty(n, k, dtype=torch.int32, device=h.device)
     order = torch.randperm(n, generator=generator).split(_POOL_ROWS)
     samples = [_sample(n, pool, generator) for _ in order]
+    index.zero_()  # in rows of other ranks
     # On a GPU, blocks of equal size are searched together.
     together = max(1, BLOCK_ELEMENTS // (_POOL_ROWS * pool)) if h.is_cuda else 1
-    for start in counted(range(0, len(order), together)):
+    steps = range(0, len(order), together)
+    for start in counted(steps[rank() :: size()] if shares_rows() else steps):
         full = [block for block in order[start : start + together] if len(block) == _POOL_ROWS]
         for blocks in (full, order[start + len(full) : start + together]):
             if not blocks:
@@ -204,7 +207,7 @@ def pooled_candidates(
             near = distance.topk(k, dim=2, largest=False).indices
             found = sample.unsqueeze(1).expand(-1, rows.size(1), -1).gather(2, near)
             index[rows] = found.int()
-    return NeighborTable(index, metric=metric, method=f"pool of {pool}")
+    return NeighborTable(added_rows(index), metric=metric, method=f"pool of {pool}")
 
 
 def _of_order_one(points: Tensor) -> Tensor:
@@ -260,7 +263,8 @@ def _exact(points: Tensor, k: int, rows: Tensor | None = None) -> tuple[Tensor, 
     square = work.square().sum(-1)
     keep = min(n, k + 1 + max(4, k // 16))  # self is among them
     columns = min(n, max(keep, 1 << 17))
-    rows = torch.arange(n, device=points.device) if rows is None else rows
+    share = rows is None
+    rows = torch.arange(n, device=points.device)[rows_of(n)] if rows is None else rows
     block_rows = max(1, min(BLOCK_ELEMENTS // columns, BLOCK_ELEMENTS // (keep * d)))
     out = torch.empty(rows.numel(), k, dtype=torch.int32, device=points.device)
     for start in counted(range(0, rows.numel(), block_rows)):
@@ -279,7 +283,7 @@ def _exact(points: Tensor, k: int, rows: Tensor | None = None) -> tuple[Tensor, 
                 column = column.gather(-1, order)
             best, best_id = value, column
         out[start : start + block_rows] = _rank(work, own, best_id, k)
-    return out, True
+    return all_rows(out, n) if share else out, True
 
 
 def _rank(points: Tensor, own: Tensor, candidates: Tensor, k: int) -> Tensor:
@@ -314,11 +318,11 @@ def _kdtree(points: Tensor, k: int, rows: Tensor | None = None) -> tuple[Tensor,
     import numpy as np
     from scipy.spatial import cKDTree
 
-    array = points.double().cpu().numpy()
-    asked = array if rows is None else array[rows.cpu().numpy()]
-    _, index = cKDTree(array).query(asked, k=k + 1, workers=-1)
-    found = torch.from_numpy(np.ascontiguousarray(index))
-    return _drop_self(found, k, rows).to(points.device), True
+    array, share = points.double().cpu().numpy(), rows is None
+    rows = torch.arange(len(points))[rows_of(len(points))] if rows is None else rows.cpu()
+    _, index = cKDTree(array).query(array[rows.numpy()], k=k + 1, workers=-1)
+    found = _drop_self(torch.from_numpy(np.ascontiguousarray(index)), k, rows).to(points.device)
+    return all_rows(found, len(points)) if share else found, True
 
 
 def _boxes(points: Tensor, k: int) -> tuple[Tensor, bool]:
@@ -350,13 +354,14 @@ def _faiss(points: Tensor, k: int) -> tuple[Tensor, bool]:
         stride = max(1, n // (_FAISS_SAMPLE * lists))
         index.train(array[::stride])
     index.add(array)
-    found = torch.from_numpy(index.search(array, k + 1)[1])
+    rows = torch.arange(n)[rows_of(n)]
+    found = torch.from_numpy(index.search(array[rows_of(n)], k + 1)[1])
     if not exact and bool((found < 0).any()):
         raise ValueError(
             f"knn backend 'faiss' found fewer than {k} neighbours for some points; "
             "use backend='exact'"
         )
-    return _drop_self(found, k).to(points.device), exact
+    return all_rows(_drop_self(found, k, rows).to(points.device), n), exact
 
 
 def _torch_cluster(points: Tensor, k: int) -> tuple[Tensor, bool]:
@@ -378,7 +383,7 @@ def _torch_cluster(points: Tensor, k: int) -> tuple[Tensor, bool]:
 
 def _drop_self(found: Tensor, k: int, rows: Tensor | None = None) -> Tensor:
     """Remove self from rows of k + 1; the last neighbour where duplicates have displaced self."""
-    n = found.size(0)
+    n = found.size(0)  # of rows asked about
     rows = torch.arange(n, device=found.device) if rows is None else rows.to(found.device)
     own = found == rows.unsqueeze(-1)
     own[:, -1] |= ~own.any(dim=-1)

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..distributed import added_rows, rank, shares_rows, size
+
 _LEAF = 64  # points; at least k + 1
 _PAIRS = 1 << 26  # distances held at once
 _BITS = {1: 62, 2: 31, 3: 20}  # of a coordinate in a Morton code, by dimension
@@ -33,8 +35,10 @@ def search(points: Tensor, k: int) -> Tensor:
     pairs = _pairs(boxes, _reach(x, k, n))
     queries, count = pairs[0].unique_consecutive(return_counts=True)
     first = count.cumsum(0) - count
-    out = torch.empty(n, k, dtype=torch.int32, device=points.device)
+    out = torch.zeros(n, k, dtype=torch.int32, device=points.device)
     order = count.argsort()
+    if shares_rows():
+        order = order[rank() :: size()]
     sizes = count[order].tolist()
     start = 0
     while start < len(sizes):
@@ -47,7 +51,7 @@ def search(points: Tensor, k: int) -> Tensor:
         other = pairs[1][(first[here].unsqueeze(1) + slot).clamp(max=len(pairs[1]) - 1)]
         _search_leaves(x, queries[here], other, known, k, number, out)
         start = stop
-    return out
+    return added_rows(out)
 
 
 def _search_leaves(

@@ -99,6 +99,19 @@ class NeighborTable:
         """CSR row pointer over destinations (n + 1,), int64."""
         return self._cached("rowptr", self._rowptr)
 
+    def rows(self, part: slice, first: bool = False) -> "NeighborTable":
+        """Some rows of a table of one node set, as a graph of all sources.
+
+        Args:
+            part: the rows.
+            first: renumber the nodes, round about, so that those of the rows come first.
+        """
+        index, n = self.index[part], self.num_src_nodes
+        if first:
+            moved = (index - part.start).remainder_(n)
+            index = torch.where(index < 0, index, moved) if self.padded else moved
+        return NeighborTable(index, n, self.padded, self.recall, self.metric, self.method)
+
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The edges as unordered pairs of nodes.
 

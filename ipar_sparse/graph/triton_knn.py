@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..distributed import added_rows, rows_of
+
 MAX_NEIGHBORS = 256
 MAX_DIMENSIONS = 512
 _GROWTH = 3.0  # of the columns searched from one part to the next
@@ -58,16 +60,16 @@ def search(points: Tensor, k: int, *, capacity: int | None = None) -> tuple[Tens
     n = points.size(0)
     capacity = capacity or max(128, triton.next_power_of_2(4 * k + 64))
     cloud = _Cloud(points, far=capacity // 8)
-    index = torch.empty(n, k, dtype=torch.int32, device=points.device)
-    lost = torch.zeros(n, dtype=torch.bool, device=points.device)
-    rows = _BUFFER_BYTES // (8 * capacity)
-    for start in range(0, n, rows):
-        position = torch.arange(start, min(start + rows, n), device=points.device)
+    index = torch.zeros(n, k, dtype=torch.int32, device=points.device)
+    lost = torch.zeros(n, dtype=torch.uint8, device=points.device)
+    rows, own = _BUFFER_BYTES // (8 * capacity), rows_of(n)
+    for start in range(own.start, own.stop, rows):
+        position = torch.arange(start, min(start + rows, own.stop), device=points.device)
         found, overflow = _search_block(cloud, position.int(), k, capacity)
         number = cloud.number[position].long()
         index[number] = found
-        lost[number] = overflow
-    return index, lost.nonzero().squeeze(-1)
+        lost[number] = overflow.byte()
+    return added_rows(index), added_rows(lost).nonzero().squeeze(-1)
 
 
 class _Cloud:

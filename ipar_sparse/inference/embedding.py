@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..data.expression import Expression
-from ..data.resident import resident
+from ..data.resident import BLOCK_ROWS, ResidentExpression, resident
 from ..data.slide import Slide
+from ..distributed import all_rows, rows_of
 from ..errors import UserError
 from ..estimators.components import project
 from ..graph import knn
@@ -55,7 +56,7 @@ def read_expression(
     axes = encoder.axes
     if axes.is_cuda:
         there = resident(expression, axes.device)
-        place = torch.cat([there.rows(part) @ axes for part in there.blocks()])
+        place = by_rows(there, lambda rows: rows @ axes)
     else:
         place = torch.from_numpy(project(expression, axes))
     if not bool(torch.as_tensor(place).isfinite().all()):
@@ -77,10 +78,17 @@ def encode(encoder: nn.Module, expression: Expression, device: torch.device) -> 
     """
     training = encoder.training
     encoder.eval()
-    there = resident(expression, device)
-    blocks = [encoder(there.rows(part)) for part in there.blocks()]
+    found = by_rows(resident(expression, device), encoder)
     encoder.train(training)
-    return torch.cat(blocks)
+    return found
+
+
+def by_rows(expression: ResidentExpression, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of the rows of an expression (n, ...), computed in blocks."""
+    n = expression.shape[0]
+    own = torch.arange(n, device=expression.device)[rows_of(n)]
+    parts = [function(expression.rows(part)) for part in own.split(BLOCK_ROWS)]
+    return all_rows(torch.cat(parts), n)
 
 
 def embed_slide(

@@ -8,10 +8,13 @@ the distance of a few cells. A short descent with attraction and repulsion sharp
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..distributed import all_rows, rows_of, shares_rows
 from ..geometry.gauge import gauge_fix
 from ..geometry.neighborhoods import Shifts, opposite, rolled
 from ..graph import NeighborTable, knn, nearest_of
@@ -88,16 +91,17 @@ def refine_layout(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator).to(pos.device)
     candidates = NeighborTable(graph.index[:, :k].contiguous(), padded=graph.padded).permute(order)
-    source = candidates.index.long().clamp(min=0)
     unit = _UNIT * math.sqrt(k / n)
     anchor = gauge_fix(pos.float())[order]
     x = anchor.clone()
-    descent, recorder = Descent(x), Recorder(x.device)
+    attraction = _attraction(x, unit, candidates)
+    # ranks that split the rows exchange forces, which is not recorded
+    descent, recorder = Descent(x), Recorder(x.device, enabled=not shares_rows())
     draws = Shifts(torch.randint(1, n, (steps, _SHIFTS), generator=generator), x.device)
     near = reach = None
 
     def move() -> None:
-        gradient = _attraction(x, unit, candidates, source) * (2 / k)
+        gradient = attraction() * (2 / k)
         gradient -= repulsion(x, unit, near, reach, draws.now) * (4 / unit**2)
         descent.step(gradient + 2 * anchor_weight * (x - anchor))
 
@@ -139,30 +143,48 @@ def repulsion(
     Returns:
         (n, 2).
     """
-    n = len(x)
-    gap = x.unsqueeze(1) - x[near]
+    n, own = len(x), rows_of(len(x))
+    gap = x[own].unsqueeze(1) - x[near[own]]
     square = gap.square().sum(-1)
-    q = (square <= reach.unsqueeze(1)) / (1 + square / unit**2)
-    push, total = (gap * q.square().unsqueeze(-1)).sum(1), q.sum()
-    gap = x - rolled([x] * len(shifts), shifts)  # (shifts, n, 2)
+    q = (square <= reach[own].unsqueeze(1)) / (1 + square / unit**2)
+    push, total = (gap * q.square().unsqueeze(-1)).sum(1), q.sum(1)
+    both: Any = [*shifts, *opposite(shifts, n)]  # a pair may be beyond the reach of one cell only
+    if isinstance(shifts, Tensor):
+        both = torch.stack(both)
+    gap = x[own] - rolled([x] * len(both), both)[:, own]  # (shifts, n, 2)
     square = gap.square().sum(-1)
-    q = 1 / (1 + square / unit**2)
-    factor = (n - 1) / (2 * len(shifts))
-    here = q * (square > reach)  # a pair may be beyond the reach of one cell only
-    there = q * (square > rolled([reach] * len(shifts), shifts))
-    back = rolled(gap * there.square().unsqueeze(-1), opposite(shifts, n))
-    push += factor * ((gap * here.square().unsqueeze(-1)).sum(0) - back.sum(0))
-    return push * (n / (total + factor * (here.sum() + there.sum())))
+    q = (square > reach[own]) / (1 + square / unit**2)
+    factor = (n - 1) / len(both)
+    # one by one, in an order that does not depend on the number of rows
+    for far, weight in zip(gap * q.square().unsqueeze(-1), q, strict=True):
+        push.add_(far, alpha=factor)
+        total.add_(weight, alpha=factor)
+    push, total = all_rows(push, n), all_rows(total, n)
+    return push * (n / total.sum())
 
 
-def _attraction(x: Tensor, unit: float, graph: NeighborTable, source: Tensor) -> Tensor:
-    """Gradient of the first term, times n k / 2 (n, 2); ``source`` (n, k) is 0 in padding."""
-    gap = x.unsqueeze(1) - x[source]
-    pull = gap * (graph.mask / (unit**2 + gap.square().sum(-1))).unsqueeze(-1)
-    rowptr, edge, _ = graph.reverse()
-    by_source = graph.from_table(pull)[edge]
-    outgoing = torch.segment_reduce(by_source, "sum", offsets=rowptr, axis=0, initial=0.0)
-    return pull.sum(1) - outgoing
+def _attraction(x: Tensor, unit: float, graph: NeighborTable) -> Callable[[], Tensor]:
+    """Gradient of the first term, times n k / 2 (n, 2), for whatever x is then."""
+    n, own = len(x), rows_of(len(x))
+    source = graph.index[own].long().clamp(min=0)  # 0 in padding
+    mask, (rowptr, edge, target) = graph.mask[own], graph.reverse()
+    offsets = rowptr[own.start : own.stop + 1]
+    first, last = int(offsets[0]), int(offsets[-1])
+    target, offsets = target[first:last], offsets - first
+    origin = torch.arange(n, device=x.device)[own].repeat_interleave(offsets.diff())
+
+    def force() -> Tensor:
+        gap = x[own].unsqueeze(1) - x[source]
+        pull = gap * (mask / (unit**2 + gap.square().sum(-1))).unsqueeze(-1)
+        if not shares_rows():
+            by_source = graph.from_table(pull)[edge]
+        else:  # edges that leave own rows may end in those of other ranks
+            gap = x[target] - x[origin]
+            by_source = gap * (1 / (unit**2 + gap.square().sum(-1))).unsqueeze(-1)
+        outgoing = torch.segment_reduce(by_source, "sum", offsets=offsets, axis=0, initial=0.0)
+        return all_rows(pull.sum(1) - outgoing, n)
+
+    return force
 
 
 def _overlap(pos: Tensor, near: Tensor) -> float:

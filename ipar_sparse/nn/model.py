@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
+from ..distributed import all_rows, rows_of, shares_rows
 from ..geometry.gauge import gauge_fix
 from ..graph import NeighborTable
 from ..graph.order import reorder
@@ -332,11 +333,17 @@ class IPALiteModel(nn.Module):
             shared = bias is not None and bias.dim() == 1
             bias = bias.unsqueeze(-1) if shared else bias
             bias = terms["pair"] if bias is None else bias + terms["pair"]
+        block, use_terms = self.block(recycle), self.uses_terms(recycle)
         if rows is not None:
             state, pos = (rows.sources(state), state), (rows.sources(pos), pos)
-        return self.block(recycle)(
-            state, pos, graph, bias, batch=batch, use_terms=self.uses_terms(recycle), **kwargs
-        )
+        elif shares_rows() and not (kwargs or graph.padded or (use_terms and block.terms)):
+            # terms may be scaled by all edges; these are the same bits as those of one rank
+            n, own = len(pos), rows_of(len(pos))
+            if bias is not None:
+                bias = bias[own.start * graph.k : own.stop * graph.k]
+            moved = block((state, state[own]), (pos, pos[own]), graph.rows(own), bias)
+            return tuple(all_rows(one, n) for one in moved)
+        return block(state, pos, graph, bias, batch=batch, use_terms=use_terms, **kwargs)
 
     def __repr__(self) -> str:
         return (

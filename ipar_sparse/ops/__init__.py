@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ..distributed import all_rows, rows_of, shares_rows
 from ..graph import NeighborTable
 from . import chunked, compiled, reference
 from .compiled import keep_operator
@@ -185,6 +186,9 @@ def edge_gate(
         ValueError: on shapes or devices that do not fit together.
     """
     _check_gate(h, edges, weights)
+    if shares_rows() and isinstance(edges, NeighborTable) and not edges.padded:
+        if edges.num_nodes == len(h):
+            return _edge_gate_by_rows(h, edges, weights, backend)
     if torch.compiler.is_compiling():
         if isinstance(edges, NeighborTable):
             parts = (edges.index, list(weights), True, edges.padded)
@@ -194,6 +198,16 @@ def edge_gate(
     else:
         logits = GATE_BACKENDS[resolve_gate(backend, h, edges, weights)](h, edges, weights)
     return logits.squeeze(-1) if weights[4].size(0) == 1 else logits
+
+
+def _edge_gate_by_rows(
+    h: Tensor, edges: NeighborTable, weights: Sequence[Tensor], backend: str
+) -> Tensor:
+    """The gate, each rank that on its rows."""
+    own = rows_of(len(h))
+    part = edge_gate(h.roll(-own.start, 0), edges.rows(own, first=True), weights, backend=backend)
+    shape = (own.stop - own.start, edges.k, *part.shape[1:])
+    return all_rows(part.reshape(shape), len(h)).flatten(0, 1)
 
 
 def _check_attention(
