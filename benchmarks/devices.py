@@ -91,27 +91,26 @@ def _parts(config: RunConfig, width: int, device: torch.device, dtype=torch.floa
 
 
 def equality(job: dict) -> dict:
-    """Losses of gate and model over 50 steps, on minisets and whole slides in turn."""
+    """Losses of gate and model: minisets and whole slides in turn, and one slide shared by rows."""
+    common = ["train.gate_steps=10", "train.epochs=2", "train.steps_per_epoch=20"]
+    common += ["train.patience=99", "train.lambda_long=0.1", "model.init=pca"]
+    mixed = ["train.batch_kind=mixed", "train.batch_size=4", "train.slides_per_step=4"]
+    one = ["train.batch_kind=slide", "train.slides_per_step=1", "train.minisets=1"]
+    found = {}
+    for name, settings, slides in (("losses", mixed, 4), ("losses_by_rows", one, 1)):
+        config = load_config(overrides=[*common, *settings])
+        found[name] = _losses(job, config, slides)
+    return found
+
+
+def _losses(job: dict, config: RunConfig, count: int) -> list[float]:
     device, dtype = torch.device(job["device"]), getattr(torch, job["precision"])
-    settings = [
-        "train.batch_kind=mixed",
-        "train.batch_size=4",
-        "train.slides_per_step=4",
-        "train.minisets=16",
-        "train.gate_steps=10",
-        "train.epochs=2",
-        "train.steps_per_epoch=20",
-        "train.patience=99",
-        "train.lambda_long=0.1",
-        "model.init=pca",
-    ]
-    config = load_config(overrides=settings)
-    slides = _slides(4, job["n"], 64, device, dtype)
+    slides = _slides(count, job["n"], 64, device, dtype)
     parts = _parts(config, 64, device, dtype)
     loop, batches = _Timed(device), Batches(slides, slides[:1], config, device)
     train_gate(parts, batches, loop)
     train_model(parts, batches, loop)
-    return {"losses": [float(loss) for loss in loop.losses]}
+    return [float(loss) for loss in loop.losses]
 
 
 def step_time(job: dict) -> dict:
@@ -142,7 +141,7 @@ def _timed_steps(job: dict, config: RunConfig, device: torch.device) -> dict:
     train_model(parts, batches, loop)
     times = torch.tensor(loop.times).diff()[WARM - 1 :]
     rows = next((b.rows for b in batches.whole.values() if b.rows is not None), None)
-    found = {} if rows is None else {"share_fetched": sum(rows.fetched) / rows.total}
+    found: dict = {} if rows is None else {"share_fetched": sum(rows.fetched) / rows.total}
     found |= {
         "seconds": float(times.median()),
         "seconds_spread": float(times.max() - times.min()) / 2,
@@ -164,18 +163,15 @@ MEASURES: dict[str, Callable[[dict], dict]] = {
 
 
 def plan(sizes: list[int], counts: list[int], cells: int, device: str) -> list[dict]:
-    """All parts, each with a time limit in seconds; what is cheap comes first."""
-    jobs: list[dict] = [{"task": "bandwidth", "devices": n, "limit": 60} for n in counts]
-    for precision in ("float64", "float32"):
-        small = 1500 if device == "cuda" else 200
-        one = {"task": "equality", "precision": precision, "n": small, "limit": 90}
-        jobs += [one | {"devices": n} for n in counts]
-    one = {"task": "slides", "n": cells, "slides": SLIDES, "width": 128, "steps": 8, "limit": 100}
-    jobs += [one | {"devices": n} for n in counts]
-    for size in sizes:
-        one = {"task": "rows", "n": size, "slides": 1, "width": 128, "steps": 8, "limit": 150}
-        jobs += [one | {"devices": n} for n in counts]
-    return [job | {"device": device} for job in jobs]
+    """All parts, each with a time limit in seconds."""
+    jobs: list[dict] = [{"task": "bandwidth", "limit": 60}]
+    small = {"task": "equality", "n": 1500 if device == "cuda" else 200, "limit": 100}
+    jobs += [small | {"precision": "float64"}]
+    steps = {"width": 128, "steps": 8}
+    jobs += [{"task": "rows", "n": n, "slides": 1, "limit": 150} | steps for n in sizes]
+    jobs += [{"task": "slides", "n": cells, "slides": SLIDES, "limit": 120} | steps]
+    jobs += [small | {"precision": "float32"}]
+    return [job | {"devices": n, "device": device} for job in jobs for n in counts]
 
 
 def run_job(job: dict, folder: Path) -> dict:
@@ -204,7 +200,7 @@ def run_job(job: dict, folder: Path) -> dict:
         said, _ = run.communicate()
         return {"failed": f"took more than {job['limit']} s", "said": said[-2000:]}
     if run.returncode or not path.is_file():
-        return {"failed": f"exit code {run.returncode}", "said": said[-2000:]}
+        return {"failed": f"exit code {run.returncode}", "said": said[:2000] + said[-1000:]}
     return json.loads(path.read_text())
 
 
@@ -216,9 +212,11 @@ def compare(rows: list[dict]) -> list[dict]:
         if "failed" in row or "failed" in first or first["devices"] != 1:
             continue
         if "losses" in row:
-            pairs = list(zip(row["losses"], first["losses"], strict=True))
-            off = [abs(own - one) / abs(one) for own, one in pairs]
-            row |= {"largest_difference": max(off), "of_first_5": max([*off[:5], *off[10:15]])}
+            for name in ("losses", "losses_by_rows"):
+                pairs = zip(row[name], first[name], strict=True)
+                off = [abs(own - one) / abs(one) for own, one in pairs]
+                row[f"{name}_differ"] = max(off)
+                row[f"{name}_differ_in_first_5"] = max([*off[:5], *off[10:15]])
         elif "seconds" in row:
             row["times_faster"] = first["seconds"] / row["seconds"]
             row["loss_difference"] = abs(row["last_loss"] / first["last_loss"] - 1)
@@ -252,6 +250,8 @@ def main() -> None:
         job = json.loads(given.job)
         with ranks.joined(job["device"]) as device:
             found = MEASURES[job["task"]](job | {"device": device})
+        if torch.device(device).type == "cuda":
+            found["card"] = torch.cuda.get_device_name()
         if ranks.leads():
             write_json(given.out, found)
         return
@@ -261,8 +261,8 @@ def main() -> None:
     jobs = plan(sizes, counts, given.cells, given.device)
     for job in (j for j in jobs if not given.tasks or j["task"] in given.tasks.split(",")):
         left = 60 * given.minutes - (time.monotonic() - began)
+        job["limit"] = min(job["limit"], math.floor(left))
         with tempfile.TemporaryDirectory() as folder:
-            job["limit"] = min(job["limit"], math.floor(left))
             row = job | (run_job(job, Path(folder)) if left > 15 else {"failed": "no time left"})
         rows = compare([*rows, row])
         print(text(rows[-1]), flush=True)

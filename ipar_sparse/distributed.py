@@ -135,7 +135,8 @@ def _first_failure(codes: Mapping[int, int]) -> int:
     Raises:
         RankLost: it was killed.
     """
-    later = (LOST, -signal.SIGTERM)  # of ranks that ended since another did
+    # of ranks that ended since another did; threads of gloo and NCCL abort where a peer is gone
+    later = (LOST, -signal.SIGTERM, -signal.SIGABRT)
     own = {number: code for number, code in codes.items() if code not in later} or codes
     number, code = min(own.items(), key=lambda one: (one[1] >= 0, one[0]))
     if code >= 0 and code != LOST:
