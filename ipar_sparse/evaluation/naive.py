@@ -86,9 +86,14 @@ def closest(means: Sequence[np.ndarray], mean: np.ndarray) -> int:
 
 
 def log_normalized(counts: sparse.csr_matrix) -> np.ndarray:
-    """log1p of expression scaled to 10,000 a cell (n, G), dense float32."""
+    """log1p of expression scaled to the median total of these cells (n, G), dense float32.
+
+    With a larger total, which genes a cell holds counts for more than how much: of cells of few
+    counts a naive match then finds less.
+    """
     total = np.asarray(counts.sum(axis=1)).ravel()
-    scale = sparse.diags_array(1e4 / np.maximum(total, 1e-12))
+    usual = float(np.median(total[total > 0])) if (total > 0).any() else 1.0
+    scale = sparse.diags_array(usual / np.maximum(total, 1e-12))
     return np.asarray((scale @ counts).log1p().toarray(), dtype=np.float32)
 
 
