@@ -75,7 +75,7 @@ def measure(job: dict) -> dict:
     """Seconds and peak bytes of reading a file, and of choosing and taking its genes."""
     if job["in_memory"]:
         on_disk.STREAM_VALUES = 1 << 62
-    found = {"before_bytes": usage.host_memory()}
+    found: dict[str, float] = {"before_bytes": usage.host_memory()}
     usage.reset_host_peak()
     start = time.perf_counter()
     slides = read_files([job["path"]], RunConfig().data, require_pos=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -116,10 +117,10 @@ def _centred_ranks(pos: np.ndarray, first: np.ndarray, second: np.ndarray) -> np
 
 def save_layouts(folder: Path, evaluation: SlideEvaluation) -> None:
     """Writes the layouts of all methods, and names of the cells, to ``layouts.SLIDE.npz``."""
-    kept = {name: np.asarray(pos, np.float32) for name, pos in evaluation.layouts.items()}
-    names = np.asarray(evaluation.cells).astype(str)
+    kept: dict[str, Any] = {CELLS: np.asarray(evaluation.cells).astype(str)}
+    kept |= {name: np.asarray(pos, np.float32) for name, pos in evaluation.layouts.items()}
     with atomic_path(folder / layouts_file(evaluation.slide)) as path, path.open("wb") as file:
-        np.savez_compressed(file, **{CELLS: names}, **kept)
+        np.savez_compressed(file, **kept)
 
 
 def layouts_file(slide: str) -> str:
