@@ -824,3 +824,19 @@ def test_ctrl_c_leaves_a_run_that_goes_on_bit_for_bit(slides, tmp_path):
         for r in (stopped, whole)
     )
     assert a == b
+
+
+def test_a_command_that_loaded_torch_ends_at_once_after_what_libraries_still_do():
+    code = (
+        "import atexit, sys, torch\n"
+        "from ipar_sparse.cli import main\n"
+        "class Kept:\n"
+        "    def __del__(self):\n"
+        "        print('freed')\n"
+        "kept = Kept()\n"
+        "command = lambda argv: (atexit.register(print, 'closed'), 3)[1]\n"
+        "sys.modules['ipar_sparse.cli.app'].run_command = command\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "closed\n", "")

@@ -55,10 +55,11 @@ def test_what_pyg_loads_without_need_loads_once_it_is_used():
     assert heavy <= modules_after(used)
 
 
-def test_a_prediction_loads_no_more_than_it_needs(small_run, small_slides, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_prediction_loads_no_more_than_it_needs(small_run, small_slides, tmp_path, device):
     write_slide(small_slides[2], tmp_path / "cells.h5ad")
     words = ["predict", str(small_run), str(tmp_path / "cells.h5ad"), "--out"]
-    words += [str(tmp_path / "placed.h5ad"), "--device", "cpu"]
+    words += [str(tmp_path / "placed.h5ad"), "--device", device]
     loaded = modules_after(f"import ipar_sparse.cli as cli; assert not cli.run_command({words})")
     assert "ipar_sparse.layout.refinement" in loaded
     unneeded = {"sympy", "torch._dynamo", "torch_geometric.datasets", "scipy.stats", "sklearn"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Annotated, NoReturn
 
 import typer
@@ -70,15 +72,27 @@ def _options(
 def main() -> NoReturn:
     """Entry point of the ``ipar-sparse`` command; a polite kill is ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    status: list[int] = []
+    atexit.register(_leave, status)  # what libraries register later is called before
     if "--debug" not in sys.argv:
         # h5py prints what it cannot raise, as when a full disk keeps a file from being closed
         sys.unraisablehook = lambda _: None
         sys.excepthook = _without_closing_errors
     code = run_command(sys.argv[1:])
+    status.append(code)
     if code and is_rank():  # what belongs to the group may wait for ranks that are gone
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _leave(status: list[int]) -> None:
+    """Ends the process at once: to free all that torch has loaded takes half a second."""
+    if status and "torch" in sys.modules:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status[0])
 
 
 def run_command(argv: list[str]) -> int:
