@@ -254,6 +254,7 @@ def main() -> None:
             found["card"] = torch.cuda.get_device_name()
         if ranks.leads():
             write_json(given.out, found)
+        ranks.leave()
         return
     began, rows = time.monotonic(), []
     given.out.mkdir(parents=True, exist_ok=True)

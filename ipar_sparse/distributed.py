@@ -250,6 +250,17 @@ def tells() -> bool:
         return True
 
 
+def leave(code: int = 0) -> None:
+    """Ends a rank at once, once its files are closed; does nothing in a process started alone.
+
+    Threads of the exchange may wait for ranks that are gone, or abort while Python winds up.
+    """
+    if is_rank():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def launcher_tells() -> bool:
     """Whether :func:`launch` waits for this process, and tells of ranks that died or stopped."""
     return _LAUNCHED in os.environ and is_rank()

@@ -156,3 +156,4 @@ if __name__ == "__main__":
         found = ranks.gathered(WORK[name]())
     if ranks.leads():
         Path(out).write_text(json.dumps(found))
+    ranks.leave()

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from ..distributed import is_rank
+from ..distributed import leave
 from . import (
     benchmark,
     check,
@@ -80,9 +80,7 @@ def main() -> NoReturn:
         sys.excepthook = _without_closing_errors
     code = run_command(sys.argv[1:])
     status.append(code)
-    if code and is_rank():  # what belongs to the group may wait for ranks that are gone
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
+    leave(code)
     sys.exit(code)
 
 
