@@ -163,10 +163,12 @@ class RecordedSteps:
     ):
         self.parts, self.optimizer, self.scaler = parts, optimizer, scaler
         settings, self.sources = parts.config.train, Sources(parts.device)
-        # what is drawn on the host, and what a float16 scale decides there, cannot be replayed
+        # what is drawn on the host, what a float16 scale decides there, and the plain kernels of
+        # float64 cannot be replayed
         varies = settings.k_fraction_range is not None or settings.mutual_prob > 0
+        exact = next(parts.model.parameters()).dtype == torch.float64
         self.record = Recorder(
-            parts.device, *self.sources.all, enabled=not (varies or scaler.is_enabled())
+            parts.device, *self.sources.all, enabled=not (varies or exact or scaler.is_enabled())
         )
         self.walk_weight: Tensor | None = None
         if self.record.enabled and settings.rw_cap > 0:
