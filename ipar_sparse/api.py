@@ -21,10 +21,11 @@ from .data.sources import Cells, load_source, named_sources
 from .data.splits import named_donors
 from .data.writers import add_predictions, write_anndata
 from .errors import UserError
-from .evaluation.results import SlideEvaluation, role_of
+from .evaluation.results import score_table
 from .evaluation.scoring import score_slide
 from .files import check_output_folder, folder_name
 from .inference.mapping import map_to_spots
+from .inference.on_devices import place_on_devices
 from .inference.placing import (
     Additions,
     embed_cells,
@@ -208,6 +209,7 @@ class IPAR(Pretrained):
         report: str | os.PathLike | None = None,
         genes: Sequence[str] = (),
         overwrite: bool = False,
+        devices: int | None = None,
     ) -> AnnData | None:
         """Places n cells from their expression; measured positions are not looked at.
 
@@ -240,6 +242,7 @@ class IPAR(Pretrained):
             report: folder for a page on which to explore the map; none is written if left out.
             genes: genes by which the page can colour cells, beside the most informative.
             overwrite: replace an earlier report or mapping.
+            devices: GPUs to share the work, by ``ipar-sparse predict --devices``; in scripts.
 
         Returns:
             The cells if they are a copy or come from a file, else None.
@@ -247,26 +250,24 @@ class IPAR(Pretrained):
         Raises:
             UserError: the cells, an output or the reference cannot be used, or are refused.
         """
-        if report is not None:
-            check_output_folder(Path(report), overwrite, "report")
-        if mapping is not None:
-            check_mapping(mapping, reference, [cells], overwrite)
-        shown = (mapping is not None, report is not None)
-        wanted = frame_options(self.run, reference, top, keep_foreign, *shown)
+        if devices is not None and devices > 1:
+            return _on_devices(**locals())
+        _check_written(report, mapping, reference, cells, overwrite)
+        wanted = frame_options(self.run, reference, top, keep_foreign, bool(mapping), bool(report))
         reading: dict[str, Any] = {"layer": layer, "normalized": normalized, "slide_key": slide_key}
         reading |= {"embedding": embedding, "ignore_case": ignore_case}
-        slides, adata = self._read(cells, **reading)
+        slides = self._read(cells, **reading)
         check_genes(slides, genes)
         refuse_cells(self.predictor, slides, strict, wanted["reference"])
         wanted |= {"noise_samples": noise_samples, "keep_empty": keep_empty, "adapt": adapt}
         added = place_cells(self.predictor, slides, **wanted)
+        found, within = (self.predictor, slides, added), wanted["reference"]
         if mapping is not None:
-            found = map_to_spots(self.predictor, slides, added, wanted["reference"])
-            write_anndata(found, mapping, overwrite=overwrite)
+            write_anndata(map_to_spots(*found, within), mapping, overwrite=overwrite)
         if report is not None:
-            page = {"genes": genes, "reference": wanted["reference"], "command": "IPAR.predict()"}
-            write_prediction_report(self.predictor, slides, added, Path(report), **page)
-        return _filled(cells, adata, copy, added, slide_key or self.config.data.slide_key)
+            page = {"genes": genes, "reference": within, "command": "IPAR.predict()"}
+            write_prediction_report(*found, Path(report), **page)
+        return _filled(cells, copy, added, slide_key or self.config.data.slide_key)
 
     def embed(
         self,
@@ -285,7 +286,7 @@ class IPAR(Pretrained):
         Raises:
             UserError: the run has no encoder, or the cells share no gene with it.
         """
-        slides, adata = self._read(
+        slides = self._read(
             cells,
             layer=layer,
             normalized=normalized,
@@ -293,7 +294,7 @@ class IPAR(Pretrained):
             ignore_case=ignore_case,
         )
         added = embed_cells(self.predictor, slides)
-        return _filled(cells, adata, copy, added, slide_key or self.config.data.slide_key)
+        return _filled(cells, copy, added, slide_key or self.config.data.slide_key)
 
     def evaluate(
         self,
@@ -340,7 +341,7 @@ class IPAR(Pretrained):
         if out is not None:
             check_output_folder(Path(out), overwrite)
         within = None if reference is None else find_reference(self.run, reference)
-        slides, _ = self._read(
+        slides = self._read(
             slide,
             require_pos=True,
             layer=layer,
@@ -371,7 +372,7 @@ class IPAR(Pretrained):
                 write_evaluation(
                     self.predictor, one, scored, folder, genes=genes, command="IPAR.evaluate()"
                 )
-            tables[one.name] = _table(scored, max(self.config.eval.ks))
+            tables[one.name] = score_table(scored, max(self.config.eval.ks))
         if len(tables) == 1:
             return next(iter(tables.values()))
         return pd.concat(tables, names=["slide", "method"])
@@ -401,10 +402,8 @@ class IPAR(Pretrained):
         trained = f"{', '.join(slides[:3])}{', ...' if len(slides) > 3 else ''}"
         return f"IPAR({kind}, trained on {trained}, {str(self.run)!r})"
 
-    def _read(
-        self, cells: Cells, *, require_pos: bool = False, **reading: Any
-    ) -> tuple[list[Slide], AnnData | None]:
-        """The slides of an object or file; of a file also the object, where it is to be filled."""
+    def _read(self, cells: Cells, *, require_pos: bool = False, **reading: Any) -> list[Slide]:
+        """The slides of an object or file."""
         _show_messages()
         given = {key: value for key, value in reading.items() if value is not None}
         data = reading_settings(self.run, self.config, **given)
@@ -419,19 +418,33 @@ class IPAR(Pretrained):
         )
         for slide in slides:
             log_notes(slide, logger)
-        return slides, cells if isinstance(cells, AnnData) else None
+        return slides
 
 
-def _filled(
-    cells: Cells, adata: AnnData | None, copy: bool, added: Additions, slide_key: str | None
-) -> AnnData | None:
+def _filled(cells: Cells, copy: bool, added: Additions, slide_key: str | None) -> AnnData | None:
     """Adds what was computed to the object, its copy, or what its file holds."""
-    if adata is None:
+    if isinstance(cells, AnnData):
+        adata = cells.copy() if copy else cells
+    else:
         adata, copy = load_source(cells, slide_key), True
-    elif copy:
-        adata = adata.copy()
     add_predictions(adata, **vars(added))
     return adata if copy else None
+
+
+def _check_written(report, mapping, reference, cells: Cells, overwrite: bool) -> None:
+    if report is not None:
+        check_output_folder(Path(report), overwrite, "report")
+    if mapping is not None:
+        check_mapping(mapping, reference, [cells], overwrite)
+
+
+def _on_devices(
+    self: IPAR, cells: Cells, copy: bool, slide_key: str | None, devices: int, **options: Any
+) -> AnnData | None:
+    """:meth:`IPAR.predict` by processes of their own."""
+    options |= {"slide_key": slide_key, "device": self.predictor.device.type}
+    added = place_on_devices(self.run, cells, devices, **options)
+    return _filled(cells, copy, added, slide_key or self.config.data.slide_key)
 
 
 def _read_members(slides, val, settings: RunConfig) -> tuple[list[Slide], list[Slide] | None]:
@@ -474,17 +487,6 @@ def _settings(config, *, preset: str | None, **sections: Mapping[str, Any]) -> R
 
 def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _table(evaluation: SlideEvaluation, k: int) -> pd.DataFrame:
-    columns = ["distance_spearman", f"neighbor_hit@{k}", "procrustes", "E_geo"]
-    shown = {
-        method: values
-        for method, values in evaluation.methods.items()
-        if role_of(method) in ("model", "baseline", "floor")
-    }
-    table = pd.DataFrame.from_dict(shown, orient="index").rename_axis("method")
-    return table[[name for name in columns if name in table]]
 
 
 def _show_messages() -> None:

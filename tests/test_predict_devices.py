@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from anndata import read_h5ad
 
-from ipar_sparse import cli
+from ipar_sparse import IPAR, cli
 from ipar_sparse.data.simulation import simulate
 from ipar_sparse.data.writers import write_slide
+from ipar_sparse.errors import UserError
+from ipar_sparse.progress import console
 from ipar_sparse.train.fit import fit
 from tests.small_run import small_config
 from tests.test_distributed import on_ranks
@@ -93,3 +95,20 @@ def test_a_mistake_is_one_line_of_one_rank(folder, words, line):
     errors = [one for one in said.splitlines() if "error:" in one]
     assert len(errors) == 1 and line in errors[0] and "Traceback" not in said
     assert not Path(out).exists()
+
+
+def test_a_script_fills_an_object_by_several_devices(folder, monkeypatch):
+    model = IPAR.load(folder / "runs" / "sampled", device="cpu")
+    cells = read_h5ad(folder / "cells0.h5ad")
+    alone = model.predict(cells, copy=True, top=2)
+    assert model.predict(cells, top=2, devices=2) is None
+    for key in ("X_ipar", "X_ipar_embedding", "X_ipar_top"):
+        assert np.allclose(cells.obsm[key], alone.obsm[key], atol=1e-4, equal_nan=True)
+    assert set(cells.obs) == set(alone.obs) and set(cells.uns["ipar"]) == set(alone.uns["ipar"])
+    with pytest.raises(UserError, match="nothing was filled"):
+        model.predict(cells, top=99, devices=2)
+    with pytest.raises(UserError, match="--devices 10000, but this machine has"):
+        model.predict(cells, devices=10_000)
+    monkeypatch.setattr(console, "is_jupyter", True)
+    with pytest.raises(UserError, match="run `ipar-sparse predict .* --devices 2`"):
+        model.predict(cells, devices=2)

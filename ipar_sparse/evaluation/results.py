@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..metrics.diagnostics import AttentionFocus
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MODEL = "model"
 NO_GATE = "without gate"
@@ -112,3 +116,22 @@ def flat_metrics(evaluation: SlideEvaluation) -> dict[str, float]:
         for name, value in values.items()
     }
     return {**methods.get(MODEL, {}), **evaluation.measures, **others}
+
+
+def score_table(evaluation: SlideEvaluation, k: int) -> pd.DataFrame:
+    """Main scores of the model, baselines and measured positions, one row each.
+
+    Args:
+        evaluation: of a slide.
+        k: size of the neighbourhoods whose hits are shown.
+    """
+    import pandas as pd
+
+    columns = ["distance_spearman", f"neighbor_hit@{k}", "procrustes", "E_geo"]
+    shown = {
+        method: values
+        for method, values in evaluation.methods.items()
+        if role_of(method) in ("model", "baseline", "floor")
+    }
+    table = pd.DataFrame.from_dict(shown, orient="index").rename_axis("method")
+    return table[[name for name in columns if name in table]]
