@@ -41,6 +41,7 @@ from .inference.summary import RunSummary, summarize_run
 from .progress import quiet_stages, setup_logging
 from .report import check_genes, write_evaluation, write_prediction_report
 from .train.fit import fit
+from .train.launched import on_devices
 from .train.pretrained import Pretrained
 from .train.run_folder import (
     check_resumable,
@@ -73,6 +74,7 @@ class IPAR(Pretrained):
         self.predictor = predictor
 
     @classmethod
+    @on_devices
     def train(
         cls,
         slides: Cells | Sequence[Cells] | Mapping[str, Cells],
@@ -93,6 +95,7 @@ class IPAR(Pretrained):
         drop_outliers: bool | None = None,
         seed: int | None = None,
         device: str | None = None,
+        devices: int | None = None,
         resume: bool = False,
         overwrite: bool = False,
         max_minutes: float | None = None,
@@ -118,7 +121,7 @@ class IPAR(Pretrained):
                 of slides where an object holds several; recognised if left out.
             spatial_key, ignore_case, drop_outliers: as in :meth:`evaluate`.
             seed: of everything random.
-            device: ``"cpu"``, ``"cuda"``, ...; a GPU where there is one if left out.
+            device, devices: ``"cpu"``, ``"cuda"``, ..., and in a script how many share the work.
             resume: go on with the run in ``out`` and its settings. Of ``config``, only
                 ``train.epochs`` and ``train.patience`` may be given, which extend it.
             overwrite: replace an earlier run in ``out``.
@@ -137,8 +140,7 @@ class IPAR(Pretrained):
         if resume:
             if out is None or preset or overwrite or cells is not None or any(asked.values()):
                 raise UserError("resume takes out, and its settings; leave the others out")
-            sources = [*named_sources(slides)[1], *named_sources(val)[1]]
-            _go_on(Path(out), sources, config, device=device, max_minutes=max_minutes, quiet=quiet)
+            _go_on(out, [slides, val], config, device=device, max_minutes=max_minutes, quiet=quiet)
             return cls.load(out, device or "auto")
         settings = _settings(config, preset=preset, **asked)
         resolve_device(device or settings.train.device)
@@ -466,8 +468,9 @@ def _folder(out: str | os.PathLike | None) -> Path:
     return Path(out)
 
 
-def _go_on(out: Path, sources: Sequence[Cells], config: Any, **running: Any) -> None:
+def _go_on(out: str | os.PathLike, members: Sequence[Any], config: Any, **running: Any) -> None:
     """Resumes a run, extended by settings if there are any."""
+    out, sources = Path(out), [one for some in members for one in named_sources(some)[1]]
     check_resumable(out)
     if not isinstance(config, Mapping | None):
         raise UserError("resume takes config as a dict of train.epochs and train.patience only")

@@ -21,6 +21,7 @@ from ipar_sparse.train.fit import fit
 from ipar_sparse.train.history import HISTORY, read_history
 from ipar_sparse.train.loop import Loop
 from ipar_sparse.train.model import Trained, train_gate, train_model
+from ipar_sparse.train.sharing import fill_ranks
 from tests.small_run import QUICK, small_config
 
 
@@ -35,7 +36,16 @@ def exchange() -> dict[str, Any]:
             compute()
         except UserError as error:
             errors.append(str(error))
+    asked = ["train.steps_per_epoch=5", "train.gate_steps=4", "train.lr=0.0002"]
+    minisets = fill_ranks(small_config(*asked, "train.batch_kind=miniset"), [100, 100]).train
+    whole = small_config(*asked, "train.batch_kind=slide")
     return {
+        "filled": [minisets.batch_size, minisets.steps_per_epoch, minisets.gate_steps],
+        "rate": minisets.lr / 0.0002,
+        "slides_per_step": [
+            fill_ranks(whole, cells).train.slides_per_step
+            for cells in ([100, 100], [100], [9e5] * 2)
+        ],
         "gathered": ranks.gathered(number),
         "first": ranks.from_first(number + 7),
         "largest": ranks.largest(number, -number),

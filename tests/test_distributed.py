@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from ipar_sparse import cli
+from ipar_sparse import IPAR, cli
 from ipar_sparse import distributed as ranks
-from ipar_sparse.data.writers import write_slide
+from ipar_sparse.data.writers import to_anndata, write_slide
 from ipar_sparse.errors import UserError
 from ipar_sparse.inference.run_folder import BEST
 from ipar_sparse.train.history import HISTORY, read_history
 from tests.rank_work import equal, selected
-from tests.small_run import SMALL
+from tests.small_run import SMALL, small_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +46,9 @@ def test_ranks_exchange_what_they_say(tmp_path):
         found[0]
         == found[1]
         == {
+            "filled": [2, 3, 2],
+            "rate": pytest.approx(2**0.5),
+            "slides_per_step": [2, 1, 1],
             "gathered": [0, 1],
             "first": 7,
             "largest": [1, 0],
@@ -123,6 +126,22 @@ def _process_of_rank(number: int, out: Path) -> int:
             ):
                 return int(folder.name)
     raise AssertionError(f"no process of rank {number}")
+
+
+def test_a_script_trains_on_several_devices_and_a_notebook_is_told_how(
+    small_slides, tmp_path, monkeypatch
+):
+    slides = [to_anndata(slide) for slide in small_slides[:2]]
+    given = {"config": small_config("train.epochs=1"), "device": "cpu", "devices": 2}
+    model = IPAR.train(slides, out=tmp_path / "run", **given)
+    assert model.config.train.batch_size == 2
+    assert len(model.predict(slides[0], copy=True).obsm["X_ipar"]) == 140
+
+    with pytest.raises(UserError, match="missing.h5ad: no such file"):
+        IPAR.train(["missing.h5ad"], out=tmp_path / "other", **given)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    with pytest.raises(UserError, match="train a.h5ad --out RUN --devices 2"):
+        IPAR.train(["a.h5ad"], devices=2)
 
 
 def test_a_process_alone_is_a_rank_of_one():

@@ -24,7 +24,7 @@ from ..data.expression import Expression, in_memory
 from ..data.input_profile import conform, informative, profile_inputs
 from ..data.slide import Slide, log_notes
 from ..data.spatial_order import told_of_order
-from ..distributed import agree, alike, from_first, leads
+from ..distributed import agree, alike, barrier, from_first, leads
 from ..errors import UserError
 from ..estimators import EmbeddingScaler, RelevantComponents
 from ..files import atomic_write
@@ -149,6 +149,7 @@ def fit(
         _save_reference(known, out)
         alike(loop.modules)
         _train(parts, known, unseen, settings, loop)
+    barrier()  # what rank 0 has written can be read
     state = loop.state
     return FitResult(out, state.best_epoch, state.best, settings, state.metadata)
 

@@ -34,7 +34,7 @@ _UNFINISHED = re.compile(rf"\.\w+\.\d+\.tmp\.\w+|{re.escape(LOCK)}")
 def check_run_folder(out: Path, overwrite: bool) -> None:
     """Refuses a folder for a new run that is in use; only another run may be overwritten."""
     check_folder(out)
-    if _is_empty(out):
+    if _is_empty(out) or not leads():  # the first rank may have begun to use it
         return
     if not overwrite:
         raise UserError(
