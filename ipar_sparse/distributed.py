@@ -29,7 +29,8 @@ TIME_LIMIT = "IPAR_SPARSE_TIME_LIMIT"
 _SECONDS = 1800.0
 _LAUNCHED = "IPAR_SPARSE_LAUNCHED"  # set by :func:`launch`, which tells of ranks that died
 _FEW_ROWS = 256  # of a rank; fewer are not worth an exchange
-_BLOCK_ROWS = 8192
+BLOCK_ROWS = 1024
+"""Rows of a rank are whole blocks of so many, where it has more."""
 LOST = 71
 """Exit code of a rank that lost the others."""
 
@@ -441,9 +442,9 @@ def rows_of(count: int) -> slice:
 
 
 def _rows_each(count: int) -> int:
-    """Rows of a rank; many are whole blocks, whose values do not depend on the number of ranks."""
+    """Rows of a rank: whole blocks, so that products of matrices round as those of one rank do."""
     each = -(-count // size())
-    return each if each < 16 * _BLOCK_ROWS else -(-each // _BLOCK_ROWS) * _BLOCK_ROWS
+    return each if each < BLOCK_ROWS else -(-each // BLOCK_ROWS) * BLOCK_ROWS
 
 
 def all_rows(own: Tensor, count: int) -> Tensor:

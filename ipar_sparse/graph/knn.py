@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import added_rows, all_rows, rank, rows_of, shares_rows, size
+from ..distributed import BLOCK_ROWS, added_rows, all_rows, rank, rows_of, shares_rows, size
 from ..ticks import counted
 from .table import NeighborTable, validate_table
 
@@ -355,7 +355,10 @@ def _faiss(points: Tensor, k: int) -> tuple[Tensor, bool]:
         index.train(array[::stride])
     index.add(array)
     rows = torch.arange(n)[rows_of(n)]
-    found = torch.from_numpy(index.search(array[rows_of(n)], k + 1)[1])
+    # block by block: near ties fall as numbers are rounded, which depends on the rows of a call
+    found = torch.cat(
+        [torch.from_numpy(index.search(array[part], k + 1)[1]) for part in rows.split(BLOCK_ROWS)]
+    )
     if not exact and bool((found < 0).any()):
         raise ValueError(
             f"knn backend 'faiss' found fewer than {k} neighbours for some points; "
