@@ -77,6 +77,11 @@ def size() -> int:
     return _group.size
 
 
+def ranks_here() -> int:
+    """How many ranks a launcher started on this machine, told without torch; 1 alone."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_rank() else 1
+
+
 def leads() -> bool:
     """Whether this process writes, and talks to the person."""
     return _group.rank == 0
@@ -195,9 +200,8 @@ def joined(device: str | None = None) -> Iterator[str | None]:
 
     if not dist.is_available():
         raise UserError("this torch is built without torch.distributed; install one with it")
-    local, here = (int(os.environ.get(f"LOCAL_{name}", 1)) for name in ("RANK", "WORLD_SIZE"))
-    if "LOCAL_RANK" not in os.environ:
-        local = int(os.environ["RANK"]) % max(torch.cuda.device_count(), 1)
+    cards = max(torch.cuda.device_count(), 1)
+    local = int(os.environ.get("LOCAL_RANK", int(os.environ["RANK"]) % cards))
     limit = timedelta(seconds=float(os.environ.get(TIME_LIMIT, _SECONDS)))
     with rank_losses():
         if _group.base is None:
@@ -209,7 +213,7 @@ def joined(device: str | None = None) -> Iterator[str | None]:
         with rank_losses():
             _compare_versions()
         if device != "cpu":
-            check_devices(here, device)
+            check_devices(ranks_here(), device)
         gpu = device != "cpu" and torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(local)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,12 @@ import pytest
 
 from ipar_sparse import IPAR, cli
 from ipar_sparse import distributed as ranks
+from ipar_sparse.cli.messages import out_of_memory
+from ipar_sparse.config import RunConfig
+from ipar_sparse.data.headers import Size
 from ipar_sparse.data.writers import to_anndata, write_slide
 from ipar_sparse.errors import UserError
+from ipar_sparse.inference.costs import check_training
 from ipar_sparse.inference.run_folder import BEST
 from ipar_sparse.train.history import HISTORY, read_history
 from tests.rank_work import equal, selected
@@ -149,6 +154,25 @@ def test_a_process_alone_is_a_rank_of_one():
         assert (device, ranks.rank(), ranks.size(), ranks.leads()) == ("cpu", 0, 1, True)
         assert ranks.shared_out([3, 4], lambda one: 2 * one) == [6, 8]
         assert [*ranks.share_of(3)] == [0, 1, 2]
+
+
+def test_a_rank_names_itself_and_reckons_with_the_others_on_its_machine(monkeypatch):
+    alone = free_host()
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert out_of_memory("fewer cells").startswith("rank 1 is out of memory")
+    assert ranks.is_rank() and ranks.started_rank() == 1
+    assert free_host() < 0.8 * alone
+
+
+def free_host() -> float:
+    """MiB that a refused training is told are free."""
+    config, size = RunConfig(), Size(cells=10**11, stored=10**14, genes=1000)
+    with pytest.raises(UserError, match="of memory, and") as refused:
+        check_training([size], [], config, on_gpu=False)
+    number, unit = re.search(r"and ([\d.]+) (\w+) are free", str(refused.value)).groups()
+    return float(number) * {"MiB": 1, "GiB": 1024, "TiB": 1024**2}[unit]
 
 
 @pytest.mark.parametrize(

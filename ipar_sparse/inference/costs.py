@@ -13,6 +13,8 @@ from typing import Any
 from ..config import RunConfig
 from ..data.headers import STREAM_VALUES, Size
 from ..data.slide import Slide
+from ..distributed import ranks_here
+from ..distributed import size as ranks
 from ..errors import UserError
 from ..progress import size_text
 from ..usage import free_host_memory, host_memory
@@ -34,6 +36,8 @@ MINISET_CELLS = 500_000
 """Most cells of minisets that are kept."""
 WHOLE_CELL = 10_000
 """A cell of a whole slide that is trained on: embedding, graph both ways, targets; k = 100."""
+SHARED_CELLS = 200_000
+"""Cells of a whole slide; several devices share the rows of a larger one."""
 _STEP_CELL = 24_000  # and while a step runs; a third where recycles are computed again
 _HEADROOM = 0.95  # share of the free memory that may be taken
 KIND_FROM_CELLS: dict[str, dict[int, str]] = {"cpu": {0: "miniset"}, "cuda": {0: "miniset"}}
@@ -99,6 +103,7 @@ def training_cost(
     if kind != "miniset":
         largest = max(size.cells for size in train)
         step = _STEP_CELL / (3 if config.model.checkpoint_recycles else 1)
+        step /= ranks() if largest > SHARED_CELLS else 1
         work += _width(config) * sum(WHOLE_CELL * size.cells for size in sizes)
         work += _width(config) * step * largest
     return Cost(host, work) if on_gpu else Cost(host + work)
@@ -211,8 +216,11 @@ def _check_memory(
 
 
 def _free() -> float:
-    """Bytes of the host; what this process holds already is a part of what it takes."""
-    return free_host_memory() + host_memory()
+    """Bytes of the host; what this process holds already is a part of what it takes.
+
+    Of several ranks on this machine each reads all slides, and may take its part.
+    """
+    return free_host_memory() / ranks_here() + host_memory()
 
 
 def _fits(found: Cost, device_bytes: float | None) -> bool:

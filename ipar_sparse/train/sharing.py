@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from ..config import RunConfig
 from ..distributed import from_first, size, summed
+from ..inference.costs import SHARED_CELLS
 from ..ops.recording import Recorder
 from ..supervision.losses import Source
 from .batches import GraphBatch, Share, shares_rows
 
 logger = logging.getLogger(__name__)
-
-_SHARED_CELLS = 200_000  # of a slide; ranks share the rows of a larger one
 
 Losses = Callable[[GraphBatch, Source, Tensor], Mapping[str, Any]]
 """Losses of a part, by name and weighted by three shares: of cells, of graphs, and of the cells
@@ -156,7 +155,7 @@ def fill_ranks(config: RunConfig, slides: Sequence[int]) -> RunConfig:
     """
     settings, ranks = config.train, size()
     minisets = max(settings.batch_size, min(ranks, settings.minisets))
-    by_rows = shares_rows(config) and (len(slides) < ranks or max(slides) > _SHARED_CELLS)
+    by_rows = shares_rows(config) and (len(slides) < ranks or max(slides) > SHARED_CELLS)
     whole = max(settings.slides_per_step, 1 if by_rows else min(ranks, len(slides)))
     more = {"miniset": minisets / settings.batch_size, "slide": whole / settings.slides_per_step}
     used = [k for k in more if settings.batch_kind in (k, "mixed")]
