@@ -170,9 +170,10 @@ def check_devices(devices: int, device: str | None = None) -> None:
     there = torch.cuda.device_count() if gpus else os.cpu_count() or 1
     if devices > there:
         kind = "GPU" if gpus else "CPU core"
+        advice = "give at most so many" if there else "add --device cpu"
         raise UserError(
             f"--devices {devices}, but this machine has {there} {kind}{'s' * (there != 1)}; "
-            "give at most so many"
+            f"{advice}"
         )
     if gpus and not torch.distributed.is_nccl_available():
         raise UserError("this torch has no NCCL, which several GPUs need; use --device cpu")
