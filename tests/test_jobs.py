@@ -75,3 +75,16 @@ def test_stopping_lets_a_running_job_save_and_begins_no_other(tmp_path):
     ended.close()
     assert running.read_text() == "saved" and not waiting.exists()
     assert any(running in shown for shown in seen)
+
+
+def tell_card(key, stop):
+    key.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "as it was"))
+
+
+@pytest.mark.parametrize("cards", [(), ("3", "GPU-5")])
+def test_processes_take_the_cards_in_turn(cards, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    jobs = [Job(tmp_path / name) for name in "ab"]
+    assert [error for _, error in run_jobs(tell_card, jobs, Workers(2, cards=cards))] == [None] * 2
+    seen = {job.key.read_text() for job in jobs}
+    assert seen == (set(cards) or {"as it was"})

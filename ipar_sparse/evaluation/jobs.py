@@ -29,7 +29,7 @@ _SAVE_SECONDS = 60  # that a worker has for that
 _POLL_SECONDS = 1.0
 _DEATHS = 3  # in a row, each soon after the job began, that it is not tried again after
 _SOON = 600.0  # seconds; a worker that lived longer did not die of its job
-_CARDS = "CUDA_VISIBLE_DEVICES"
+_CARDS = "IPAR_SPARSE_CARDS"  # environment variable: what workers of this machine take in turn
 _KEYS: list[Any] = []  # of the job that this process runs, where it is a worker
 
 
@@ -130,8 +130,9 @@ def dask_setup(worker: Any) -> None:
     Ctrl-C is for the parent, which passes it on. Of several GPUs the worker sees one.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cards = os.environ.get(_CARDS, "").split(",")
-    os.environ[_CARDS] = cards[int(worker.name) % len(cards)]
+    if _CARDS in os.environ:
+        cards = os.environ[_CARDS].split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = cards[int(worker.name) % len(cards)]
 
 
 class _Here:
