@@ -219,7 +219,7 @@ def gate(h, weights, table, grad, backend):
 
 
 def compare_gate(table, width, outputs, dtype, hidden=64, margin=True):
-    h, weights = gate_inputs(table.num_nodes, width, outputs, dtype, hidden, margin)
+    h, weights = gate_inputs(table.num_src_nodes, width, outputs, dtype, hidden, margin)
     # Of one sign: sums that cancel would measure float32's rounding, not the kernel.
     grad = 0.5 + torch.rand(table.num_edges, outputs, device=DEVICE)
     got = gate(h, weights, table, grad, "triton")
@@ -241,6 +241,12 @@ def test_gate_near_the_kinks(dtype):
 @pytest.mark.parametrize("n,k", SIZES)
 def test_gate_is_the_definition(n, k, kind):
     compare_gate(make_table(n, k, kind), 128, 1, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["random", "padded"])
+def test_gate_of_some_rows_is_the_definition(kind):
+    n, k = SIZES[-1]
+    compare_gate(make_table(n, k, kind, n_src=2 * n + 3), 32, 1, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
