@@ -85,6 +85,11 @@ def rows(name: str, records: Sequence[Record], reference: str) -> list[dict]:
     return found
 
 
+def _error(value: float | None) -> str:
+    """A standard error; one slide and one seed have none."""
+    return "" if value is None else f" ± {value:.4f}"
+
+
 def _files(given: argparse.Namespace) -> Iterator[tuple[str, list[Path]]]:
     sets = {}
     for size in (int(float(text)) for text in given.sizes.split(",") if text):
@@ -133,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
             record.add(row)
     table = [
         [r["data"], r["variant"], *(r[metric] for metric in METRICS[:4])]
-        + [f"{r['less_best']:+.4f} ± {r['less_best_se'] or 0:.4f}", r[SECONDS], r["runs"]]
+        + [f"{r['less_best']:+.4f}{_error(r['less_best_se'])}", r[SECONDS], r["runs"]]
         for r in record.rows
     ]
     print(harness.markdown(HEAD, table))
