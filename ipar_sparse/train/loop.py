@@ -470,7 +470,9 @@ def _interrupts(asked: threading.Event) -> Iterator[None]:
             raise KeyboardInterrupt
         asked.set()
         again = "" if is_rank() else "; press ctrl-C again to stop at once"
-        logger.warning("stopping after this step%s", again)
+        # in a thread: this one may be amid an import that showing the line needs, too
+        say = threading.Thread(target=logger.warning, args=("stopping after this step%s", again))
+        say.start()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
