@@ -37,25 +37,19 @@ def test_with_one_block_the_error_is_that_of_seeds_alone():
     assert found["x"].se == pytest.approx(abs(one - two) / 2 / math.sqrt(2), rel=0.15)
 
 
+def errors_of_patches(seed, blocks):
+    """Gain and its error, by so many blocks a side, of layouts that go wrong region by region."""
+    rng = np.random.default_rng(seed)
+    true = rng.random((400, 2))
+    patch = block_of(true, 5)
+    own, other = (true + rng.normal(0, 0.2, (25, 2))[patch] for _ in range(2))
+    draws = {"blocks": blocks, "repeats": 30, "num_pairs": 2000}
+    found = block_bootstrap([own], {"x": [other]}, true, **draws)["x"]
+    return found.mean, found.se
+
+
 def test_the_error_of_blocks_is_the_deviation_between_tissues():
-    """Layouts that go wrong region by region, in 40 tissues."""
-    gains, errors = [], []
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        true = rng.random((400, 2))
-        patch = block_of(true, 5)
-        own, other = (true + rng.normal(0, 0.2, (25, 2))[patch] for _ in range(2))
-        draws = {"blocks": 5, "repeats": 30, "num_pairs": 2000}
-        found = block_bootstrap([own], {"x": [other]}, true, **draws)["x"]
-        gains.append(found.mean)
-        errors.append(found.se)
+    gains, errors = zip(*(errors_of_patches(seed, 5) for seed in range(40)), strict=True)
     assert np.mean(errors) == pytest.approx(np.std(gains, ddof=1), rel=0.35)
-    cells_alone = []
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        true = rng.random((400, 2))
-        patch = block_of(true, 5)
-        own, other = (true + rng.normal(0, 0.2, (25, 2))[patch] for _ in range(2))
-        draws = {"blocks": 200, "repeats": 30, "num_pairs": 2000}
-        cells_alone.append(block_bootstrap([own], {"x": [other]}, true, **draws)["x"].se)
+    cells_alone = [errors_of_patches(seed, 200)[1] for seed in range(10)]
     assert np.mean(cells_alone) < 0.6 * np.mean(errors)  # what cells by themselves would claim

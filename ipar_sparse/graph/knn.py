@@ -187,10 +187,9 @@ def pooled_candidates(
     if metric == "cosine":
         points = torch.nn.functional.normalize(points, dim=-1)
     k = min(k, pool - 1)
-    index = torch.empty(n, k, dtype=torch.int32, device=h.device)
+    index = torch.zeros(n, k, dtype=torch.int32, device=h.device)  # in rows of other ranks, too
     order = torch.randperm(n, generator=generator).split(_POOL_ROWS)
     samples = [_sample(n, pool, generator) for _ in order]
-    index.zero_()  # in rows of other ranks
     # On a GPU, blocks of equal size are searched together.
     together = max(1, BLOCK_ELEMENTS // (_POOL_ROWS * pool)) if h.is_cuda else 1
     steps = range(0, len(order), together)
