@@ -2,6 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -334,6 +338,18 @@ def test_commands_on_slides_that_bring_their_embedding_are_measured(tmp_path):
     stages = {row["stage"]: row for row in found["rows"] if row["command"] == "predict"}
     assert "Training the encoder" not in {row["stage"] for row in found["rows"]}
     assert stages["all"]["distance_spearman"] > 0.8
+
+
+def test_a_checkout_that_is_not_installed_has_the_command(tmp_path):
+    checkout, packages = Path(benchmarks.__file__).parents[1], sysconfig.get_path("purelib")
+    words = "benchmark --tasks knn --implementations fast --sizes 60 --out".split()
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "ipar_sparse", *words, str(tmp_path)],  # -S: no .pth file
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(checkout), packages])},
+        capture_output=True,
+        text=True,
+    )
+    assert "unknown implementation fast" in done.stderr, done.stderr
 
 
 def test_random_counts_are_written_as_they_are_read(tmp_path, capsys):
