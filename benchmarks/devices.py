@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -27,7 +29,9 @@ from torch import distributed as dist
 from ipar_sparse import distributed as ranks
 from ipar_sparse.config import RunConfig, load_config
 from ipar_sparse.files import write_json
+from ipar_sparse.graph import NeighborTable
 from ipar_sparse.inference.modules import build_gate_and_model
+from ipar_sparse.nn import EdgeGateSoft
 from ipar_sparse.train.batches import Batches, EmbeddedSlide
 from ipar_sparse.train.loop import Loop
 from ipar_sparse.train.model import Trained, train_gate, train_model
@@ -91,7 +95,11 @@ def _parts(config: RunConfig, width: int, device: torch.device, dtype=torch.floa
 
 
 def equality(job: dict) -> dict:
-    """Losses of gate and model: minisets and whole slides in turn, and one slide shared by rows."""
+    """Losses of gate and model: minisets and whole slides in turn, and one slide shared by rows.
+
+    One rank in float32 does it thrice more, and adds cells and edges in another order each time:
+    ``losses_spread`` is how far they lie apart.
+    """
     common = ["train.gate_steps=10", "train.epochs=2", "train.steps_per_epoch=20"]
     common += ["train.patience=99", "train.lambda_long=0.1", "model.init=pca"]
     mixed = ["train.batch_kind=mixed", "train.batch_size=4", "train.slides_per_step=4"]
@@ -100,13 +108,56 @@ def equality(job: dict) -> dict:
     for name, settings, slides in (("losses", mixed, 4), ("losses_by_rows", one, 1)):
         config = load_config(overrides=[*common, *settings])
         found[name] = _losses(job, config, slides)
+        if ranks.size() == 1 and job["precision"] == "float32":
+            others = [_losses(job, config, slides, order) for order in (1, 2, 3)]
+            found[f"{name}_spread"] = max(
+                _farthest(a, b) for a, b in combinations([found[name], *others], 2)
+            )
     return found
 
 
-def _losses(job: dict, config: RunConfig, count: int) -> list[float]:
+def _farthest(losses: list[float], others: list[float]) -> float:
+    """The largest relative difference of a step's loss."""
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, others, strict=True))
+
+
+def _reorder(module: torch.nn.Module, seed: int) -> None:
+    """Gate or model see cells, and the edges of each, in another order, and so add them in it."""
+    forward, seen = module.forward, {}
+
+    def orders(graph: NeighborTable) -> tuple:
+        draw = torch.Generator().manual_seed(seed)
+        sizes = graph.num_nodes, graph.k
+        cells, slots = (torch.randperm(m, generator=draw).to(graph.device) for m in sizes)
+        permuted = graph.permute(cells)
+        other = replace(permuted, index=permuted.index[:, slots], _cache={})
+        table = graph.to_table(torch.arange(graph.num_edges, device=graph.device))
+        edges = other.from_table(table[cells][:, slots])
+        return graph, other, cells, cells.argsort(), edges, edges.argsort()
+
+    def reordered(h, graph: NeighborTable, generator=None, **given):
+        if id(graph) not in seen:
+            seen[id(graph)] = orders(graph)
+        _, other, cells, cells_back, edges, edges_back = seen[id(graph)]
+        if isinstance(module, EdgeGateSoft):
+            return forward(h[cells], other)[edges_back]
+        if module.training and given.get("noise") is None:
+            given["noise"] = torch.empty_like(h[:, :2]).normal_(generator=generator)
+        orders_of = {"noise": cells, "batch": cells, "initial": cells, "edge_bias": edges}
+        for name, order in orders_of.items():
+            if given.get(name) is not None:
+                given[name] = given[name][order]
+        return forward(h[cells], other, **given)[cells_back]
+
+    module.forward = reordered
+
+
+def _losses(job: dict, config: RunConfig, count: int, order: int = 0) -> list[float]:
     device, dtype = torch.device(job["device"]), getattr(torch, job["precision"])
     slides = _slides(count, job["n"], 64, device, dtype)
     parts = _parts(config, 64, device, dtype)
+    for module in (parts.gate, parts.model) if order else ():
+        _reorder(module, order)
     loop, batches = _Timed(device), Batches(slides, slides[:1], config, device)
     train_gate(parts, batches, loop)
     train_model(parts, batches, loop)
@@ -170,7 +221,7 @@ def plan(sizes: list[int], counts: list[int], cells: int, device: str) -> list[d
     steps = {"width": 128, "steps": 8}
     jobs += [{"task": "rows", "n": n, "slides": 1, "limit": 150} | steps for n in sizes]
     jobs += [{"task": "slides", "n": cells, "slides": SLIDES, "limit": 120} | steps]
-    jobs += [small | {"precision": "float32"}]
+    jobs += [small | {"precision": "float32", "limit": 150}]
     return [job | {"devices": n, "device": device} for job in jobs for n in counts]
 
 
@@ -213,10 +264,14 @@ def compare(rows: list[dict]) -> list[dict]:
             continue
         if "losses" in row:
             for name in ("losses", "losses_by_rows"):
-                pairs = zip(row[name], first[name], strict=True)
-                off = [abs(own - one) / abs(one) for own, one in pairs]
-                row[f"{name}_differ"] = max(off)
-                row[f"{name}_differ_in_first_5"] = max([*off[:5], *off[10:15]])
+                own, one = ([*r[name]] for r in (row, first))
+                row[f"{name}_differ"] = _farthest(own, one)
+                early = [*range(5), *range(10, 15)]  # of the gate, and of both
+                row[f"{name}_differ_in_first_5"] = _farthest(
+                    *([r[i] for i in early] for r in (own, one))
+                )
+                if f"{name}_spread" in first:
+                    row[f"{name}_spread_of_one_rank"] = first[f"{name}_spread"]
         elif "seconds" in row:
             row["times_faster"] = first["seconds"] / row["seconds"]
             row["loss_difference"] = abs(row["last_loss"] / first["last_loss"] - 1)
