@@ -14,9 +14,11 @@ from ipar_sparse.inference import costs
 from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.inference.run_folder import LAST, read_meta
 from ipar_sparse.layout.uncertainty import square_errors
+from ipar_sparse.train.brief import load_kernels
 from ipar_sparse.train.cross_validation import donor_folds
 from ipar_sparse.train.fit import fit, fit_encoder
 from ipar_sparse.train.loop import TrainingLoop
+from ipar_sparse.train.model import RecordedSteps
 from ipar_sparse.train.selection import best_candidate, resolve_from_data, select_settings
 
 SMALL = [
@@ -248,3 +250,23 @@ def test_what_follows_from_the_data_is_decided_from_the_training_slides(slides):
     assert config.encoder.steps == 400
     assert config.train.steps_per_epoch == config.train.minisets
     assert config.train.batch_kind == "miniset"
+
+
+@pytest.mark.parametrize("init", ["atlas", "pca", "mlp"])
+def test_kernels_are_loaded_by_steps_on_walks_of_every_length(init, monkeypatch):
+    """On a GPU, before anything is timed; here the same steps are taken on the CPU."""
+    step, taken = RecordedSteps.__call__, {}
+
+    def noted(self, share, seeds, epoch):
+        losses = step(self, share, seeds, epoch)
+        walk = share.alone.target.walk
+        taken[share.cells] = walk.steps, float(losses["loss"]), float(losses["w_rw"])
+        return losses
+
+    monkeypatch.setattr(RecordedSteps, "__call__", noted)
+    small = [one for one in BROUGHT[:-1] if "miniset" not in one]
+    config = load_config(None, [*small, f"model.init={init}"])
+    load_kernels(resolve_from_data(config, [slide("a", [0, 1], 0)]), 8, torch.device("cpu"))
+    assert {walk for walk, _, _ in taken.values()} == {3, 4, 5}
+    assert {n % 16 == 0 for n in taken} == {True, False} and max(taken) == 384
+    assert all(np.isfinite(loss) and weight > 0 for _, loss, weight in taken.values())

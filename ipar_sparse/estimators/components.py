@@ -111,9 +111,13 @@ def principal_axes(
     genes = slides[0].shape[1]
     count = min(count, genes)
     if genes <= DENSE_GENES or count > genes // 4:
-        last = genes - count, genes - 1
         matrix = _covariance_matrix(samples, torch.device(device))
-        variance, axes = scipy.linalg.eigh(matrix, subset_by_index=last)
+        if torch.device(device).type == "cuda":
+            found = torch.linalg.eigh(torch.from_numpy(matrix).to(device))
+            variance, axes = (values[..., -count:].cpu().numpy() for values in found)
+        else:
+            last = genes - count, genes - 1
+            variance, axes = scipy.linalg.eigh(matrix, subset_by_index=last)
     else:
         operator = LinearOperator(
             (genes, genes), matvec=lambda v: _covariance_product(samples, v), dtype=np.float64

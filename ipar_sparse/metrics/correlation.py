@@ -43,11 +43,6 @@ def spearman(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
     return rho, d_cov / np.sqrt(a * b) - 0.5 * rho * (d_a / a + d_b / b)
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman correlation on mid-ranks alone; 0 where all values of one sample are equal."""
-    return pearson(rankdata(x), rankdata(y))[0]
-
-
 def stress_1(d: np.ndarray, delta: np.ndarray) -> tuple[float, np.ndarray]:
     """Kruskal's Stress-1 of predicted distances against true ones; 1 where one sample is zero."""
     a, b = np.sqrt(np.square(d).mean()), np.sqrt(np.square(delta).mean())

@@ -9,11 +9,19 @@ has none.
 import numpy as np
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import pdist
+from scipy.stats import rankdata
 from torch import Tensor
 
 from ..geometry.alignment import align, two_layouts
-from ..geometry.neighborhoods import TrueNeighborhoods, jitter, nearest, sample_pairs, unit_gauge
-from .correlation import pearson, rank_correlation, spearman, stress_1
+from ..geometry.neighborhoods import (
+    TrueNeighborhoods,
+    as_layout,
+    jitter,
+    nearest,
+    sample_pairs,
+    unit_gauge,
+)
+from .correlation import pearson, spearman, stress_1
 from .descriptions import METRICS, MetricInfo, metric_info
 from .shape import collapse_diagnostics
 
@@ -93,7 +101,12 @@ def distance_metrics(
 def distance_spearman(pred: Tensor | np.ndarray, true: Tensor | np.ndarray) -> float:
     """Spearman correlation of all pairwise distances, as :func:`distance_metrics` has it."""
     x, y = two_layouts(pred, true)
-    return rank_correlation(*(np.round(pdist(unit_gauge(layout)), 10) for layout in (x, y)))
+    return pearson(distance_ranks(x), distance_ranks(y))[0]
+
+
+def distance_ranks(layout: Tensor | np.ndarray) -> np.ndarray:
+    """Mid-ranks of all pairwise distances (pairs,): Pearson correlation of two is Spearman's."""
+    return rankdata(np.round(pdist(unit_gauge(as_layout(layout))), 10))
 
 
 def procrustes_metrics(pred: Tensor | np.ndarray, true: Tensor | np.ndarray) -> dict[str, float]:

@@ -10,12 +10,47 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import RunConfig
+from ..distributed import apart
 from ..errors import UserError
 from ..files import atomic_write, parse_json
+from ..inference.modules import build_gate_and_model
+from ..progress import stage
+from .batches import EmbeddedSlide, Share, build_batch
 from .loop import KeptLoop, TrainingLoop
+from .model import RecordedSteps, Trained
 from .run_folder import PARTS
 
 logger = logging.getLogger(__name__)
+
+
+def load_kernels(config: RunConfig, width: int, device: torch.device) -> None:
+    """Compile and load what a GPU trains with, as a stage of its own, by steps on random numbers.
+
+    Else the first training would wait for it: some seconds, and more where nothing is compiled.
+
+    Args:
+        config: without open values.
+        width: of the embedding.
+        device: where encoder, gate and model are to be trained.
+    """
+    settings = config.train
+    with stage("Loading kernels"), apart():
+        torch.linalg.eigh(torch.eye(64, dtype=torch.float64, device=device))
+        gate, model = build_gate_and_model(config, width)
+        parts = Trained(gate.to(device), model.to(device), config, device)
+        steps = RecordedSteps(parts, parts.optimizer(gate, model), parts.grad_scaler())
+        generator = torch.Generator().manual_seed(settings.seed)
+        few, many = settings.miniset_min, settings.miniset_max
+        # walks of each length, and numbers of cells that kernels take for aligned and not
+        for n in {few, few + 1, (few + many) // 2, (few + many) // 2 + 1, many - 1, many}:
+            pos = torch.rand(n, 2, generator=generator, dtype=torch.float64)
+            h = torch.randn(n, width, generator=generator)
+            initial = pos.float() if config.model.init == "atlas" else None
+            batch = build_batch(EmbeddedSlide("", h, pos, initial), config, settings.seed)
+            batch = batch.to(device)
+            batch.target.walk.cache_reference()
+            steps(Share([batch], [range(1)], n, 1), [[settings.seed]], settings.epochs)
 
 
 class BriefTrainings:
@@ -34,17 +69,17 @@ class BriefTrainings:
         """Where steps are computed."""
         return self.run.device
 
-    def loop(self, name: str, stage: str, modules: Mapping[str, nn.Module]) -> KeptLoop:
+    def loop(self, name: str, first: str, modules: Mapping[str, nn.Module]) -> KeptLoop:
         """The loop of one training, with its modules as they were left.
 
         Args:
             name: of the training.
-            stage: the first, see :data:`STAGES`.
+            first: its first stage, see :data:`STAGES`.
             modules: name to module; restored where the training has begun.
         """
         path, run = self.folder / f"{name}.safetensors", self.run
         loop = KeptLoop(path, run.seed, run.device, run.stop, run.stop_if_late)
-        loop.state.stage, loop.modules = stage, dict(modules)
+        loop.state.stage, loop.modules = first, dict(modules)
         try:
             loop.restore()
         except UserError as error:

@@ -12,7 +12,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -26,14 +28,17 @@ from ..data.slide import Slide
 from ..estimators import Atlas, EmbeddingScaler, RelevantComponents
 from ..estimators.frames import FrameError, frame_errors
 from ..estimators.regression import ridge_layout
+from ..geometry.neighborhoods import TrueNeighborhoods
 from ..graph import knn
 from ..inference import steps
 from ..inference.embedding import embed_slide, read_expression
 from ..inference.modules import build_encoder, build_gate_and_model
 from ..layout.uncertainty import square_errors
-from ..metrics.diagnostics import candidate_recall
-from ..metrics.layout import distance_spearman
+from ..metrics.correlation import pearson
+from ..metrics.edges import true_edges
+from ..metrics.layout import distance_ranks
 from ..nn import SharedEncoder
+from ..progress import stage
 from .atlas import place_training_slides
 from .batches import Batches, EmbeddedSlide
 from .brief import BriefTrainings
@@ -43,6 +48,9 @@ from .model import Trained, train_gate, train_model
 NEIGHBORS = 15
 """Nearest cells by which layouts are compared."""
 _DISTANCE_CELLS = 500  # of a slide, all pairs of which are compared
+CORRECTION = "refine.distance_correction_steps"
+"""The setting of distance correction."""
+_BEFORE_CORRECTION = "encoder.component_kind", "model.init", "model.recycling"
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,24 @@ class HeldOutSlide:
     donor: str
     h: Tensor
     pos: np.ndarray
+
+    def score(self, layout: Tensor) -> tuple[float, float]:
+        """Distance Spearman, of all pairs of some cells, and neighbour hit of a layout (n, 2)."""
+        layout = layout.double().cpu()
+        rows, true = self._pairs
+        distance, _ = pearson(distance_ranks(layout[rows]), true)
+        found = true_edges(knn(layout, NEIGHBORS), self._near, NEIGHBORS)
+        return distance, float((found / np.maximum(self._near.size[NEIGHBORS], 1)).mean())
+
+    @cached_property
+    def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cells between which distances are compared, and the ranks of the true ones."""
+        rows = np.random.default_rng(0).permutation(len(self.pos))[:_DISTANCE_CELLS]
+        return rows, distance_ranks(self.pos[rows])
+
+    @cached_property
+    def _near(self) -> TrueNeighborhoods:
+        return TrueNeighborhoods(self.pos, (NEIGHBORS,))
 
 
 @dataclass
@@ -197,20 +223,17 @@ class DonorFold:
         found = frame_errors([*known, *left_out], [group])
         return {slide.name: error for slide, error in zip(self.test, found, strict=True)}
 
-    def _once(self, key, make):
+    def _once(self, key, make, name=None):
         if key not in self._memory:
-            self._memory[key] = make()
+            with stage(name) if name else nullcontext():
+                self._memory[key] = make()
         return self._memory[key]
 
     def _scores(self, values: Mapping[str, Any]) -> Scores:
         by_donor: dict[str, list[tuple[float, float]]] = {}
         self.brief.run.stop_if_asked()  # there may be nothing to train, where a run can be stopped
         for number, slide in enumerate(self._fitted(values).test):
-            layout = self._layout(number, values).double().cpu()
-            near = candidate_recall(knn(layout, NEIGHBORS), slide.pos, NEIGHBORS)
-            some = np.random.default_rng(0).permutation(len(layout))[:_DISTANCE_CELLS]
-            distance = distance_spearman(layout[some], slide.pos[some])
-            pair = (distance, near[f"candidate_recall@{NEIGHBORS}"])
+            pair = slide.score(self._layout(number, values))
             by_donor.setdefault(slide.donor, []).append(pair)
         means = [np.mean(pairs, axis=0) for pairs in by_donor.values()]
         found = Scores(tuple(float(m[0]) for m in means), tuple(float(m[1]) for m in means))
@@ -220,6 +243,9 @@ class DonorFold:
 
     def _layout(self, number: int, values: Mapping[str, Any]) -> Tensor:
         """The final layout of a left-out slide."""
+        return self._once(("layout", number, _key(values)), lambda: self._refined(number, values))
+
+    def _refined(self, number: int, values: Mapping[str, Any]) -> Tensor:
         config, fitted = self.config.with_values(values), self._fitted(values)
         settings, share = config.refine, self.budget.layout
         brief = {
@@ -228,7 +254,14 @@ class DonorFold:
         }
         config = config.replace(refine=brief)
         slide, (layout, variance) = fitted.test[number], self._recycled(number, values)
-        layout = steps.correct_distances(layout, slide.h, variance, config)
+        before = (
+            "corrected",
+            number,
+            *(values[name] for name in (*_BEFORE_CORRECTION, CORRECTION)),
+        )
+        layout = self._once(
+            before, lambda: steps.correct_distances(layout, slide.h, variance, config)
+        )
         if not config.refine.steps:
             return layout
         power = config.refine.rca_power
@@ -243,8 +276,7 @@ class DonorFold:
     @torch.no_grad()
     def _recycled(self, number: int, values: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The layout of a left-out slide before correction and refinement, and its variance."""
-        names = ("encoder.component_kind", "model.init", "model.recycling")
-        chosen = {name: values[name] for name in names}
+        chosen = {name: values[name] for name in _BEFORE_CORRECTION}
 
         def make():
             config, fitted = self.config.with_values(chosen), self._fitted(chosen)
@@ -290,11 +322,11 @@ class DonorFold:
             gate.eval(), model.eval()
             return parts
 
-        return self._once(("trained", _key(chosen)), make)
+        return self._once(("trained", _key(chosen)), make, "Gate and model of a fold")
 
     def _fitted(self, values: Mapping[str, Any]) -> FoldModel:
         kind = values["encoder.component_kind"]
-        return self._once(("fitted", kind), lambda: self._fit(kind))
+        return self._once(("fitted", kind), lambda: self._fit(kind), "Encoder of a fold")
 
     def _fit(self, kind: str) -> FoldModel:
         device = self.brief.device

@@ -29,8 +29,8 @@ from ..inference.costs import choose_batch_kind, slide_size
 from ..layout.uncertainty import disc_radius, fit_error_model
 from ..progress import Task, stage
 from .batches import SLIDE_STEPS
-from .brief import BriefTrainings
-from .cross_validation import FULL, QUICK, Budget, DonorFold, Scores, donor_folds
+from .brief import BriefTrainings, load_kernels
+from .cross_validation import CORRECTION, FULL, QUICK, Budget, DonorFold, Scores, donor_folds
 from .loop import TimeUp, TrainingLoop
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ _STEP_SEES = {
     "slide": "a whole slide",
     "mixed": "a few hundred cells and a whole slide in turn",
 }
-_CORRECTION = "refine.distance_correction_steps"
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,9 @@ GRID = (
         ("model.init",),
         # an atlas alone tells how uncertain places are, which the correction is for
         (
-            Candidate(
-                "atlas", {"model.init": "atlas", _CORRECTION: DEFAULT_SELECTION[_CORRECTION]}
-            ),
-            Candidate("pca", {"model.init": "pca", _CORRECTION: 0}),
-            Candidate("mlp", {"model.init": "mlp", _CORRECTION: 0}, full=True),
+            Candidate("atlas", {"model.init": "atlas", CORRECTION: DEFAULT_SELECTION[CORRECTION]}),
+            Candidate("pca", {"model.init": "pca", CORRECTION: 0}),
+            Candidate("mlp", {"model.init": "mlp", CORRECTION: 0}, full=True),
         ),
     ),
     Choice(
@@ -109,10 +106,10 @@ GRID = (
     ),
     Choice(
         "distance correction",
-        (_CORRECTION,),
+        (CORRECTION,),
         (
-            Candidate("no", {_CORRECTION: 0}),
-            Candidate("yes", {_CORRECTION: DEFAULT_SELECTION[_CORRECTION]}),
+            Candidate("no", {CORRECTION: 0}),
+            Candidate("yes", {CORRECTION: DEFAULT_SELECTION[CORRECTION]}),
         ),
     ),
     Choice(
@@ -212,6 +209,9 @@ def select_settings(
         _tell_defaults(result.mode, groups, choices)
         values |= {key: value for key, value in _untried(values).items() if key in open_keys}
     else:
+        if loop.device.type == "cuda" and values["model.recycling"]:
+            width = request.encoder.out if genes is not None else slides[0].embedding.shape[1]
+            load_kernels(given.with_values(values), width, loop.device)
         count = len(groups) * sum(len(choice.candidates) for choice in choices)
         with stage("Cross-validation", total=count) as task:
             folds = _folds(groups, donors, request, values, genes, budget, loop)
@@ -265,7 +265,7 @@ def _try_choices(
 ) -> None:
     """Makes all choices; what each decides goes to ``values``, and its table to ``result``."""
     for choice in choices:
-        if choice.keys == (_CORRECTION,) and values["model.init"] != "atlas":
+        if choice.keys == (CORRECTION,) and values["model.init"] != "atlas":
             task.advance(len(folds) * len(choice.candidates))
             continue  # nothing tells how uncertain places are
         table = _choose(choice, folds, values, task)
@@ -330,7 +330,7 @@ def _untried(values: Mapping[str, Any]) -> dict[str, Any]:
     if values["model.init"] == "atlas":
         return {}
     return {
-        _CORRECTION: 0,
+        CORRECTION: 0,
         "uncertainty.error_intercept": _ERROR_WITHOUT_ATLAS,
         "uncertainty.error_slope": 0.0,
     }
