@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ipar_sparse import ops
 from ipar_sparse.graph import NeighborTable, knn
-from ipar_sparse.graph.order import bisection_order, kmeans_order, reorder, source_reuse
+from ipar_sparse.graph.order import bisection_order, reorder, source_reuse
 from ipar_sparse.supervision import build_target
 from ipar_sparse.supervision.losses import rw_kl_loss
 
@@ -160,7 +160,6 @@ def attention(inputs: Inputs) -> Iterator[dict]:
         "random sources": lambda: torch.randint(0, n, (n, k), device=inputs.device).int(),
         "none": lambda: inputs.graph.index,
         "bisection": lambda: reorder(inputs.graph, inputs.h)[0].index,
-        "k-means": lambda: inputs.graph.permute(kmeans_order(inputs.h)).index,
     }
     for name, build in orders.items():
         graph = NeighborTable(build())  # a new one: a graph keeps the order it was given
@@ -217,12 +216,12 @@ def walk(inputs: Inputs) -> Iterator[dict]:
 
 def order(inputs: Inputs) -> Iterator[dict]:
     """Time to find an order, and how often a row is used again within a tile, before and after."""
-    before = {f"before_{tile}": source_reuse(inputs.graph, tile) for tile in (1024, 64)}
-    for name, find in (("bisection", bisection_order), ("k-means", kmeans_order)):
-        time = harness.measure(lambda find=find: find(inputs.h), inputs.device, inputs.repeats)
-        moved = inputs.graph.permute(find(inputs.h))
-        reuse = {f"reuse_{tile}": source_reuse(moved, tile) for tile in (1024, 64)}
-        yield inputs.describe(order=name, **time, **reuse, **before)
+    time = harness.measure(lambda: bisection_order(inputs.h), inputs.device, inputs.repeats)
+    moved, reuse = inputs.graph.permute(bisection_order(inputs.h)), {}
+    for tile in (1024, 64):
+        reuse[f"before_{tile}"] = source_reuse(inputs.graph, tile)
+        reuse[f"reuse_{tile}"] = source_reuse(moved, tile)
+    yield inputs.describe(**time, **reuse)
 
 
 TUNINGS = {

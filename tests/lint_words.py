@@ -140,7 +140,7 @@ MODULES = {
     "train.transfer": "train.selection",
     "train.units": "train.batches",
     "train.page": "report.html",
-    "train.oracle": "evaluation.direct_optimization",
+    "train.oracle": "direct_optimization",
     "ops.keep": "ops.selective_checkpoint",
     "ipar_sparse.points": "geometry.neighborhoods",
 }

@@ -9,7 +9,7 @@ from ipar_sparse.evaluation.layouts import ablation_layouts
 from ipar_sparse.evaluation.scoring import score_slide
 from ipar_sparse.inference import steps
 from ipar_sparse.inference.predictor import Predictor
-from ipar_sparse.report import evaluate_slide
+from ipar_sparse.report import write_evaluation
 from ipar_sparse.train.fit import fit
 
 
@@ -70,7 +70,8 @@ def test_a_run_without_recycles_has_no_attention(small_slides, slide, tmp_path):
     assert not rows & set(evaluation.methods)
     assert "initial layout" in evaluation.methods and evaluation.focus is None
     assert not any(name.startswith(("attn", "logit", "gate")) for name in evaluation.measures)
-    metrics = evaluate_slide(predictor, slide, tmp_path / "out", baselines=False)
+    evaluation = score_slide(predictor, slide, baselines=False)
+    metrics = write_evaluation(predictor, slide, evaluation, tmp_path / "out")
     assert "E_geo_hgate" in metrics and "E_geo_tedge" not in metrics
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Recycle by recycle" not in page and 'id="attention"' not in page

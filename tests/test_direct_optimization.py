@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from direct_optimization import WHOLE_SLIDE, minimize_layout, walk_eigenmap
 from scipy.spatial import cKDTree
 
 from ipar_sparse.data.simulation import simulate
-from ipar_sparse.evaluation.direct_optimization import WHOLE_SLIDE, minimize_layout, walk_eigenmap
 from ipar_sparse.geometry.gauge import gauge_fix
 from ipar_sparse.supervision.losses import (
     e_geo,

@@ -23,7 +23,7 @@ from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.layout.refinement import refine_layout
 from ipar_sparse.metrics.diagnostics import collapse_diagnostics, diagnose
 from ipar_sparse.metrics.layout import distance_metrics, metric_info
-from ipar_sparse.report.slide import evaluate_slide
+from ipar_sparse.report.slide import write_evaluation
 from ipar_sparse.train.fit import fit
 
 REFINE = {"steps": 20, "neighbors": 5, "anchor_weight": 3.0, "skip_if_overlap": 2.0}
@@ -46,7 +46,8 @@ def with_settings(predictor, **sections):
 
 
 def test_an_evaluation_writes_metrics_and_a_report(predictor, slide, tmp_path):
-    metrics = evaluate_slide(predictor, slide, tmp_path, noise_samples=2)
+    found = score_slide(predictor, slide, noise_samples=2)
+    metrics = write_evaluation(predictor, slide, found, tmp_path)
     saved = json.loads((tmp_path / "metrics.json").read_text())
     names = ("distance_spearman", "neighbor_hit@15", "E_geo_hgate", "E_geo_tedge", "L_RW_hgate")
     for name in names:
@@ -73,15 +74,17 @@ def test_a_slide_of_the_training_set_is_recognised_under_any_name(
     predictor, small_slides, tmp_path
 ):
     renamed = replace(small_slides[0], name="something else")
-    evaluate_slide(predictor, renamed, tmp_path, baselines=False)
+    found = score_slide(predictor, renamed, baselines=False)
+    write_evaluation(predictor, renamed, found, tmp_path)
     assert "took part in training" in (tmp_path / "report.html").read_text()
     assert score_slide(predictor, small_slides[3], baselines=False).provenance.held_out
 
 
 def test_a_run_without_validation_can_be_evaluated(small_slides, tmp_path):
     fit(small_slides[:2], [], small_config("train.epochs=1"), tmp_path / "run")
-    out = tmp_path / "report"
-    evaluate_slide(Predictor.load(tmp_path / "run"), small_slides[3], out, baselines=False)
+    predictor, out = Predictor.load(tmp_path / "run"), tmp_path / "report"
+    found = score_slide(predictor, small_slides[3], baselines=False)
+    write_evaluation(predictor, small_slides[3], found, out)
     assert (out / "report.html").is_file()
 
 

@@ -54,35 +54,6 @@ def bisection_order(points: Tensor, *, leaf: int = _LEAF) -> Tensor:
     return ids[ids < n]
 
 
-def kmeans_order(points: Tensor, *, clusters: int | None = None, iterations: int = 8) -> Tensor:
-    """Order points by the cluster they fall in, clusters by bisection of their centres.
-
-    Args:
-        points: (n, d), floating point.
-        clusters: number of clusters; one for every 256 points if left out.
-        iterations: Lloyd iterations on a sample of 32 points a cluster (default: 8).
-
-    Returns:
-        A permutation (n,), int64: new node i is old node ``perm[i]``.
-    """
-    n = points.size(0)
-    clusters = min(n, clusters or max(1, n // 256))
-    x = _components(points)
-    sample = x[torch.arange(min(n, 32 * clusters), device=x.device) * n // min(n, 32 * clusters)]
-    centres = sample[torch.arange(clusters, device=x.device) * sample.size(0) // clusters]
-    for _ in range(iterations):
-        label = _nearest(sample, centres)
-        rank = label.argsort(stable=True)
-        count = torch.bincount(label, minlength=clusters)
-        total = torch.segment_reduce(sample[rank], "sum", lengths=count, axis=0, unsafe=True)
-        mean = total / count.clamp(min=1).unsqueeze(-1)
-        centres = torch.where(count.unsqueeze(-1) > 0, mean, centres)
-    perm = bisection_order(centres, leaf=1)
-    place = torch.empty_like(perm)
-    place[perm] = torch.arange(clusters, device=x.device)
-    return place[_nearest(x, centres)].argsort(stable=True)
-
-
 def reorder(graph: NeighborTable, points: Tensor) -> tuple[NeighborTable, Tensor, Tensor]:
     """The graph with its nodes renumbered by :func:`bisection_order`; found once and cached.
 
@@ -156,12 +127,3 @@ def _principal_direction(centred: Tensor, squarings: int = 6) -> Tensor:
     direction = torch.bmm(power, axis.unsqueeze(-1)).squeeze(-1)
     norm = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     return torch.where(norm > 0, direction / norm.clamp(min=1e-30), axis)
-
-
-def _nearest(points: Tensor, centres: Tensor) -> Tensor:
-    """Number of the nearest centre of every point, in blocks."""
-    square = centres.square().sum(-1)
-    rows = max(1, (1 << 26) // centres.size(0))
-    return torch.cat(
-        [torch.addmm(square, x, centres.T, alpha=-2.0).argmin(-1) for x in points.split(rows)]
-    )

@@ -2,12 +2,11 @@
 
 from .cells import check_genes
 from .headline import summarize
-from .slide import evaluate_slide, write_evaluation, write_prediction_report, write_report
+from .slide import write_evaluation, write_prediction_report, write_report
 from .study import print_study, run_study_with_report, write_study_report
 
 __all__ = [
     "check_genes",
-    "evaluate_slide",
     "write_evaluation",
     "print_study",
     "run_study_with_report",

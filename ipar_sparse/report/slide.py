@@ -12,7 +12,7 @@ from ..data.input_profile import informative
 from ..data.keys import Keys
 from ..data.slide import Slide
 from ..evaluation.results import FLOOR, SlideEvaluation, flat_metrics
-from ..evaluation.scoring import provenance_of, score_slide
+from ..evaluation.scoring import provenance_of
 from ..files import folder_name, write_json
 from ..geometry.alignment import align
 from ..geometry.neighborhoods import as_layout
@@ -40,50 +40,6 @@ METRICS = "metrics.json"
 ERROR = "distance from measured place"  # column of a page
 
 
-def evaluate_slide(
-    predictor: Predictor,
-    slide: Slide,
-    out: str | Path,
-    *,
-    noise_samples: int | None = None,
-    baselines: bool | None = None,
-    class_key: str | None = None,
-    reference: Reference | None = None,
-    genes: Sequence[str] = (),
-    command: str | None = None,
-) -> dict[str, float]:
-    """Predict a slide, score it against its positions, and write metrics, figures and report.
-
-    Args:
-        predictor: the trained run.
-        slide: n cells with positions.
-        out: folder for ``metrics.json``, ``report.html`` and ``figures/``; made if missing.
-        noise_samples: predictions under training noise; the run's setting if left out.
-        baselines: whether to score the baselines; the run's setting if left out.
-        class_key: obs column of cell classes, for the RSSD by class.
-        reference: training slide in whose frame the positions were measured.
-        genes: genes by which the page can colour cells, beside the most informative.
-        command: what the report names as its origin.
-
-    Returns:
-        The content of ``metrics.json``: layout metrics of the model by name, ``E_geo_hgate``,
-        ``E_geo_tedge``, ``E_geo_floor`` and their parts, candidate recall; metrics of other
-        methods as ``method/metric``.
-
-    Raises:
-        UserError: if the slide has no positions, fewer than three cells, or lacks a gene.
-    """
-    evaluation = score_slide(
-        predictor,
-        slide,
-        noise_samples=noise_samples,
-        baselines=baselines,
-        class_key=class_key,
-        reference=reference,
-    )
-    return write_evaluation(predictor, slide, evaluation, out, genes=genes, command=command)
-
-
 def write_evaluation(
     predictor: Predictor,
     slide: Slide,
@@ -95,7 +51,18 @@ def write_evaluation(
 ) -> dict[str, float]:
     """Write the metrics, figures and report of a slide that is scored already.
 
-    Arguments and result are those of :func:`evaluate_slide`; ``evaluation`` is of the same slide.
+    Args:
+        predictor: the trained run.
+        slide: n cells with positions.
+        evaluation: of this slide.
+        out: folder for ``metrics.json``, ``report.html`` and ``figures/``; made if missing.
+        genes: genes by which the page can colour cells, beside the most informative.
+        command: what the report names as its origin.
+
+    Returns:
+        The content of ``metrics.json``: layout metrics of the model by name, ``E_geo_hgate``,
+        ``E_geo_tedge``, ``E_geo_floor`` and their parts, candidate recall; metrics of other
+        methods as ``method/metric``.
     """
     metrics, out = flat_metrics(evaluation), Path(out)
     slide = informative(predictor.conform(slide))

@@ -14,9 +14,9 @@ from scipy.sparse import csr_array, diags_array
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from ..geometry.gauge import gauge_fix
-from ..supervision.losses import STRESS_WEIGHT, geometry_terms
-from ..supervision.targets import SlideTarget, WalkTarget
+from ipar_sparse.geometry.gauge import gauge_fix
+from ipar_sparse.supervision.losses import STRESS_WEIGHT, geometry_terms
+from ipar_sparse.supervision.targets import SlideTarget, WalkTarget
 
 E_GEO = {"rw_kl": 1.0, "stress_log": STRESS_WEIGHT}
 WHOLE_SLIDE = {"gram": 1.0, "long_range": 1.0, "stress_log": 0.1, "multiscale": 0.1}
