@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -13,7 +11,6 @@ from torch import nn
 from ..config import RunConfig
 from ..distributed import apart
 from ..errors import UserError
-from ..files import atomic_write, parse_json
 from ..inference.modules import build_gate_and_model
 from ..progress import stage
 from .batches import EmbeddedSlide, Share, build_batch
@@ -54,7 +51,7 @@ def load_kernels(config: RunConfig, width: int, device: torch.device) -> None:
 
 
 class BriefTrainings:
-    """Short trainings and what came out of them, kept in a folder as they are done.
+    """Short trainings, kept in a folder as they are done.
 
     Args:
         run: the loop of the run, which says when to stop.
@@ -86,14 +83,3 @@ class BriefTrainings:
             logger.warning("%s: this part is computed again", str(error).partition(";")[0])
             loop.path.unlink()
         return loop
-
-    def results(self, name: str) -> list[dict[str, Any]]:
-        """What :meth:`keep` wrote."""
-        try:
-            return parse_json((self.folder / f"{name}.json").read_text())
-        except (OSError, ValueError):
-            return []
-
-    def keep(self, name: str, results: Sequence[Mapping[str, Any]]) -> None:
-        """Writes results that JSON can hold."""
-        atomic_write(self.folder / f"{name}.json", json.dumps(list(results)))

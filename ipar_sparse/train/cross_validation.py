@@ -153,7 +153,7 @@ class DonorFold:
     """Slides to learn from, those of the left-out donors, and what settings reach on these.
 
     Args:
-        name: of the fold, under which its trainings and scores are kept.
+        name: of the fold, under which its trainings are kept.
         train: slides of the other donors.
         test: slides of the left-out donors.
         donors: slide name to donor.
@@ -182,15 +182,6 @@ class DonorFold:
         self._memory: dict[Any, Any] = {}
         # settings that are extended before selection ends make other trainings
         self.name = f"{name}-{_digest(self.config, genes)}"
-        self._kept = brief.results(self.name)
-        for one in self._kept:
-            scores = Scores(tuple(one["distance"]), tuple(one["hit"]))
-            self._memory["scores", _key(one["values"])] = scores
-
-    @property
-    def known(self) -> int:
-        """How many candidates are scored."""
-        return len(self._kept)
 
     def scores(self, values: Mapping[str, Any]) -> Scores:
         """What a choice of settings reaches on the left-out donors.
@@ -236,10 +227,7 @@ class DonorFold:
             pair = slide.score(self._layout(number, values))
             by_donor.setdefault(slide.donor, []).append(pair)
         means = [np.mean(pairs, axis=0) for pairs in by_donor.values()]
-        found = Scores(tuple(float(m[0]) for m in means), tuple(float(m[1]) for m in means))
-        self._kept.append({"values": dict(values), "distance": found.distance, "hit": found.hit})
-        self.brief.keep(self.name, self._kept)
-        return found
+        return Scores(tuple(float(m[0]) for m in means), tuple(float(m[1]) for m in means))
 
     def _layout(self, number: int, values: Mapping[str, Any]) -> Tensor:
         """The final layout of a left-out slide."""

@@ -307,7 +307,7 @@ def _folds(
     """A fold for each group of donors; what follows from data follows from its own slides."""
     budget = budget.per_fold(len(groups))
     brief = BriefTrainings(loop)
-    folds = [
+    return [
         DonorFold(
             f"fold{number}",
             train,
@@ -320,9 +320,6 @@ def _folds(
         )
         for number, (train, test) in enumerate(groups)
     ]
-    if known := sum(fold.known for fold in folds):
-        logger.info("resuming the cross-validation with %d scores", known)
-    return folds
 
 
 def _untried(values: Mapping[str, Any]) -> dict[str, Any]:
