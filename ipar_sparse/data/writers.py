@@ -161,7 +161,10 @@ def write_predictions(
         adata = anndata.AnnData(obs=pd.DataFrame(index=names))
     if adata is not None:
         add_predictions(adata, pos=pos, embedding=embedding, obsm=obsm, obs=obs, uns=uns)
-        write_anndata(adata, out, overwrite=overwrite)
+        # coordinates hardly shrink: compressing those of 3 million cells took 40 s
+        write_anndata(
+            adata, out, compression=None if results_alone else "gzip", overwrite=overwrite
+        )
     else:
         _write_copy(found, out, arrays, columns, _plain(dict(uns or {})), overwrite)
 
@@ -266,6 +269,8 @@ def in_file_order(
     total = 1 + max(int(slide.rows.max()) for slide in slides if slide.num_cells)
     first = np.asarray(values[0])
     covered = sum(slide.num_cells for slide in slides) == total
+    if len(slides) == 1 and covered and np.array_equal(slides[0].rows, np.arange(total)):
+        return first
     dtype = first.dtype if covered else np.result_type(first.dtype, type(fill))
     out = np.full((total, *first.shape[1:]), fill if not covered else 0, dtype=dtype)
     for slide, value in zip(slides, values, strict=True):

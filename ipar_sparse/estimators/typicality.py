@@ -17,9 +17,12 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
+from ..distributed import all_rows, rows_of
+from ..ticks import counted
+
 Matrix: TypeAlias = sparse.csr_matrix | np.ndarray
 
-_ROWS = 8192  # cells of dense features at once
+_ROWS = 16384  # cells of dense features at once
 _BLOCK = 2048  # cells whose distances are held at once
 _COEXPRESSION = 100  # features whose correlations are compared
 _SAMPLE = 500  # cells of a slide from which correlations are taken
@@ -189,14 +192,23 @@ class Typicality(nn.Module):
         slide = _Cells(features, cells, self.panel.cpu().numpy()[columns], own_mean)
         sample = np.sort(np.random.default_rng(0).permutation(len(cells))[: len(self.known)])
         known = self.known[:, torch.from_numpy(columns).to(self.known.device)]
-        found, shifts = [], []
-        for fold in self.fold.unique():
-            if (self.fold == fold).sum() < _LEAST or (self.fold != fold).sum() < _LEAST:
-                continue
-            scores, shift, calibration = self._score(slide, sample, known, self.fold == fold)
-            below = torch.searchsorted(calibration, scores)  # left: equal scores count as high
-            found.append((1.0 + len(calibration) - below.double()) / (1.0 + len(calibration)))
-            shifts.append(shift)
+        folds = [
+            _LeftOut(slide, sample, known, self.fold == fold, self)
+            for fold in self.fold.unique()
+            if (self.fold == fold).sum() >= _LEAST and (self.fold != fold).sum() >= _LEAST
+        ]
+        own = rows_of(len(cells))
+        scores: list[list[Tensor]] = [[] for _ in folds]
+        for start in counted(range(own.start, own.stop if folds else own.start, _ROWS)):
+            part = slice(start, min(start + _ROWS, own.stop))
+            block = slide.rows(part).to(known)
+            for one, scored in zip(folds, scores, strict=True):
+                scored.append(one.scores(block, part))
+        found = [
+            one.p_values(all_rows(torch.cat(scored) if scored else known.new_empty(0), len(cells)))
+            for one, scored in zip(folds, scores, strict=True)
+        ]
+        shifts = [one.shift for one in folds]
         if found:
             p_value[cells] = torch.stack(found).mean(0).cpu().numpy()
         mean = self.means.mean(0).cpu().numpy()
@@ -240,36 +252,54 @@ class Typicality(nn.Module):
         gap = np.sqrt(max(np.square(own_mean[taken] - means.mean(0)).sum() - own**2 / count, 0))
         return float(gap / max(far, _LEAST_OFFSET * radius) * min(radius / own, 1e6))
 
-    def _score(
-        self, slide: _Cells, sample: np.ndarray, known: Tensor, held_out: Tensor
-    ) -> tuple[Tensor, float, Tensor]:
-        """Scores of all cells (n,) beside the sorted ones of a left-out fold, medians matched.
 
-        Returns:
-            Scores, how far their median was above, and the scores of the fold.
-        """
+class _LeftOut:
+    """Scores cells against all but one fold of training cells, matched to those of that fold.
+
+    Args:
+        slide: the cells.
+        sample: row numbers of those that stand for the slide.
+        known: centred features of training cells (m, p).
+        held_out: which of these are the fold (m,).
+        settings: of the estimator.
+
+    Attributes:
+        shift: how far the median of the slide is above that of the fold.
+    """
+
+    def __init__(
+        self,
+        slide: _Cells,
+        sample: np.ndarray,
+        known: Tensor,
+        held_out: Tensor,
+        settings: Typicality,
+    ):
         others, fold = known[~held_out], known[held_out]
         # a slide and a fold are treated alike only if as many cells stand for them
         rows = np.random.default_rng(1).permutation(sample)[: len(fold)]
-        contrast = _Contrast(others, fold, self)
-        calibration = contrast.sample_score
-        own = _Contrast(others, slide.rows(rows).to(known), self)
+        calibration = _Contrast(others, fold, settings).sample_score
+        self.own = _Contrast(others, slide.rows(rows).to(known), settings)
         place = torch.full((len(slide),), -1, dtype=torch.long)
         place[torch.from_numpy(rows)] = torch.arange(len(rows))
-        blocks = []
-        for start in range(0, len(slide), _ROWS):
-            part = slice(start, start + _ROWS)
-            block = slide.rows(np.arange(len(slide))[part]).to(known)
-            blocks.append(own(block, place[part].to(known.device)))
-        scores = torch.cat(blocks)
-        low, middle = _lower_half(calibration)
-        own_low, own_middle = _lower_half(own.sample_score)
-        spread = middle - low
-        shift = own_middle - middle
-        ratio = (spread / (own_middle - own_low)).clamp(1 / _STRETCH, _STRETCH)
-        excess = (shift - self.tolerance * spread).clamp(min=0)
-        scores = middle + excess + ratio * (scores - own_middle)
-        return scores, float(shift / spread), calibration.sort().values
+        self.place = place.to(known.device)
+        low, self.middle = _lower_half(calibration)
+        own_low, self.own_middle = _lower_half(self.own.sample_score)
+        spread, shift = self.middle - low, self.own_middle - self.middle
+        self.ratio = (spread / (self.own_middle - own_low)).clamp(1 / _STRETCH, _STRETCH)
+        self.excess = (shift - settings.tolerance * spread).clamp(min=0)
+        self.shift, self.calibration = float(shift / spread), calibration.sort().values
+
+    def scores(self, block: Tensor, part: slice) -> Tensor:
+        """Scores (b,) of some rows of the slide, whose centred features are given (b, p)."""
+        scores = self.own(block, self.place[part])
+        return self.middle + self.excess + self.ratio * (scores - self.own_middle)
+
+    def p_values(self, scores: Tensor) -> Tensor:
+        """The share of the fold that scores as high (n,), float64."""
+        below = torch.searchsorted(self.calibration, scores)  # left: equal scores count as high
+        count = len(self.calibration)
+        return (1.0 + count - below.double()) / (1.0 + count)
 
 
 class _Cells:
@@ -283,15 +313,17 @@ class _Cells:
     """
 
     def __init__(self, features: Matrix, cells: np.ndarray, columns: np.ndarray, mean: np.ndarray):
-        self.features, self.cells, self.columns = features, cells, columns
-        self.mean = mean[columns]
+        self.features, self.columns, self.mean = features, columns, mean[columns]
+        self.cells = None if len(cells) == features.shape[0] else cells
+        self.count = len(cells)
 
     def __len__(self) -> int:
-        return len(self.cells)
+        return self.count
 
-    def rows(self, index: np.ndarray) -> Tensor:
+    def rows(self, index: np.ndarray | slice) -> Tensor:
         """Centred features (k, p) of some of the cells."""
-        values = _dense(self.features, self.cells[index], self.columns)
+        rows = index if self.cells is None else self.cells[index]
+        values = _dense(self.features, rows, self.columns)
         return torch.from_numpy(values - self.mean)
 
 
@@ -339,11 +371,14 @@ class _Contrast:
     def _raw_scores(self, cells: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         scores, neighbors = [], []
         own = max(self.own_neighbors, self.smoothed)
-        for part, at in zip(cells.split(_BLOCK), place.split(_BLOCK), strict=True):
+        size = _BLOCK if cells.device.type == "cpu" else 8 * _BLOCK
+        for part, at in zip(cells.split(size), place.split(size), strict=True):
             known = torch.cdist(part, self.others).topk(self.neighbors, largest=False).values
             distance = torch.cdist(part, self.sample)
-            itself = at >= 0
-            distance[itself, at[itself]] = torch.inf
+            # no cell is its own neighbour; a mask would make the host wait for the device
+            itself = at.clamp(min=0).unsqueeze(1)
+            apart = distance.gather(1, itself).masked_fill(at.unsqueeze(1) >= 0, torch.inf)
+            distance.scatter_(1, itself, apart)
             near = distance.topk(own, largest=False)
             log_known = known.mean(1).clamp(min=_FLOOR).log()
             log_own = near.values[:, : self.own_neighbors].mean(1).clamp(min=_FLOOR).log()
@@ -425,7 +460,9 @@ def _moments(x: Matrix, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.
     for start in range(0, len(rows), _ROWS):
         block = x[rows[start : start + _ROWS]]
         if isinstance(block, np.ndarray):
-            block = sparse.csr_matrix(block)
+            total += block.sum(0, dtype=np.float64)
+            square += np.square(block, dtype=np.float64).sum(0)
+            continue
         values = block.data.astype(np.float64)
         total += np.bincount(block.indices, values, len(total))
         square += np.bincount(block.indices, values**2, len(total))
@@ -433,6 +470,7 @@ def _moments(x: Matrix, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.
     return total / count, square / count - np.square(total / count)
 
 
-def _dense(x: Matrix, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    taken = x[rows][:, columns]
-    return np.asarray(taken.toarray() if sparse.issparse(taken) else taken, dtype=np.float32)
+def _dense(x: Matrix, rows: np.ndarray | slice, columns: np.ndarray) -> np.ndarray:
+    if isinstance(x, np.ndarray):
+        return np.asarray(x[rows][:, columns], dtype=np.float32)
+    return np.asarray(x[rows][:, columns].toarray(), dtype=np.float32)
