@@ -27,20 +27,27 @@ import torch
 from torch import distributed as dist
 
 from ipar_sparse import distributed as ranks
+from ipar_sparse import usage
 from ipar_sparse.config import RunConfig, load_config
+from ipar_sparse.data.readers import read_files
 from ipar_sparse.files import write_json
 from ipar_sparse.graph import NeighborTable
 from ipar_sparse.inference.modules import build_gate_and_model
 from ipar_sparse.nn import EdgeGateSoft
 from ipar_sparse.train.batches import Batches, EmbeddedSlide
+from ipar_sparse.train.fit import fit
 from ipar_sparse.train.loop import Loop
 from ipar_sparse.train.model import Trained, train_gate, train_model
 
 from . import harness
 from .model import make_embedding
+from .reading import write_random
 
 EXCHANGED = 64 << 20  # numbers of float32 in an all-reduce: 256 MiB
 SLIDES, CELLS = 16, 40_000
+BRIEF = ["encoder.steps=8", "train.gate_steps=2", "train.epochs=1", "train.minisets=4"]
+BRIEF += ["train.batch_size=2", "train.steps_per_epoch=2", "selection.mode=none"]
+"""Settings of a training that ends soon after it has read all that it needs."""
 WARM = 3  # steps that compile, and find the order of a graph
 
 
@@ -205,12 +212,38 @@ def _timed_steps(job: dict, config: RunConfig, device: torch.device) -> dict:
     return found
 
 
+def memory(job: dict) -> dict:
+    """Peak of host memory of the rank that holds most, in a short training on files of slides."""
+    settings = [*BRIEF, f"train.device={torch.device(job['device']).type}"]
+    config = load_config(overrides=settings)
+    start = max(ranks.gathered(usage.host_memory()))
+    slides = read_files(job["files"], config.data, require_pos=True, divided=True)
+    fit(
+        slides,
+        [],
+        config,
+        Path(job["files"][0]).parent / f"run{ranks.size()}",
+        device=job["device"],
+    )
+    peak = max(ranks.gathered(usage.host_peak()))
+    return {"start_gib": start / 2**30, "host_peak_gib": peak / 2**30}
+
+
 MEASURES: dict[str, Callable[[dict], dict]] = {
     "bandwidth": bandwidth,
     "equality": equality,
     "slides": step_time,
     "rows": step_time,
+    "memory": memory,
 }
+
+
+def _files(folder: Path, slides: int, cells: int) -> list[str]:
+    """Files of random counts, 400 genes of 2,000 in a cell."""
+    paths = [folder / f"slide{number}.h5ad" for number in range(slides)]
+    for number, path in enumerate(paths):
+        write_random(path, cells, 2_000, 0.2, number)
+    return [*map(str, paths)]
 
 
 def plan(sizes: list[int], counts: list[int], cells: int, device: str) -> list[dict]:
@@ -222,6 +255,7 @@ def plan(sizes: list[int], counts: list[int], cells: int, device: str) -> list[d
     jobs += [{"task": "rows", "n": n, "slides": 1, "limit": 150} | steps for n in sizes]
     jobs += [{"task": "slides", "n": cells, "slides": SLIDES, "limit": 120} | steps]
     jobs += [small | {"precision": "float32", "limit": 150}]
+    jobs += [{"task": "memory", "slides": 8, "n": 5_000, "limit": 150}]
     return [job | {"devices": n, "device": device} for job in jobs for n in counts]
 
 
@@ -319,6 +353,8 @@ def main() -> None:
         left = 60 * given.minutes - (time.monotonic() - began)
         job["limit"] = min(job["limit"], math.floor(left))
         with tempfile.TemporaryDirectory() as folder:
+            if job["task"] == "memory":
+                job["files"] = _files(Path(folder), job["slides"], job["n"])
             row = job | (run_job(job, Path(folder)) if left > 15 else {"failed": "no time left"})
         rows = compare([*rows, row])
         print(text(rows[-1]), flush=True)

@@ -452,6 +452,7 @@ def _on_devices(
 def _read_members(slides, val, settings: RunConfig) -> tuple[list[Slide], list[Slide] | None]:
     """Slides to train on and to validate on; None where training is to choose."""
     reading: dict[str, Any] = {"require_pos": True, "min_cells": settings.train.miniset_min}
+    reading["divided"] = True
     names, sources = named_sources(slides)
     members = read_files(sources, settings.data, names=names, **reading)
     names, sources = named_sources(val, start=len(sources))

@@ -316,6 +316,15 @@ def from_first(value: T) -> T:
     return held[0]
 
 
+def from_rank(values: Tensor, source: int) -> Tensor:
+    """A tensor as one rank has it, in place of that of the others."""
+    from torch import distributed as dist
+
+    with rank_losses():
+        dist.broadcast(values, src=source)
+    return values
+
+
 def barrier() -> None:
     """Waits for all ranks."""
     gathered(None)
@@ -373,7 +382,9 @@ def alike(modules: Mapping[str, nn.Module]) -> None:
                 dist.broadcast(value, src=0)
 
 
-def shared_out(items: Sequence[Any], compute: Callable[[Any], T]) -> list[T]:
+def shared_out(
+    items: Sequence[Any], compute: Callable[[Any], T], holders: Sequence[int] | None = None
+) -> list[T]:
     """The result for each item, computed by the ranks in turn and gathered in order.
 
     An exception of any rank is raised on all of them. While it computes, each is a rank of one.
@@ -381,10 +392,12 @@ def shared_out(items: Sequence[Any], compute: Callable[[Any], T]) -> list[T]:
     Args:
         items: the same on all ranks.
         compute: gives what pickles.
+        holders: rank that computes each, where they are not to take turns.
     """
     own: dict[int, Any] = {}
     failed: BaseException | None = None
-    numbers = range(rank(), len(items), size())
+    holders = holders or [number % size() for number in range(len(items))]
+    numbers = [number for number, holder in enumerate(holders) if holder == rank()]
     try:
         with apart():
             for number in numbers:

@@ -8,21 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from anndata import concat
+from safetensors.torch import load_file
 
 from ipar_sparse import distributed as ranks
 from ipar_sparse.config import RunConfig, load_config
+from ipar_sparse.data.held import Elsewhere
+from ipar_sparse.data.readers import read_files
 from ipar_sparse.data.simulation import simulate
+from ipar_sparse.data.writers import to_anndata
 from ipar_sparse.errors import UserError
 from ipar_sparse.inference.modules import build_gate_and_model
 from ipar_sparse.inference.placing import place_cells, read_cells
 from ipar_sparse.inference.predictor import Predictor
+from ipar_sparse.inference.run_folder import BEST
 from ipar_sparse.train.batches import Batches, EmbeddedSlide
 from ipar_sparse.train.fit import fit
 from ipar_sparse.train.history import HISTORY, read_history
 from ipar_sparse.train.loop import Loop
 from ipar_sparse.train.model import Trained, train_gate, train_model
 from ipar_sparse.train.sharing import fill_ranks
-from tests.small_run import QUICK, small_config
+from tests.small_run import QUICK, SMALL, small_config
 
 
 def exchange() -> dict[str, Any]:
@@ -131,17 +137,42 @@ def equal() -> dict[str, list[float]]:
     }
 
 
-def selected(folder: str = "") -> dict[str, Any]:
-    """The settings of a run that selects, and its losses; every rank names the same folder."""
-    slides = simulate("cortex", slides=4, spots=140, genes=80, seed=3)
-    out = Path(folder or tempfile.mkdtemp()) / "run"
-    out = ranks.from_first(out)
-    config = load_config(overrides=[*QUICK, "train.batch_size=2", "selection.folds=3"])
+def selected() -> dict[str, Any]:
+    """The settings of a run that selects, and its losses; ranks divide four files."""
+    return _fitted([*QUICK, "train.batch_size=2", "selection.folds=3"])
+
+
+def joined() -> dict[str, Any]:
+    """The losses of a run whose slides are in one file, with components that follow the tissue."""
+    more = ["data.slide_key=slide", "encoder.component_kind=spatial"]
+    return _fitted([*SMALL, "train.batch_size=2", *more])
+
+
+def _fitted(settings: list[str]) -> dict[str, Any]:
+    out = Path(ranks.from_first(tempfile.mkdtemp())) / "run"
+    config = load_config(overrides=settings)
+    if ranks.leads():
+        slides = simulate("cortex", slides=4, spots=140, genes=80, seed=3)
+        tables = {slide.name: to_anndata(slide) for slide in slides}
+        if config.data.slide_key is None:
+            for name, table in tables.items():
+                table.write_h5ad(out.parent / f"{name}.h5ad")
+        else:
+            table = concat(tables, label="slide", index_unique="-")
+            table.write_h5ad(out.parent / "all.h5ad")
+    ranks.barrier()
+    reading = {"require_pos": True, "divided": True}
+    slides = read_files(sorted(out.parent.glob("*.h5ad")), config.data, **reading)
+    held = sum(not isinstance(slide.expression, Elsewhere) for slide in slides)
+    assert held == len(ranks.share_of(4)), "a rank holds the expression of other ranks' slides"
     fit(slides[:3], slides[3:], config, out, device="cpu")
     losses = [row["loss"] for row in read_history(out / HISTORY) if "loss" in row]
     settings = RunConfig.load(out)
     decided = {key: settings.get(key) for key in RunConfig.load_request(out).unresolved()}
-    return {"decided": decided, "losses": losses}
+    parts = load_file(out / BEST)  # those that are fitted; losses tell of gate and model
+    fitted = [name for name in parts if name.partition(".")[0] not in ("gate", "model")]
+    norms = {name: float(parts[name].double().norm()) for name in fitted}
+    return {"decided": decided, "losses": losses, "norms": norms}
 
 
 def predict() -> dict[str, Any]:
@@ -157,7 +188,7 @@ def predict() -> dict[str, Any]:
 
 
 WORK: dict[str, Callable[[], Any]] = {"exchange": exchange, "equal": equal}
-WORK |= {"selected": selected, "predict": predict}
+WORK |= {"selected": selected, "joined": joined, "predict": predict}
 
 
 if __name__ == "__main__":

@@ -47,6 +47,21 @@ def test_what_fits_passes_and_what_does_not_names_the_mildest_setting(free):
         costs.check_prediction([MILLION], RunConfig(), False, "x.h5ad")
 
 
+def test_ranks_divide_the_expression_of_a_training(monkeypatch):
+    one = Size(100_000, 6_000_000, 300)
+
+    def saved(slides, config=SLIDES):
+        hosts = []
+        for count in (1, 2):
+            monkeypatch.setattr(costs, "ranks", lambda count=count: count)
+            hosts.append(costs.training_cost([one] * slides, [], config).host)
+        return hosts[0] - hosts[1]
+
+    assert saved(1) == 0 < 24 * one.stored < saved(2)
+    assert saved(4) == saved(5) == pytest.approx(2 * saved(2))
+    assert saved(2, SLIDES.replace(data={"embedding": "obsm:X_pca"})) == 0
+
+
 def test_a_gpu_that_is_too_small_is_named(free):
     free(1000)
     costs.check_training([MILLION], [], SLIDES, True, 200e9)

@@ -22,7 +22,7 @@ from ipar_sparse.errors import UserError
 from ipar_sparse.inference.costs import check_training
 from ipar_sparse.inference.run_folder import BEST
 from ipar_sparse.train.history import HISTORY, read_history
-from tests.rank_work import equal, selected
+from tests.rank_work import equal, joined, selected
 from tests.small_run import SMALL, small_config
 
 ROOT = Path(__file__).parents[1]
@@ -83,11 +83,13 @@ def test_ranks_compute_the_losses_of_one(count, tmp_path):
         assert many["float32"][joint] == pytest.approx(one["float32"][joint], rel=1e-5)
 
 
-def test_ranks_select_what_one_selects(tmp_path):
-    one = selected()
-    for many in on_ranks("selected", 2, tmp_path):
+@pytest.mark.parametrize("work, settings", [(selected, 6), (joined, 2)])
+def test_ranks_that_divide_the_slides_select_and_learn_what_one_does(work, settings, tmp_path):
+    one = work()
+    for many in on_ranks(work.__name__, 2, tmp_path):
         assert many["losses"] == pytest.approx(one["losses"], rel=1e-4)
-        assert len(one["decided"]) > 5
+        assert many["norms"] == pytest.approx(one["norms"], rel=1e-3, abs=1e-4)
+        assert len(one["decided"]) >= settings
         for key, value in one["decided"].items():
             close = pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
             assert many["decided"][key] == close, key

@@ -147,6 +147,8 @@ def test_workers_that_cannot_do_the_runs_are_refused(files, cluster, tmp_path, m
         run_study(study, tmp_path / "out", scheduler=file)
     with pytest.raises(UserError, match="no dask scheduler answers"):
         run_study(study, tmp_path / "other", scheduler="foo://bar")
+    with pytest.raises(UserError, match="missing.json: no such file; `dask scheduler"):
+        run_study(study, tmp_path / "other", scheduler=str(tmp_path / "missing.json"))
     assert not (tmp_path / "other").exists()
 
 

@@ -256,6 +256,7 @@ def _new_members(
     from ..data.splits import find_donors
 
     reading: dict[str, Any] = {"require_pos": True, "min_cells": settings.train.miniset_min}
+    reading["divided"] = True
     members = read_files(slides, settings.data, **reading)
     held = read_files(val, settings.data, **reading)
     tell_apart([*members, *held])

@@ -10,6 +10,7 @@ import pandas as pd
 from .anndata_store import some_names
 from .expression import cell_totals, mean_and_variance
 from .gene_names import FEW_GENES
+from .held import of_slides
 from .notes import Warned
 from .on_disk import smallest_value
 from .slide import Slide
@@ -39,8 +40,8 @@ def compare_training(
         genes: these.
         total: that counts are scaled to.
     """
-    moments = [_moments(slide, genes, total) for slide in slides]
-    depth = [None if s.normalized else float(np.median(cell_totals(s))) for s in slides]
+    moments = of_slides(slides, lambda slide: _moments(slide, genes, total))
+    depth = of_slides(slides, lambda s: None if s.normalized else float(np.median(cell_totals(s))))
     told: list[list[str]] = []
     for i, slide in enumerate(slides):
         said: list[str] = []

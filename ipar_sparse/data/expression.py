@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from scipy import sparse
 
 from ..errors import UserError
+from .held import Holders, of_each, of_slides
 from .on_disk import is_on_disk, row_blocks, row_sums, take_columns
 from .slide import Slide
 
@@ -102,7 +103,7 @@ def select_genes(slides: Sequence[Slide], genes: Genes, n_top: int) -> list[str]
     """
     if n_top < 1:
         raise ValueError(f"n_top is {n_top}, expected at least 1")
-    ranks = sum(pd.Series(-_moments(s, genes)[1]).rank().to_numpy() for s in slides)
+    ranks = sum(of_slides(slides, lambda s: pd.Series(-_moments(s, genes)[1]).rank().to_numpy()))
     selected = np.argsort(ranks, kind="stable")[:n_top]
     return [str(genes[i]) for i in selected]
 
@@ -199,20 +200,21 @@ def median_total(slides: Sequence[Slide]) -> float:
     """
     plain: list[float] = []
     scaled: list[float] = []
-    for slide in slides:
-        if slide.expression is None:
-            continue
+    for slide, median in zip(slides, of_slides(slides, _median_total), strict=True):
         values = slide.values
         if slide.normalized:
             if values is not None and values.logged and values.total:
                 scaled.append(values.total)
-            continue
-        totals = cell_totals(slide)
-        if (totals > 0).any():
-            (plain if values is None or values.counted else scaled).append(
-                np.median(totals[totals > 0])
-            )
+        elif median is not None:
+            (plain if values is None or values.counted else scaled).append(median)
     return float(np.median(plain or scaled)) if plain or scaled else 1e4
+
+
+def _median_total(slide: Slide) -> float | None:
+    if slide.expression is None or slide.normalized:
+        return None
+    totals = cell_totals(slide)
+    return float(np.median(totals[totals > 0])) if (totals > 0).any() else None
 
 
 def morans_i(
@@ -246,10 +248,11 @@ def morans_i(
 
 
 def gene_weights(
-    slides: Sequence[Expression],
+    slides: Sequence[Expression | None],
     scale_power: float,
     morans: np.ndarray | None = None,
     morans_i_power: float = 0.0,
+    holders: Holders = None,
 ) -> np.ndarray:
     """Weights of genes by their variance and their spatial autocorrelation.
 
@@ -265,11 +268,13 @@ def gene_weights(
         scale_power: 0 to 1.
         morans: Moran's I (G,); without it the last factor is 1.
         morans_i_power: 0 to 1.
+        holders: of the slides, where ranks divide them.
 
     Returns:
         (G,) float32; ones if no gene varies.
     """
-    variance = np.maximum(sum(_variance(slide.matrix) for slide in slides) / len(slides), 0.0)
+    found = of_each(slides, lambda slide: _variance(slide.matrix), holders)
+    variance = np.maximum(sum(found) / len(slides), 0.0)
     typical = variance.mean()
     if typical == 0:
         return np.ones(len(variance), dtype=np.float32)

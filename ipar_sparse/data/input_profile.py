@@ -22,6 +22,7 @@ from .expression import (
     select_genes,
 )
 from .gene_names import FEW_GENES, check_shared, kind_of_names, rename_genes, said_of_case
+from .held import changed, of_slides
 from .notes import Warned
 from .on_disk import row_blocks, row_sums
 from .slide import Slide
@@ -119,24 +120,27 @@ def profile_inputs(
         UserError: two slides share too few genes, or one holds nothing.
     """
     first, *others = map(identified, slides)
-    known = [first]
-    for slide in others:
-        renamed, said = rename_genes(slide, list(first.genes), first.name, data.ignore_case)
-        known.append(_with_notes(renamed, said))
+
+    def renamed(slide: Slide) -> Slide:
+        return _with_notes(*rename_genes(slide, wanted, first.name, data.ignore_case))
+
+    def counted(slide: Slide) -> Slide:
+        if scaling == "total":
+            slide = _as_counts(slide, "the other slides")
+        return informative(_counted(slide, shared if scaling == "total" else ()))
+
+    wanted = list(first.genes)
+    known = [first, *changed(others, renamed)]
     shared, missing = match_genes(known)
-    check_shared(
-        known[-1], list(known[-1].genes), list(first.genes), len(shared), "all other slides"
-    )
+    check_shared(known[-1], list(known[-1].genes), wanted, len(shared), "all other slides")
     if cell_genes is not None:
         shared = _among(shared, cell_genes)
     scaling, exact = _scaling(known, shared, data)
-    if scaling == "total":
-        known = [_as_counts(slide, "the other slides") for slide in known]
-    known = [informative(_counted(slide, shared if scaling == "total" else ())) for slide in known]
-    whole, genes = known, shared
+    whole = known = changed(known, counted)
+    genes = shared
     if data.max_genes is not None and len(genes) > data.max_genes:
         genes = select_genes(known, genes, data.max_genes)
-    known = [informative(_emptied(in_memory(slide, genes), genes)) for slide in known]
+    known = changed(known, lambda one: informative(_emptied(in_memory(one, genes), genes)))
     if len(genes) < FEW_GENES:
         said = Warned(f"{len(genes)} genes hardly place cells; {FEW_GENES} or more are usual")
         known[0] = _with_notes(known[0], [said])
@@ -156,7 +160,7 @@ def profile_inputs(
         slide_key=data.slide_key,
         ignore_case=data.ignore_case,
     )
-    moments = [mean_and_variance(slide, genes, profile.total) for slide in known]
+    moments = of_slides(known, lambda slide: mean_and_variance(slide, genes, profile.total))
     mean, variance = np.mean(moments, axis=0)
     if scaling != "as given" and len(whole) > 1:
         # over all genes, since those that vary most are others on each slide

@@ -14,8 +14,9 @@ import pandas as pd
 from scipy import sparse
 
 from ..config.schema import DataConfig
+from ..distributed import size
 from ..errors import UserError
-from ..progress import track
+from ..progress import stage
 from .anndata_store import (
     Store,
     check_honest,
@@ -37,6 +38,7 @@ from .headers import (
     sparse_kind,
     sparse_shape,
 )
+from .held import read_divided
 from .keys import Keys
 from .names import safe_names, unique_names
 from .on_disk import BLOCK, block_length, is_large, read_to_disk, release
@@ -90,6 +92,7 @@ def read_files(
     min_cells: int = 1,
     names: Sequence[str | None] | None = None,
     slide_key_optional: bool = False,
+    divided: bool = False,
 ) -> list[Slide]:
     """The slides of some files or objects; of those with one name, each gets its number added.
 
@@ -98,21 +101,30 @@ def read_files(
         data: layer, keys and embedding.
         require_pos, min_cells, slide_key_optional: as in :func:`read_slides`.
         names: one a source; None names a file by its stem.
+        divided: whether ranks divide the slides; see :mod:`.held`.
 
     Raises:
         UserError: in one line, for anything wrong with a source or its content.
     """
-    slides: list[Slide] = []
     pairs = list(zip(sources, names or [None] * len(sources), strict=True))
-    for source, name in track(pairs, "Reading slides"):
-        slides += read_file(
-            source,
-            data,
-            require_pos=require_pos,
-            min_cells=min_cells,
-            name=name,
-            slide_key_optional=slide_key_optional,
-        )
+    with stage("Reading slides", len(pairs)) as task:
+
+        def read(pair: tuple[Any, str | None]) -> list[Slide]:
+            found = read_file(
+                pair[0],
+                data,
+                require_pos=require_pos,
+                min_cells=min_cells,
+                name=pair[1],
+                slide_key_optional=slide_key_optional,
+            )
+            task.advance()
+            return found
+
+        if divided and size() > 1:
+            slides = read_divided(pairs, read)
+        else:
+            slides = [slide for pair in pairs for slide in read(pair)]
     tell_apart(slides)
     return slides
 

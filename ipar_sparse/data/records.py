@@ -97,6 +97,7 @@ def recorded_slides(
         settings.data,
         require_pos=True,
         min_cells=settings.train.miniset_min,
+        divided=True,
     )
     found = {slide.digest: slide for slide in map(identified, slides)}
     for one in wanted:

@@ -42,6 +42,8 @@ class Slide:
         digest, signatures, places: of the slide, its cells and where they lie, as they were
             read; see :mod:`ipar_sparse.data.copies`.
         fits: folder of the run whose terms the slide is in.
+        holder: the rank that holds the expression, where ranks divide slides; see
+            :mod:`ipar_sparse.data.held`.
 
     Raises:
         ValueError: if a shape does not fit the number of cells and genes.
@@ -66,6 +68,7 @@ class Slide:
     signatures: np.ndarray | None = None
     places: np.ndarray | None = None
     fits: str | None = None
+    holder: int | None = None
 
     def __post_init__(self) -> None:
         n = len(self.cell_names)

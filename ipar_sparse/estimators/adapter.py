@@ -16,6 +16,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from ..data.expression import morans_i
+from ..data.held import Holders, of_each
 from ..graph import knn
 
 _TOTAL = 1000.0  # counts that a cell is scaled to before the logarithm
@@ -87,33 +88,22 @@ class Adapter(nn.Module):
         return len(self.places)
 
     @torch.no_grad()
-    def fit(self, slides: Sequence[Reference]) -> Adapter:
+    def fit(self, slides: Sequence[Reference | None], holders: Holders = None) -> Adapter:
         """Remember training cells, and weigh genes by what they tell of the place.
 
         Args:
             slides: training slides of the same G genes.
+            holders: of the slides, where ranks divide them; None stands for those of others.
         """
         share = max(1, _CELLS // len(slides))
-        kept, weights = [], []
-        for slide in slides:
-            near = slide.near if slide.near is not None else spatial_neighbors(slide.pos)
-            own = _fractions(slide.shares)
-            every = _logs(own)
-            logs = every[: len(near)]
-            std = np.sqrt(np.maximum(logs.multiply(logs).mean(0) - np.square(logs.mean(0)), 0))
-            morans = np.maximum(morans_i(every, near), _LEAST_MORANS)
-            weights.append(np.sqrt(morans / (np.asarray(std).ravel() + _LEAST_STD)))
-            rows = np.random.default_rng(0).permutation(len(near))[:share]
-            views = [logs[rows], _logs(_around(own, rows, near))]
-            kept.append((np.stack([x.toarray() for x in views]), np.asarray(slide.places)[rows]))
+        found = of_each(slides, lambda slide: _remembered(slide, share), holders)
+        weights, shares, places, detected = zip(*found, strict=True)
         self.weight = torch.from_numpy(np.mean(weights, axis=0)).float()
-        self.shares = torch.from_numpy(np.concatenate([x for x, _ in kept], axis=1)).half()
-        self.places = torch.from_numpy(np.concatenate([x for _, x in kept])).float()
-        sizes = torch.tensor([len(x) for _, x in kept])
+        self.shares = torch.from_numpy(np.concatenate(shares, axis=1)).half()
+        self.places = torch.from_numpy(np.concatenate(places)).float()
+        sizes = torch.tensor([len(x) for x in places])
         self.origin = torch.arange(len(sizes)).repeat_interleave(sizes)
-        self.detected = torch.from_numpy(
-            np.stack([_detected(slide.shares[: _learned(slide)]) for slide in slides])
-        ).float()
+        self.detected = torch.from_numpy(np.stack(detected)).float()
         return self
 
     def other_detection(self, shares: sparse.csr_matrix, measured: np.ndarray) -> float:
@@ -167,6 +157,22 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.genes}, temperature={self.temperature}, cells={self.cells}"
+
+
+def _remembered(slide: Reference, share: int) -> tuple[np.ndarray, ...]:
+    """Of one slide: weights (G,), some cells in both views (2, m, G), their places, detection."""
+    near = slide.near if slide.near is not None else spatial_neighbors(slide.pos)
+    own = _fractions(slide.shares)
+    every = _logs(own)
+    logs = every[: len(near)]
+    std = np.sqrt(np.maximum(logs.multiply(logs).mean(0) - np.square(logs.mean(0)), 0))
+    morans = np.maximum(morans_i(every, near), _LEAST_MORANS)
+    weight = np.sqrt(morans / (np.asarray(std).ravel() + _LEAST_STD))
+    rows = np.random.default_rng(0).permutation(len(near))[:share]
+    views = [logs[rows], _logs(_around(own, rows, near))]
+    shares = np.stack([x.toarray() for x in views])
+    detected = _detected(slide.shares[: _learned(slide)])
+    return weight, shares, np.asarray(slide.places)[rows], detected
 
 
 def spatial_neighbors(pos: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:

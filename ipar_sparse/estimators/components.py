@@ -11,7 +11,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..data.expression import Expression
+from ..data.held import Holders, added, held_here
 from ..data.resident import resident
+from ..distributed import largest
 from ..geometry.gauge import svd_flip
 from ..graph import knn
 
@@ -22,13 +24,14 @@ _MU_RANGE = 1e-4, 0.999  # keeps mu / (1 - mu) finite and above zero
 
 
 def spatial_axes(
-    slides: Sequence[Expression],
+    slides: Sequence[Expression | None],
     positions: Sequence[Tensor | ArrayLike],
     count: int,
     *,
     neighbors: int = 15,
     ridge: float = 0.5,
     device: torch.device | str = "cpu",
+    holders: Holders = None,
 ) -> tuple[Tensor, float]:
     r"""Directions of expression in which a cell resembles its spatial neighbours.
 
@@ -51,6 +54,7 @@ def spatial_axes(
         neighbors: k.
         ridge: :math:`\lambda`, relative to the mean variance of the principal components.
         device: where cells are projected.
+        holders: of the slides, where ranks divide them; None stands for those of others.
 
     Returns:
         Axes (G, count), largest :math:`\mu` first, the largest loading of each positive; and the
@@ -59,10 +63,11 @@ def spatial_axes(
     import scipy.linalg  # loads much, for training alone
 
     device = torch.device(device)
-    axes = principal_axes(slides, count, device)[0].double().numpy()
+    axes = principal_axes(slides, count, device, holders)[0].double().numpy()
     size = axes.shape[1]
     variance, shared = np.zeros((size, size)), np.zeros((size, size))
-    for number, (slide, pos) in enumerate(zip(slides, positions, strict=True)):
+    for number in held_here(len(slides), holders):
+        slide, pos = slides[number], positions[number]
         n = slide.shape[0]
         if n < 2:
             continue
@@ -79,6 +84,7 @@ def spatial_axes(
         product = own.T @ around / len(cells) / len(slides)
         shared += (product + product.T) / 2
         variance += own.T @ own / len(cells) / len(slides)
+    variance, shared = added(variance, holders), added(shared, holders)
     mean = max(np.trace(variance) / size, 1e-12)
     mu, directions = scipy.linalg.eigh(shared, variance + ridge * mean * np.eye(size))
     mu, directions = mu[::-1].clip(*_MU_RANGE), directions[:, ::-1]
@@ -88,7 +94,10 @@ def spatial_axes(
 
 
 def principal_axes(
-    slides: Sequence[Expression], count: int, device: torch.device | str = "cpu"
+    slides: Sequence[Expression | None],
+    count: int,
+    device: torch.device | str = "cpu",
+    holders: Holders = None,
 ) -> tuple[Tensor, float]:
     """Principal components of the expression of several slides, which have equal weight.
 
@@ -96,6 +105,7 @@ def principal_axes(
         slides: mean-centred expression of the same G genes.
         count: number of components, at most G.
         device: where products of expression are formed.
+        holders: of the slides, where ranks divide them; None stands for those of others.
 
     Returns:
         Axes (G, count), largest variance first, the largest loading of each positive; and the
@@ -105,13 +115,15 @@ def principal_axes(
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     samples = []
-    for number, slide in enumerate(slides):
-        rng = np.random.default_rng([number, 7])
+    for number in held_here(len(slides), holders):
+        slide, rng = slides[number], np.random.default_rng([number, 7])
         samples.append((slide, rng.permutation(slide.shape[0])[:_CELLS]))
-    genes = slides[0].shape[1]
+    genes = samples[0][0].shape[1] if samples else 0
+    genes = genes if holders is None else largest(genes)[0]
     count = min(count, genes)
     if genes <= DENSE_GENES or count > genes // 4:
-        matrix = _covariance_matrix(samples, torch.device(device))
+        own = _covariance_matrix(samples, genes, torch.device(device))
+        matrix = added(own, holders) / len(slides)
         if torch.device(device).type == "cuda":
             found = torch.linalg.eigh(torch.from_numpy(matrix).to(device))
             variance, axes = (values[..., -count:].cpu().numpy() for values in found)
@@ -119,9 +131,11 @@ def principal_axes(
             last = genes - count, genes - 1
             variance, axes = scipy.linalg.eigh(matrix, subset_by_index=last)
     else:
-        operator = LinearOperator(
-            (genes, genes), matvec=lambda v: _covariance_product(samples, v), dtype=np.float64
-        )
+
+        def product(v: np.ndarray) -> np.ndarray:
+            return added(_covariance_product(samples, v), holders) / len(slides)
+
+        operator = LinearOperator((genes, genes), matvec=product, dtype=np.float64)
         variance, axes = eigsh(operator, k=count, v0=np.ones(genes))
     variance, axes = variance[::-1], axes[:, ::-1]
     return _fixed_signs(axes), _to_unit_variance(float(np.clip(variance, 0.0, None).sum()))
@@ -160,9 +174,9 @@ def _to_unit_variance(total: float) -> float:
 
 
 def _covariance_matrix(
-    samples: list[tuple[Expression, np.ndarray]], device: torch.device
+    samples: list[tuple[Expression, np.ndarray]], genes: int, device: torch.device
 ) -> np.ndarray:
-    genes = samples[0][0].shape[1]
+    """Covariance matrices of the samples (G, G), added up."""
     total = np.zeros((genes, genes))
     for slide, cells in samples:
         for rows in np.array_split(cells, max(1, len(cells) // _ROWS)):
@@ -172,15 +186,15 @@ def _covariance_matrix(
             else:
                 x = slide.rows(rows).astype(np.float64)
                 total = total + x.T @ x / len(cells)
-    return total / len(samples)
+    return total
 
 
 def _covariance_product(samples: list[tuple[Expression, np.ndarray]], v: np.ndarray) -> np.ndarray:
-    """The covariance matrix times a vector; neither it nor dense expression is formed."""
+    """The sum of covariance matrices times a vector; they, and dense expression, are not formed."""
     total = np.zeros(v.size)
     for slide, cells in samples:
         counted = slide.matrix[cells[~slide.empty[cells]]]
         mean = slide.mean.astype(np.float64)
         along = counted @ v.ravel() - mean @ v.ravel()
         total += (counted.T @ along - mean * along.sum()) / len(cells)
-    return total / len(samples)
+    return total

@@ -17,6 +17,7 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
+from ..data.held import Holders, of_each
 from ..distributed import all_rows, rows_of
 from ..ticks import counted
 
@@ -129,7 +130,11 @@ class Typicality(nn.Module):
 
     @torch.no_grad()
     def fit(
-        self, slides: Sequence[Matrix], folds: Sequence[np.ndarray], cells: int = 2000
+        self,
+        slides: Sequence[Matrix | None],
+        folds: Sequence[np.ndarray],
+        cells: int = 2000,
+        holders: Holders = None,
     ) -> Typicality:
         """Remember means of all slides, and cells of each fold.
 
@@ -137,22 +142,29 @@ class Typicality(nn.Module):
             slides: features of training slides (n_s, G), the same G features each.
             folds: fold of each cell of each slide (n_s,), counted from 0; two folds at least.
             cells: number of cells that are remembered; folds have equal shares.
+            holders: of the slides, where ranks divide them; None stands for those of others.
         """
         rng = np.random.default_rng(0)
-        moments = [_moments(slide) for slide in slides]
+        moments = of_each(slides, _moments, holders)
         means, variance = [mean for mean, _ in moments], sum(v for _, v in moments)
         width = len(self.panel)
         # the first of equal features, whatever the platform sorts by
         panel = np.sort(np.argsort(-np.asarray(variance), kind="stable")[:width])
         count = 1 + max(int(fold.max()) for fold in folds)
         members = [sum(bool((fold == f).any()) for fold in folds) for f in range(count)]
-        known, labels = [], []
-        for slide, fold, mean in zip(slides, folds, means, strict=True):
+        drawn, labels = [], []
+        for fold in folds:
+            parts = []
             for f in np.unique(fold):
                 own = np.flatnonzero(fold == f)
-                rows = np.sort(rng.permutation(own)[: cells // (count * members[int(f)])])
-                known.append(_dense(slide, rows, panel) - mean[panel])
-                labels.append(np.full(len(rows), f))
+                parts.append(np.sort(rng.permutation(own)[: cells // (count * members[int(f)])]))
+                labels.append(np.full(len(parts[-1]), f))
+            drawn.append(np.concatenate(parts))
+        known = of_each(
+            list(zip(slides, drawn, means, strict=True)),
+            lambda one: _dense(one[0], one[1], panel) - one[2][panel],
+            holders,
+        )
         self.panel = torch.from_numpy(panel).to(self.panel)
         self.known = torch.from_numpy(np.concatenate(known)).to(self.known)
         self.fold = torch.from_numpy(np.concatenate(labels)).to(self.fold)

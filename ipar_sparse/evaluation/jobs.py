@@ -301,6 +301,11 @@ def standing(scheduler: str) -> Iterator[Client]:
     for name in ("distributed", "distributed.client"):  # dask gives each a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
     file = Path(scheduler).is_file()
+    if not file and "://" not in scheduler and (os.sep in scheduler or ".json" in scheduler):
+        raise UserError(
+            f"--scheduler {scheduler}: no such file; `dask scheduler --scheduler-file {scheduler}` "
+            "writes it, or give an address, e.g. tcp://HOST:8786"
+        )
     with ExitStack() as opened:
         try:
             with warnings.catch_warnings(action="ignore"):

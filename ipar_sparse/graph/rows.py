@@ -31,21 +31,14 @@ class HeldRows:
     """
 
     def __init__(self, graph: NeighborTable, points: Tensor):
-        n, device = graph.num_nodes, graph.device
+        n = graph.num_nodes
         perm = bisection_order(points.detach())
         with rank_losses():
             dist.broadcast(perm, src=0)
-        place = torch.empty_like(perm)
-        place[perm] = torch.arange(n, device=device)
         ends = [n * number // size() for number in range(size() + 1)]
         start, end = ends[rank()], ends[rank() + 1]
         self.total, self.own = n, perm[start:end]
-        index = torch.empty(end - start, graph.k, dtype=torch.int64, device=device)
-        for rows, part in zip(self.own.split(_ROWS), index.split(_ROWS), strict=True):
-            source = graph.index[rows].long()
-            part.copy_(torch.where(source >= 0, place[source], -1))
-        outside = (index >= 0) & ((index < start) | (index >= end))
-        halo = index[outside].unique()
+        index, outside, halo = dealt_rows(graph, perm, start, end)
         number = end - start + torch.searchsorted(halo, index[outside])
         index = torch.where(index >= 0, index - start, -1)
         index[outside] = number
@@ -79,6 +72,30 @@ class HeldRows:
         centred = pos - _Sum.apply(pos.sum(0, keepdim=True)) / self.total
         mean_square = _Sum.apply(centred.square().sum()) / self.total
         return centred * mean_square.clamp(min=1e-12).rsqrt()
+
+
+def dealt_rows(
+    graph: NeighborTable, perm: Tensor, start: int, end: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of a graph that lie next to each other in an order of its nodes, and their halo.
+
+    Args:
+        graph: n rows of k sources.
+        perm: the order (n,).
+        start, end: the first row, and the one after the last.
+
+    Returns:
+        Sources (m, k), numbered in that order, -1 for none; which of them lie outside (m, k); and
+        these, each once.
+    """
+    place = torch.empty_like(perm)
+    place[perm] = torch.arange(len(perm), device=graph.device)
+    index = torch.empty(end - start, graph.k, dtype=torch.int64, device=graph.device)
+    for rows, part in zip(perm[start:end].split(_ROWS), index.split(_ROWS), strict=True):
+        source = graph.index[rows].long()
+        part.copy_(torch.where(source >= 0, place[source], -1))
+    outside = (index >= 0) & ((index < start) | (index >= end))
+    return index, outside, index[outside].unique()
 
 
 class _Sum(torch.autograd.Function):

@@ -94,7 +94,12 @@ def training_cost(
     """
     sizes, settings = [*train, *val], config.train
     kind = choose_batch_kind(train, val, config, on_gpu)[0]
-    host = _START + _TRAINING + _expression(sizes, config, dense=True)
+    parts = 1 if config.data.embedding is not None else ranks()  # which divide the expression
+    host = _START + _TRAINING
+    host += max(
+        sum(_expression(some[i::parts], config, dense=True) for some in (train, val))
+        for i in range(parts)
+    )
     host += sum(_KEPT_CELL * size.cells for size in sizes)
     work = _CELL * _width(config) * max(size.cells for size in sizes)
     if kind != "slide":
@@ -218,7 +223,7 @@ def _check_memory(
 def _free() -> float:
     """Bytes of the host; what this process holds already is a part of what it takes.
 
-    Of several ranks on this machine each reads all slides, and may take its part.
+    Each of several ranks on this machine may take its part.
     """
     return free_host_memory() / ranks_here() + host_memory()
 

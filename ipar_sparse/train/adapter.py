@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..data.held import holders_of, of_held
 from ..data.input_profile import InputProfile
 from ..data.slide import Slide
 from ..estimators import Adapter, Atlas
@@ -36,13 +38,15 @@ def fit_adapter(
     if genes is None or profile is None or profile.scaling == "as given":
         return
     with stage("Adapter"):
-        references = []
-        for slide, frame in zip(slides, atlas.frames, strict=True):
-            slide, near = _sample(slide, loop.device)
-            pos = np.asarray(slide.pos)
+
+        def reference(pair: tuple[Slide, Any]) -> Reference:
+            slide, near = _sample(pair[0], loop.device)
+            pos, frame = np.asarray(slide.pos), pair[1]
             places = (pos - frame.translation) @ frame.rotation.T / max(frame.scale, 1e-12)
-            references.append(Reference(shares_of(slide, genes, profile)[0], pos, places, near))
-        found = Adapter(len(genes)).fit(references)
+            return Reference(shares_of(slide, genes, profile)[0], pos, places, near)
+
+        pairs, holders = list(zip(slides, atlas.frames, strict=True)), holders_of(slides)
+        found = Adapter(len(genes)).fit(of_held(pairs, reference, holders), holders)
         loop.modules["adapter"] = found.to(loop.device)
         loop.state.metadata["adapter"] = {"cells": found.cells, "slides": len(slides)}
 

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..data.expression import Expression
+from ..data.held import of_slides
 from ..data.slide import Slide
 from ..estimators import Atlas, EmbeddingScaler, RelevantComponents
 from ..estimators.frames import FrameError, frame_errors
@@ -154,8 +155,8 @@ class DonorFold:
 
     Args:
         name: of the fold, under which its trainings are kept.
-        train: slides of the other donors.
-        test: slides of the left-out donors.
+        train: slides of the other donors, of ``budget.cells`` at most; see :func:`sampled`.
+        test: slides of the left-out donors, likewise.
         donors: slide name to donor.
         genes: of the encoder; None where embeddings are brought along.
         config: settings of the run, those of the data decided.
@@ -174,8 +175,7 @@ class DonorFold:
         budget: Budget,
         brief: BriefTrainings,
     ):
-        self.train = [_sample(slide, budget.cells) for slide in train]
-        self.test = [_sample(slide, budget.cells) for slide in test]
+        self.train, self.test = list(train), list(test)
         self.donors, self.genes, self.budget, self.brief = donors, genes, budget, brief
         self.config = _brief(config, budget, self.train)
         self.batch_kind = config.train.batch_kind
@@ -448,9 +448,17 @@ def _spread_out(items: list, count: int | None) -> list:
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
 
 
-def _sample(slide: Slide, cells: int) -> Slide:
-    """At most so many cells of a slide, drawn at random."""
-    n = slide.num_cells
-    if n <= cells:
-        return slide
-    return slide.take(np.sort(np.random.default_rng(0).choice(n, cells, replace=False)))
+def sampled(groups: Iterable[tuple[Sequence[Slide], Sequence[Slide]]], cells: int) -> dict:
+    """At most so many cells of each slide of some groups, drawn at random, by its name.
+
+    Every rank holds them.
+    """
+
+    def sample(slide: Slide) -> Slide:
+        n = slide.num_cells
+        if n > cells:
+            slide = slide.take(np.sort(np.random.default_rng(0).choice(n, cells, replace=False)))
+        return replace(slide, holder=None)
+
+    members = {slide.name: slide for group in groups for part in group for slide in part}
+    return dict(zip(members, of_slides([*members.values()], sample), strict=True))

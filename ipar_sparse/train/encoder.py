@@ -20,8 +20,10 @@ from torch.nn import functional as F
 from .. import progress
 from ..config import EncoderConfig, RunConfig
 from ..data.expression import Expression, gene_weights, morans_i
+from ..data.held import Holders, added, held_here, holders_of, of_each, of_held
 from ..data.resident import resident
 from ..data.slide import Slide
+from ..distributed import from_rank
 from ..estimators.components import principal_axes, spatial_axes
 from ..geometry.gauge import gauge_fix
 from ..graph import knn
@@ -136,7 +138,7 @@ def train_encoder(
     genes: Sequence[str],
     config: RunConfig,
     loop: Loop,
-) -> list[Expression]:
+) -> list[Expression | None]:
     """Train an encoder in place; it keeps what it has learned, and no components yet.
 
     Args:
@@ -147,27 +149,21 @@ def train_encoder(
         loop: random numbers, logs and checkpoints.
 
     Returns:
-        The expression of each slide as the encoder takes it.
+        The expression of each slide as the encoder takes it; None where another rank holds it.
     """
     settings, total, device = config.encoder, config.encoder.steps, loop.device
     plain: Sequence[Expression | None] = [None] * len(slides)
+    holders = holders_of(slides)
     if loop.state.step == 0:
         with progress.stage("Gene weights and components"):
             plain = initialize_encoder(encoder, slides, genes, config)
-    read = [
-        read_expression(slide, genes, encoder, known)
-        for slide, known in zip(progress.track(slides, "Smoothing expression"), plain, strict=True)
-    ]
-    batches = [
-        ContrastiveSlide(expression, slide.pos, settings.neighbors, settings.far_quantile, device)
-        for expression, slide in zip(
-            progress.track(read, "Neighbours in space"), slides, strict=True
-        )
-    ]
+    read, batches = _as_seen(encoder, slides, plain, genes, settings)
     optimizer = adamw(encoder.parameters(), settings.lr, settings.weight_decay, device)
     generator = torch.Generator(device)
-    dense = all(slide.expression.is_dense for slide in batches)
+    dense = all(slide.expression.is_dense for slide in batches if slide is not None)
     recorder = Recorder(device, generator, enabled=dense)
+    parameters, names = [*encoder.parameters()], ["loss", *settings.weights()]
+    sizes = [p.numel() for p in parameters] + [1] * len(names)
     encoder.train()
 
     def learn(slide: ContrastiveSlide) -> dict[str, Tensor]:
@@ -177,6 +173,22 @@ def train_encoder(
         optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
+    def gradients(slide: ContrastiveSlide) -> Tensor:
+        losses = encoder_loss(encoder, slide, settings, generator, device)
+        found = [*torch.autograd.grad(losses["loss"], parameters)]
+        return torch.cat([one.detach().view(-1) for one in [*found, *(losses[n] for n in names)]])
+
+    def learn_from(number: int, holder: int) -> dict[str, Tensor]:
+        """The step of :func:`learn`, whose gradients the rank computes that holds the slide."""
+        own = batches[number]
+        found = torch.zeros(sum(sizes), device=device)
+        found = found if own is None else recorder(number, partial(gradients, own))
+        parts = from_rank(found, holder).split(sizes)
+        for parameter, part in zip(parameters, parts, strict=False):
+            parameter.grad = part.view_as(parameter)
+        optimizer.step()
+        return {n: loss.view(()) for n, loss in zip(names, parts[-len(names) :], strict=True)}
+
     with loop.stage("encoder", total, optimizer) as stage:
         for step in stage:
             seed = loop.seed_of("encoder", step)
@@ -184,21 +196,48 @@ def train_encoder(
             torch.manual_seed(seed)  # dropout draws from the global one
             set_lr(optimizer, cosine(step, total, settings.lr, settings.lr * 0.01))
             number = step % len(batches)
-            stage.record(recorder(number, partial(learn, batches[number])))
+            if holders is None:
+                stage.record(recorder(number, partial(learn, batches[number])))
+            else:
+                stage.record(learn_from(number, holders[number]))
         if total:
             with progress.stage("Appending components"):
-                append_components(encoder, read, [slide.pos for slide in slides], settings)
+                places = [slide.pos for slide in slides]
+                append_components(encoder, read, places, settings, holders)
         encoder.eval().requires_grad_(False)
     return read
+
+
+def _as_seen(
+    encoder: SharedEncoder,
+    slides: Sequence[Slide],
+    plain: Sequence[Expression | None],
+    genes: Sequence[str],
+    settings: EncoderConfig,
+) -> tuple[list[Expression | None], list[ContrastiveSlide | None]]:
+    """The slides that this rank holds, as the encoder takes them and as its loss does."""
+    holders, device = holders_of(slides), next(encoder.parameters()).device
+    given = settings.neighbors, settings.far_quantile, device
+    read = of_held(
+        progress.track(list(zip(slides, plain, strict=True)), "Smoothing expression"),
+        lambda pair: read_expression(pair[0], genes, encoder, pair[1]),
+        holders,
+    )
+    batches = of_held(
+        progress.track(list(zip(read, slides, strict=True)), "Neighbours in space"),
+        lambda pair: ContrastiveSlide(pair[0], pair[1].pos, *given),
+        holders,
+    )
+    return read, batches
 
 
 @torch.no_grad()
 def initialize_encoder(
     encoder: SharedEncoder, slides: Sequence[Slide], genes: Sequence[str], config: RunConfig
-) -> list[Expression]:
+) -> list[Expression | None]:
     """Set what an encoder has before its first step: gene weights, and principal components.
 
-    Returns the expression of each slide, weighted so.
+    Returns the expression of each slide, weighted so; None where another rank holds it.
 
     Args:
         encoder: untrained.
@@ -207,39 +246,44 @@ def initialize_encoder(
         config: ``data.target_sum`` and ``encoder``.
     """
     settings, device = config.encoder, next(encoder.parameters()).device
+    holders = holders_of(slides)
     if encoder.gene_weight is not None:
         encoder.target_sum.fill_(config.data.target_sum)
         total = float(encoder.target_sum)
-        plain = [Expression.from_slide(slide, genes, total) for slide in slides]
-        weight = _gene_weights(plain, slides, settings, device)
+        plain = of_held(slides, lambda one: Expression.from_slide(one, genes, total), holders)
+        weight = _gene_weights(plain, slides, settings, device, holders)
         encoder.gene_weight.copy_(torch.from_numpy(weight))
-        plain = [expression.weighted(weight) for expression in plain]
+        plain = of_held(plain, lambda one: one.weighted(weight), holders)
     else:
-        plain = [normalize_expression(slide, genes, encoder) for slide in slides]
+        plain = of_held(slides, lambda one: normalize_expression(one, genes, encoder), holders)
     if settings.skip or settings.knn_smoothing:
-        encoder.init_linear(*principal_axes(plain, max(settings.out, SMOOTH_CHANNELS), device))
+        width = max(settings.out, SMOOTH_CHANNELS)
+        encoder.init_linear(*principal_axes(plain, width, device, holders))
     return plain
 
 
 def _gene_weights(
-    plain: Sequence[Expression],
+    plain: Sequence[Expression | None],
     slides: Sequence[Slide],
     settings: EncoderConfig,
     device: torch.device,
+    holders: Holders,
 ) -> np.ndarray:
     morans = None
     if settings.morans_i_power > 0:
-        found = [_morans(e, slide.pos, device) for e, slide in zip(plain, slides, strict=True)]
+        pairs = list(zip(plain, slides, strict=True))
+        found = of_each(pairs, lambda pair: _morans(pair[0], pair[1].pos, device), holders)
         morans = np.mean(found, axis=0)
-    return gene_weights(plain, settings.scale_power, morans, settings.morans_i_power)
+    return gene_weights(plain, settings.scale_power, morans, settings.morans_i_power, holders)
 
 
 @torch.no_grad()
 def append_components(
     encoder: SharedEncoder,
-    slides: Sequence[Expression],
+    slides: Sequence[Expression | None],
     positions: Sequence[np.ndarray],
     settings: EncoderConfig,
+    holders: Holders = None,
 ) -> None:
     """Give the trained embedding back what training has dropped of the expression.
 
@@ -256,19 +300,22 @@ def append_components(
         slides: expression of the training slides as the encoder takes it.
         positions: (n, 2) of each.
         settings: ``component_weight`` w, nothing is done where it is 0, and ``component_kind``.
+        holders: of the slides, where ranks divide them; None stands for those of others.
     """
     weight = settings.component_weight
     if not weight or encoder.linear is None:
         return
     width, device = encoder.out_channels, next(encoder.parameters()).device
     if settings.component_kind == "spatial":
-        axes, _ = spatial_axes(slides, positions, encoder.out_channels, device=device)
+        given: dict[str, Any] = {"device": device, "holders": holders}
+        axes, _ = spatial_axes(slides, positions, encoder.out_channels, **given)
     else:
-        axes, _ = principal_axes(slides, encoder.out_channels, device)
+        axes, _ = principal_axes(slides, encoder.out_channels, device, holders)
     encoder.eval()
     axes = axes.to(device)
     total = torch.zeros(width + axes.size(1), width + axes.size(1)).double()
-    for number, slide in enumerate(slides):
+    for number in held_here(len(slides), holders):
+        slide = slides[number]
         cells = np.random.default_rng([number, 7]).permutation(slide.shape[0])[:_AXES_CELLS]
         parts, there = [], resident(slide, device)
         for rows in np.array_split(cells, len(cells) // _ROWS + 1):
@@ -277,6 +324,7 @@ def append_components(
         values = torch.cat(parts)
         values = values - values.mean(0)
         total += values.T @ values / len(values) / len(slides)
+    total = torch.from_numpy(added(total.numpy(), holders))
     power = total.diagonal()
     learned = 1.0 / power[:width].sum().sqrt().clamp(min=1e-8)
     appended = weight / power[width:].sum().sqrt().clamp(min=1e-8)

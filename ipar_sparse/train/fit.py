@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import RunConfig, resolve_device
 from ..config.schema import CONFIG, INPUTS, SELECTION
 from ..data.copies import record_of, slide_digest
 from ..data.dissociated import record_cells
 from ..data.expression import Expression, in_memory
+from ..data.held import changed, holders_of, of_each
 from ..data.input_profile import conform, informative, profile_inputs
 from ..data.slide import Slide, log_notes
 from ..data.spatial_order import told_of_order
@@ -35,7 +36,7 @@ from ..inference.embedding import embed_slide
 from ..inference.modules import build_encoder, build_gate_and_model
 from ..inference.run_folder import BEST, LAST, REFERENCE, read_meta
 from ..metrics.candidates import candidate_recall, sampled_candidate_recall
-from ..progress import quiet_stages, stage, track
+from ..progress import quiet_stages, stage
 from .adapter import fit_adapter
 from .atlas import describe_frames, fit_atlas
 from .batches import Batches, EmbeddedSlide
@@ -129,7 +130,7 @@ def fit(
             settings = _decide(train, request, donors, genes, loop, resume)
         parts = _build(settings, genes, loop, [*train, *val])
         loop.restore()
-        read: list[Expression] = []
+        read: list[Expression | None] = []
         if genes is not None and not loop.finished("encoder"):
             read = _learn_encoder(encoder, train, genes, settings, loop)
         embedded = embed_slides([*train, *val], loop.modules, genes, len(train), loop, read)
@@ -246,9 +247,14 @@ def _prepare(
                 raise UserError(f"{slide.name}: no expression to train on; give X or --layer")
         with stage("Comparing slides"):
             train, profile, missing = profile_inputs(train, request.data, chosen.get("cell_genes"))
-            val = [informative(in_memory(conform(slide, profile), profile.genes)) for slide in val]
-            of = profile.genes, profile.total
-            train, val = ([told_of_order(slide, *of) for slide in part] for part in (train, val))
+
+            def conformed(slide: Slide) -> Slide:
+                return informative(in_memory(conform(slide, profile), profile.genes))
+
+            def told(slide: Slide) -> Slide:
+                return told_of_order(slide, profile.genes, profile.total)
+
+            train, val = changed(train, told), changed(val, lambda slide: told(conformed(slide)))
         inputs["profile"], genes = profile.as_dict(), list(profile.genes)
         if missing:
             logger.info("%d genes are not on every training slide: left out", len(missing))
@@ -338,14 +344,14 @@ def _take_settings(
 
 def _learn_encoder(
     trained: Path | None, slides: Sequence[Slide], genes, settings: RunConfig, loop: TrainingLoop
-) -> list[Expression]:
+) -> list[Expression | None]:
     """Trains the encoder of the run, or takes a trained one; what is read for it is kept.
 
     A step is short, and every cell of its batch is a negative of the others: all ranks take the
     same steps, and go on with one result.
     """
     encoder = loop.modules["encoder"]
-    read = []
+    read: list[Expression | None] = []
     if trained is None:
         read = train_encoder(encoder, slides, genes, settings, loop)
     else:
@@ -367,7 +373,7 @@ def embed_slides(
     genes: Sequence[str] | None,
     fitted: int,
     loop: Loop,
-    read: Sequence[Expression] = (),
+    read: Sequence[Expression | None] = (),
 ) -> list[EmbeddedSlide]:
     """Embed slides once; from here on the encoder is not used.
 
@@ -384,10 +390,15 @@ def embed_slides(
     encoder, scaler, device = modules.get("encoder"), modules["scaler"], loop.device
     if encoder is not None:
         encoder.eval().requires_grad_(False)
-    raw = [
-        embed_slide(slide, encoder, genes, device, known)
-        for slide, known in zip_longest(track(slides, "Embedding"), read)
-    ]
+    holders, pairs = holders_of(slides), list(zip_longest(slides, read))
+
+    def embed(pair: tuple[Slide, Expression | None]) -> Tensor:
+        found = embed_slide(pair[0], encoder, genes, device, pair[1])
+        task.advance()
+        return found if holders is None else found.cpu()
+
+    with stage("Embedding", len(pairs)) as task:
+        raw = [h.to(device) for h in of_each(pairs, embed, holders)]
     scaler.fit(raw[:fitted])
     return [
         EmbeddedSlide(slide.name, scaler(h).detach(), torch.from_numpy(slide.pos).to(device))

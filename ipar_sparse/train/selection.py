@@ -30,7 +30,16 @@ from ..layout.uncertainty import disc_radius, fit_error_model
 from ..progress import Task, stage
 from .batches import SLIDE_STEPS
 from .brief import BriefTrainings, load_kernels
-from .cross_validation import CORRECTION, FULL, QUICK, Budget, DonorFold, Scores, donor_folds
+from .cross_validation import (
+    CORRECTION,
+    FULL,
+    QUICK,
+    Budget,
+    DonorFold,
+    Scores,
+    donor_folds,
+    sampled,
+)
 from .loop import TimeUp, TrainingLoop
 
 logger = logging.getLogger(__name__)
@@ -305,17 +314,16 @@ def _folds(
     loop: TrainingLoop,
 ) -> list[DonorFold]:
     """A fold for each group of donors; what follows from data follows from its own slides."""
-    budget = budget.per_fold(len(groups))
-    brief = BriefTrainings(loop)
+    brief, samples = BriefTrainings(loop), sampled(groups, budget.cells)
     return [
         DonorFold(
             f"fold{number}",
-            train,
-            test,
+            [samples[slide.name] for slide in train],
+            [samples[slide.name] for slide in test],
             {slide.name: (donors or {}).get(slide.name, slide.name) for slide in test},
             genes,
             resolve_from_data(request, train).with_values(values),
-            budget,
+            budget.per_fold(len(groups)),
             brief,
         )
         for number, (train, test) in enumerate(groups)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..config import RunConfig
+from ..data.held import holders_of, of_held
 from ..data.slide import Slide
 from ..estimators import Typicality
 from ..inference.modules import build_typicality
@@ -34,15 +35,20 @@ def fit_typicality(
         loop: takes up what is fitted.
     """
     with stage("Typicality"):
-        features = [features_of(slide, genes, config.data.target_sum or 1e4) for slide in slides]
-        total = features[0].shape[1]
-        sizes = {"width": min(config.typicality.genes, total), "features": total}
+        target_sum, holders = config.data.target_sum or 1e4, holders_of(slides)
         filled = [np.flatnonzero(~np.asarray(slide.empty)) for slide in slides]
+        features = of_held(
+            list(zip(slides, filled, strict=True)),
+            lambda one: features_of(one[0], genes, target_sum)[one[1]],
+            holders,
+        )
+        total = slides[0].embedding.shape[1] if genes is None else len(genes)
+        sizes = {"width": min(config.typicality.genes, total), "features": total}
         folds = [
             fold[rows] for fold, rows in zip(donor_or_quarter(slides, donors), filled, strict=True)
         ]
-        features = [values[rows] for values, rows in zip(features, filled, strict=True)]
-        found = build_typicality(config, sizes).fit(features, folds, config.typicality.cells)
+        found = build_typicality(config, sizes)
+        found.fit(features, folds, config.typicality.cells, holders)
         if loop is not None:
             loop.modules["typicality"] = found.to(loop.device)
             loop.state.metadata["typicality"] = found.sizes
