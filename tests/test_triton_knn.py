@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from ipar_sparse.graph import knn
-from ipar_sparse.graph.triton_knn import search
+from ipar_sparse.graph.triton_knn import search, search_partitioned
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -107,6 +107,34 @@ def test_it_agrees_with_the_exact_backend_in_either_metric():
         found, want = (knn(points, 9, metric=metric, backend=b) for b in ("triton", "exact"))
         assert found.method == "triton" and found.recall is None
         assert float((found.index == want.index).float().mean()) > 0.999
+
+
+def _curved(n):
+    """Points of a curved sheet, with noise: near ones lie in few tiles."""
+    generator = torch.Generator().manual_seed(0)
+    place = torch.randn(n, 2, generator=generator)
+    turned = place @ torch.randn(2, 16, generator=generator)
+    return (turned.cos() + 0.1 * torch.randn(n, 16, generator=generator)).to(DEVICE)
+
+
+def test_a_partitioned_search_of_all_tiles_loses_nothing():
+    points = _curved(N)  # the last tile is not full
+    assert_nearest(search_partitioned(points, 8, tiles=-(-N // 128)), points, 8)
+
+
+def test_a_partitioned_search_finds_most_in_few_tiles_and_the_same_twice():
+    n, tiles = (600, 3) if INTERPRETED else (200_000, 128)
+    points = _curved(n)
+    found = search_partitioned(points, 8, tiles=tiles)
+    assert torch.equal(found, search_partitioned(points, 8, tiles=tiles))
+    rows = torch.arange(0, n, max(1, n // 500), device=points.device)
+    distance = torch.cdist(points[rows], points)
+    distance[torch.arange(len(rows), device=rows.device), rows] = torch.inf
+    true = distance.topk(8, largest=False).indices
+    assert bool((found[rows].long() != rows.unsqueeze(1)).all())
+    assert bool((found[rows].sort(-1).values.diff() > 0).all())
+    recall = (found[rows].long().unsqueeze(-1) == true.unsqueeze(1)).any(-1).float().mean()
+    assert recall > (0.85 if INTERPRETED else 0.98)
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,9 @@ class GraphConfig(Section):
     """Number of candidate neighbours per cell. Lower it to save time and memory."""
     metric: Literal["euclidean", "cosine"] = "euclidean"
     """Distance in the embedding by which candidates are sought."""
-    backend: Literal["auto", "exact", "triton", "torch_cluster", "faiss"] = "auto"
-    """How nearest neighbours are found; auto = the fastest exact search of this machine."""
+    backend: Literal["auto", "exact", "triton", "partitioned", "torch_cluster", "faiss"] = "auto"
+    """How nearest neighbours are found; auto = the fastest search of this machine, exact but on
+    very large slides."""
     candidate_pool: Count = 256
     """On slides of more cells, candidates come from a random sample of this many cells, as in
     training on minisets; 0 = from all cells."""

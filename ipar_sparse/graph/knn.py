@@ -22,6 +22,9 @@ _FAISS_PROBES = 32  # lists searched: recall@100 0.9993 at 300,000 cells, 0.986 
 _FAISS_ROUNDS = 10  # of k-means, whose cost grows as n^1.5: recall@100 0.998 at 10^6 points
 _FAISS_SAMPLE = 40  # points a list on which k-means is trained; faiss warns below 39
 _TRITON_FROM = 20_000  # points; below, the search in torch takes less than loading the kernels
+_PARTITIONED_FROM = 2_000_000  # points; below, exact search takes less than 5 s on a GPU
+LEAST_RECALL = 0.99
+"""Share of true neighbours that approximate search must find, where it was not asked for."""
 _BOXES_FROM = 2_000  # points in the plane; below, exact search on a GPU takes fewer launches
 _CUDA_CLUSTER_LIMIT = 100  # torch_cluster's CUDA kernel keeps its neighbours in local memory
 
@@ -41,8 +44,10 @@ def knn(
         k: neighbours a point; min(k, n - 1) are found.
         metric: ``"euclidean"`` or ``"cosine"``.
         backend: ``"exact"`` (blocked matrix product and top-k, CPU and GPU), ``"triton"``
-            (exact, fused, CUDA), ``"kdtree"`` (SciPy, d <= 3), ``"boxes"`` (exact, d <= 3, any
-            device), ``"faiss"``, ``"torch_cluster"``, or ``"auto"``.
+            (exact, fused, CUDA), ``"partitioned"`` (approximate, fused, CUDA), ``"kdtree"``
+            (SciPy, d <= 3), ``"boxes"`` (exact, d <= 3, any device), ``"faiss"``,
+            ``"torch_cluster"``, or ``"auto"``: exact on a GPU up to 2,000,000 points, beyond them
+            partitioned where this finds 99 % of the neighbours of a sample.
         recall_sample: queries on which an approximate backend is checked against exact search.
 
     Returns:
@@ -71,7 +76,8 @@ def knn(
         points = torch.nn.functional.normalize(points, dim=-1)
     n = points.size(0)
     k = min(k, n - 1)
-    if backend == "auto":
+    chosen = backend == "auto"
+    if chosen:
         backend = _choose_backend(points, k)
     if backend not in KNN_BACKENDS:
         raise ValueError(f"unknown knn backend {backend!r}; choose from {sorted(KNN_BACKENDS)}")
@@ -84,6 +90,8 @@ def knn(
     if not exact:
         table.recall = _sampled_recall(points, table, recall_sample)
         logger.info("knn backend %s: sampled recall@%d %.4f", backend, k, table.recall)
+        if chosen and backend == "partitioned" and table.recall < LEAST_RECALL:
+            return knn(points, k, metric=metric, backend="triton")
     return table
 
 
@@ -234,7 +242,9 @@ def _choose_backend(points: Tensor, k: int) -> str:
     if points.is_cuda:
         if points.size(1) <= 3 and points.size(0) >= _BOXES_FROM:
             return "boxes"
-        return "triton" if points.size(0) >= _TRITON_FROM and _fused(points, k) else "exact"
+        if points.size(0) < _TRITON_FROM or not _fused(points, k):
+            return "exact"
+        return "triton" if points.size(0) < _PARTITIONED_FROM else "partitioned"
     if points.size(1) <= 3:
         return "kdtree"
     # On 400 to 20,000 points of 128 dimensions, flat search in faiss took a sixth to a third of
@@ -295,20 +305,33 @@ def _rank(points: Tensor, own: Tensor, candidates: Tensor, k: int) -> Tensor:
 
 
 def _triton(points: Tensor, k: int) -> tuple[Tensor, bool]:
-    try:
-        from . import triton_knn
-    except ImportError as error:
-        raise ImportError(
-            "knn backend 'triton' needs Triton, which comes with torch for CUDA; "
-            "use backend='exact'"
-        ) from error
-    if reason := triton_knn.unsupported(points, k):
-        raise ValueError(f"knn backend 'triton' takes {reason}; use backend='exact'")
-    index, lost = triton_knn.search(points, k)
+    fused = _import_fused("triton", points, k)
+    index, lost = fused.search(points, k)
     if lost.numel():
         logger.info("knn backend triton: %d rows of many ties by plain search", lost.numel())
         index[lost] = _exact(points, k, lost)[0]
     return index, True
+
+
+def _partitioned(points: Tensor, k: int) -> tuple[Tensor, bool]:
+    fused = _import_fused("partitioned", points, k)
+    if len(points) < fused.LEAST_PARTITIONED:
+        return _triton(points, k)
+    return fused.search_partitioned(points, k), False
+
+
+def _import_fused(backend: str, points: Tensor, k: int):
+    """The module of the fused searches; refuses what they cannot take."""
+    try:
+        from . import triton_knn
+    except ImportError as error:
+        raise ImportError(
+            f"knn backend '{backend}' needs Triton, which comes with torch for CUDA; "
+            "use backend='exact'"
+        ) from error
+    if reason := triton_knn.unsupported(points, k):
+        raise ValueError(f"knn backend '{backend}' takes {reason}; use backend='exact'")
+    return triton_knn
 
 
 def _kdtree(points: Tensor, k: int, rows: Tensor | None = None) -> tuple[Tensor, bool]:
@@ -396,20 +419,15 @@ def _sampled_recall(points: Tensor, table: NeighborTable, sample: int) -> float:
     """Recall against exact search on a sample of the points."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(points.size(0), generator=generator)[:sample].to(points.device)
-    work = points.float() - points.float().mean(dim=0, keepdim=True)
-    hits = 0
-    for chunk in rows.split(max(1, BLOCK_ELEMENTS // points.size(0))):
-        distance = torch.cdist(work[chunk], work)
-        distance[torch.arange(chunk.numel(), device=points.device), chunk] = math.inf
-        true = distance.topk(table.k, largest=False).indices
-        found = table.index[chunk].long()
-        hits += int((found.unsqueeze(-1) == true.unsqueeze(1)).any(-1).sum())
+    true = _exact(points, table.k, rows)[0]
+    hits = int((table.index[rows].unsqueeze(-1) == true.unsqueeze(1)).any(-1).sum())
     return hits / (rows.numel() * table.k)
 
 
 KNN_BACKENDS: dict[str, Callable[[Tensor, int], tuple[Tensor, bool]]] = {
     "exact": _exact,
     "triton": _triton,
+    "partitioned": _partitioned,
     "kdtree": _kdtree,
     "boxes": _boxes,
     "faiss": _faiss,

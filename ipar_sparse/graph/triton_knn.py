@@ -1,4 +1,4 @@
-"""Exact k nearest neighbours on CUDA without writing all distances to memory.
+"""k nearest neighbours on CUDA without writing all distances to memory: exact, and partitioned.
 
 The columns are searched in random order, in parts that grow by a factor. After each part a row has
 its k nearest so far, by float32 distance, and with them a bound. The distances of the next part
@@ -10,6 +10,8 @@ The filter computes with float16 copies of the centred, scaled points. The dista
 its point is known, so that the triangle inequality, with a term for rounding, excludes no true
 neighbour. The result is the k nearest by float32 distance, ties by number. A row with more
 candidates than its buffer holds is reported, and never truncated.
+
+The partitioned search uses the same kernels on the columns of near tiles alone, and truncates.
 """
 
 import math
@@ -21,9 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..distributed import added_rows, rows_of
+from ..ticks import counted
+from .order import bisection_order
 
 MAX_NEIGHBORS = 256
 MAX_DIMENSIONS = 512
+LEAST_PARTITIONED = 100_000
+"""Points; with fewer, a partitioned search would look at most of them anyway."""
 _GROWTH = 3.0  # of the columns searched from one part to the next
 _BUFFER_BYTES = 1 << 30  # candidates of the rows searched together
 _COLUMNS = 128  # columns that share one bound on their float16 copies' error
@@ -72,16 +78,47 @@ def search(points: Tensor, k: int, *, capacity: int | None = None) -> tuple[Tens
     return added_rows(index), added_rows(lost).nonzero().squeeze(-1)
 
 
-class _Cloud:
-    """The points centred and scaled, and their float16 copies in random order.
+def search_partitioned(points: Tensor, k: int, *, tiles: int = 512) -> Tensor:
+    """Nearest neighbours among the points of the nearest ``tiles`` of 128 points; not always all.
 
-    ``point`` (n, D) float32 in the user's order; in random order and padded to whole tiles:
+    Points are cut into tiles by :func:`~ipar_sparse.graph.order.bisection_order`, and those of a
+    tile compared with the points of the tiles whose centres are nearest. O(n tiles), beside
+    O(n^2 / 128^2) for the centres. What is found is ranked by exact float32 distance.
+
+    Args:
+        points, k: as in :func:`search`, with more than 512 points for k of 100.
+        tiles: more find more and take longer.
+
+    Returns:
+        (n, k) int32, nearest first, ties by number.
+    """
+    n, capacity = points.size(0), max(128, triton.next_power_of_2(4 * k + 64))
+    cloud = _Cloud(points, order=bisection_order(points, leaf=_COLUMNS))
+    centres, own = cloud.centres(), rows_of(n)
+    tiles = min(tiles, len(centres))
+    index = torch.zeros(n, k, dtype=torch.int32, device=points.device)
+    rows = min(_BUFFER_BYTES // (8 * capacity), _COLUMNS * max(1, (1 << 28) // len(centres)))
+    for start in counted(range(own.start, own.stop, rows)):
+        position = torch.arange(start, min(start + rows, own.stop), device=points.device)
+        asking = centres[
+            start // _COLUMNS : triton.cdiv(int(min(start + rows, own.stop)), _COLUMNS)
+        ]
+        visits = torch.cdist(asking, centres).topk(tiles, largest=False).indices.int()
+        found = _search_block(cloud, position.int(), k, capacity, visits)[0]
+        index[cloud.number[position].long()] = found
+    return added_rows(index)
+
+
+class _Cloud:
+    """The points centred and scaled, and their float16 copies in random or a given order.
+
+    ``point`` (n, D) float32 in the user's order; in the other order and padded to whole tiles:
     ``code`` float16 copies, ``half`` half their squared norms less a margin for rounding,
-    ``error`` their distances to the points, ``number`` the user's numbers. The ``far`` points
-    farthest out stand first.
+    ``error`` their distances to the points, ``number`` the user's numbers. In random order the
+    ``far`` points farthest out stand first.
     """
 
-    def __init__(self, points: Tensor, far: int):
+    def __init__(self, points: Tensor, far: int = 0, order: Tensor | None = None):
         n, d = points.shape
         device = points.device
         width = max(16, triton.next_power_of_2(d))
@@ -97,14 +134,15 @@ class _Cloud:
         self.margin = (width + 32) * 2.0**-23
         # Those farthest out come first, where nothing is filtered: their copies' errors would
         # loosen the bounds of whole tiles.
-        chance = torch.rand(n, generator=torch.Generator(device).manual_seed(0), device=device)
-        lengths = torch.linalg.vector_norm(self.point, dim=-1)
-        chance[lengths.topk(min(far, n)).indices] = -1
-        order = chance.argsort()
+        if order is None:
+            chance = torch.rand(n, generator=torch.Generator(device).manual_seed(0), device=device)
+            lengths = torch.linalg.vector_norm(self.point, dim=-1)
+            chance[lengths.topk(min(far, n)).indices] = -1
+            order = chance.argsort()
         # Copies are made around the median, since one far outlier can carry the mean away.
-        centre = self.point[order[:4096]].median(dim=0).values.double()
+        centre = self.point[order[:: max(1, n // 4096)]].median(dim=0).values.double()
         padded = triton.cdiv(n, _COLUMNS) * _COLUMNS
-        self.number = torch.zeros(padded, dtype=torch.int32, device=device)
+        self.number = torch.full((padded,), -1, dtype=torch.int32, device=device)
         self.number[:n] = order
         self.code = torch.zeros(padded, width, dtype=torch.float16, device=device)
         self.half = torch.full((padded,), torch.inf, device=device)
@@ -120,15 +158,31 @@ class _Cloud:
             self.error[here] = (exact - code).norm(dim=-1).float() * (1 + self.margin) + _TINY
         self.tile_error = self.error.view(-1, _COLUMNS).amax(-1)
 
+    def centres(self) -> Tensor:
+        """Mean of the copies of every tile (tiles, D), float32."""
+        real = self.half.isfinite().float().view(-1, _COLUMNS, 1)
+        return (self.code.view(len(real), _COLUMNS, -1) * real).sum(1) / real.sum(1)
 
-def _search_block(cloud: _Cloud, position: Tensor, k: int, capacity: int) -> tuple[Tensor, Tensor]:
-    """The k nearest of the points at some positions of the random order, and who overflowed."""
+
+def _search_block(
+    cloud: _Cloud, position: Tensor, k: int, capacity: int, visits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k nearest of the points at some positions of the order, and who overflowed.
+
+    Among all points, or those of the tiles (tiles of the rows, m) that each tile of rows visits.
+    """
     device, num = position.device, position.numel()
     n, width = cloud.point.shape
     # First the columns alone, then, ranked, distance (float32 bits) and number in one integer.
     buffer = torch.empty(num, capacity, dtype=torch.int64, device=device)
     end = min(capacity, n)
-    buffer[:, :end] = torch.arange(end, device=device)
+    if visits is None:
+        buffer[:, :end] = torch.arange(end, device=device)
+    else:
+        n, end = _COLUMNS * visits.size(1), capacity
+        first = visits[:, : capacity // _COLUMNS, None].long() * _COLUMNS
+        first = (first + torch.arange(_COLUMNS, device=device)).flatten(1)
+        buffer[:] = first.repeat_interleave(_COLUMNS, 0)[:num]
     fill = torch.full((num,), end, dtype=torch.int32, device=device)
     overflow = torch.zeros(num, dtype=torch.bool, device=device)
     bound, reach = (torch.empty(num, device=device) for _ in range(2))
@@ -180,6 +234,8 @@ def _search_block(cloud: _Cloud, position: Tensor, k: int, capacity: int) -> tup
             num,
             end,
             stop,
+            visits,
+            0 if visits is None else visits.size(1),
             CAPACITY=capacity,
             D=width,
             TILE=_COLUMNS,
@@ -220,6 +276,8 @@ def _filter_kernel(
     num,
     begin,
     end,
+    visit_ptr,  # None: columns are those of the order
+    visits,
     CAPACITY: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
@@ -242,7 +300,11 @@ def _filter_kernel(
     row_ptr = buffer_ptr + row.to(tl.int64) * CAPACITY
     bit = tl.full([N], 1, tl.int32) << (tl.arange(0, N) % 32)
     first = 32 * tl.arange(0, N // 32)
-    for left in range(begin, end, N):
+    for at in range(begin, end, N):
+        left = at
+        if visit_ptr is not None:
+            tile = tl.load(visit_ptr + (tl.program_id(0) * M // TILE) * visits + at // TILE)
+            left = tile * TILE + at % TILE
         column = left + tl.arange(0, N)
         code = tl.load(code_ptr + column.to(tl.int64)[:, None] * D + inner[None, :])
         half = tl.load(half_ptr + column)
@@ -298,16 +360,16 @@ def _distance_kernel(
         slot = start + tl.arange(0, R)
         valid = slot < count
         column = tl.load(buffer_ptr + row * CAPACITY + slot, mask=valid, other=0)
-        number = tl.load(number_ptr + column, mask=valid, other=0)
+        number = tl.load(number_ptr + column, mask=valid, other=-1)
         point = tl.load(
             point_ptr + number.to(tl.int64)[:, None] * D + inner[None, :],
-            mask=valid[:, None],
+            mask=(number >= 0)[:, None],
             other=0.0,
         )
         difference = point - query[None, :]
         distance = tl.sum(difference * difference, 1)
         key = (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | number.to(tl.int64)
-        key = tl.where(number == own, _FAR, key)
+        key = tl.where((number == own) | (number < 0), _FAR, key)  # itself, or beyond the last
         tl.store(buffer_ptr + row * CAPACITY + slot, key, mask=valid)
 
 
