@@ -31,7 +31,9 @@ from ipar_sparse import usage
 from ipar_sparse.config import RunConfig, load_config
 from ipar_sparse.data.readers import read_files
 from ipar_sparse.files import write_json
-from ipar_sparse.graph import NeighborTable
+from ipar_sparse.graph import NeighborTable, knn_candidates
+from ipar_sparse.graph.order import bisection_order
+from ipar_sparse.graph.rows import dealt_rows
 from ipar_sparse.inference.modules import build_gate_and_model
 from ipar_sparse.nn import EdgeGateSoft
 from ipar_sparse.train.batches import Batches, EmbeddedSlide
@@ -229,12 +231,27 @@ def memory(job: dict) -> dict:
     return {"start_gib": start / 2**30, "host_peak_gib": peak / 2**30}
 
 
+def halo(job: dict) -> dict:
+    """Rows that a rank would fetch of one slide, for each row of its own, by number of ranks."""
+    device, n = torch.device(job["device"]), job["n"]
+    (slide,) = _slides(1, n, 128, device)
+    graph, perm = knn_candidates(slide.h, 100), bisection_order(slide.h)
+    found = {}
+    for count in (2, 8, 16, 64):
+        ends = [n * number // count for number in range(count + 1)]
+        dealt = [dealt_rows(graph, perm, *ends[i : i + 2])[2] for i in range(count)]
+        shares = [len(rows) * count / n for rows in dealt]
+        found |= {f"{count}_ranks_mean": sum(shares) / count, f"{count}_ranks_most": max(shares)}
+    return found
+
+
 MEASURES: dict[str, Callable[[dict], dict]] = {
     "bandwidth": bandwidth,
     "equality": equality,
     "slides": step_time,
     "rows": step_time,
     "memory": memory,
+    "halo": halo,
 }
 
 
@@ -256,7 +273,12 @@ def plan(sizes: list[int], counts: list[int], cells: int, device: str) -> list[d
     jobs += [{"task": "slides", "n": cells, "slides": SLIDES, "limit": 120} | steps]
     jobs += [small | {"precision": "float32", "limit": 150}]
     jobs += [{"task": "memory", "slides": 8, "n": 5_000, "limit": 150}]
-    return [job | {"devices": n, "device": device} for job in jobs for n in counts]
+    jobs += [{"task": "halo", "n": n, "limit": 600} for n in sizes]
+    return [
+        job | {"devices": n, "device": device}
+        for job in jobs
+        for n in (counts[:1] if job["task"] == "halo" else counts)
+    ]
 
 
 def run_job(job: dict, folder: Path) -> dict:
