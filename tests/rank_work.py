@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ipar_sparse import distributed as ranks
 from ipar_sparse.config import RunConfig, load_config
+from ipar_sparse.data.dissociated import read_dissociated
 from ipar_sparse.data.held import Elsewhere
 from ipar_sparse.data.readers import read_files
 from ipar_sparse.data.simulation import simulate
@@ -138,7 +139,7 @@ def equal() -> dict[str, list[float]]:
 
 
 def selected() -> dict[str, Any]:
-    """The settings of a run that selects, and its losses; ranks divide four files."""
+    """The settings of a run that selects, and its losses; ranks divide five files."""
     return _fitted([*QUICK, "train.batch_size=2", "selection.folds=3"])
 
 
@@ -152,7 +153,7 @@ def _fitted(settings: list[str]) -> dict[str, Any]:
     out = Path(ranks.from_first(tempfile.mkdtemp())) / "run"
     config = load_config(overrides=settings)
     if ranks.leads():
-        slides = simulate("cortex", slides=4, spots=140, genes=80, seed=3)
+        slides = simulate("cortex", slides=5, spots=140, genes=80, seed=3)
         tables = {slide.name: to_anndata(slide) for slide in slides}
         if config.data.slide_key is None:
             for name, table in tables.items():
@@ -162,10 +163,12 @@ def _fitted(settings: list[str]) -> dict[str, Any]:
             table.write_h5ad(out.parent / "all.h5ad")
     ranks.barrier()
     reading = {"require_pos": True, "divided": True}
-    slides = read_files(sorted(out.parent.glob("*.h5ad")), config.data, **reading)
+    files = sorted(out.parent.glob("*.h5ad"))
+    slides = read_files(files, config.data, **reading)
     held = sum(not isinstance(slide.expression, Elsewhere) for slide in slides)
-    assert held == len(ranks.share_of(4)), "a rank holds the expression of other ranks' slides"
-    fit(slides[:3], slides[3:], config, out, device="cpu")
+    assert held == len(ranks.share_of(5)), "a rank holds the expression of other ranks' slides"
+    cells = read_dissociated([files[-1]], config.data) if len(files) > 1 else []
+    fit(slides[:3], slides[3:4], config, out, cells=cells, device="cpu")
     losses = [row["loss"] for row in read_history(out / HISTORY) if "loss" in row]
     settings = RunConfig.load(out)
     decided = {key: settings.get(key) for key in RunConfig.load_request(out).unresolved()}

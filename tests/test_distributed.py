@@ -21,6 +21,7 @@ from ipar_sparse.data.writers import to_anndata, write_slide
 from ipar_sparse.errors import UserError
 from ipar_sparse.inference.costs import check_training
 from ipar_sparse.inference.run_folder import BEST
+from ipar_sparse.progress import console
 from ipar_sparse.train.history import HISTORY, read_history
 from tests.rank_work import equal, joined, selected
 from tests.small_run import SMALL, small_config
@@ -146,7 +147,7 @@ def test_a_script_trains_on_several_devices_and_a_notebook_is_told_how(
 
     with pytest.raises(UserError, match="missing.h5ad: no such file"):
         IPAR.train(["missing.h5ad"], out=tmp_path / "other", **given)
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr(console, "is_jupyter", True)
     with pytest.raises(UserError, match="train a.h5ad --out RUN --devices 2"):
         IPAR.train(["a.h5ad"], devices=2)
 

@@ -12,6 +12,7 @@ from ..errors import UserError
 from .copies import find_copies, identified, record_of
 from .gene_names import check_shared, rename_genes
 from .headers import reading_cells
+from .held import changed
 from .slide import Slide
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def read_dissociated(
         require_pos=False,
         names=names,
         slide_key_optional=True,
+        divided=True,
     )
 
 
@@ -73,12 +75,16 @@ def record_cells(
     first, records = identified(slides[0]), []
     genes = [str(gene) for gene in first.genes]
     wanted = list(genes)
+
+    def renamed_as_slides(one: Slide) -> Slide:
+        return rename_genes(one, wanted, "the training slides", data.ignore_case)[0]
+
     for one in cells:
         if one.expression is None:
             raise UserError(f"{one.name}: no expression; give X or --layer")
-        one = identified(replace(one, pos=None, digest=None))
+        one = identified(one if one.pos is None else replace(one, pos=None, digest=None))
         _refuse_training_cells(slides, one)
-        renamed, _ = rename_genes(one, wanted, "the training slides", data.ignore_case)
+        (renamed,) = changed([one], renamed_as_slides)
         own = set(map(str, renamed.genes))
         records.append({**record_of(one), "genes": len(own.intersection(wanted))})
         genes = [gene for gene in genes if gene in own]

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..distributed import LOST, RankLost, is_rank, joined, launch, leave, tells
 from ..errors import UserError
+from ..progress import console
 
 
 def on_devices(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +39,7 @@ def on_devices(train: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse_here(arguments: Mapping[str, Any], devices: int) -> None:
-    if "ipykernel" in sys.modules:
+    if console.is_jupyter:
         slides = arguments["slides"]
         listed = slides if isinstance(slides, list | tuple) else [slides]
         files = [str(one) for one in listed if isinstance(one, str | os.PathLike)]
