@@ -63,6 +63,7 @@ def test_a_prediction_loads_no_more_than_it_needs(small_run, small_slides, tmp_p
     loaded = modules_after(f"import ipar_sparse.cli as cli; assert not cli.run_command({words})")
     assert "ipar_sparse.layout.refinement" in loaded
     unneeded = {"sympy", "torch._dynamo", "torch_geometric.datasets", "scipy.stats", "sklearn"}
+    unneeded |= {"anndata", "pandas", "dask"}  # another process reads and writes
     assert not unneeded & loaded
 
 

@@ -16,7 +16,7 @@ from scipy import sparse
 from ipar_sparse.config.schema import DataConfig
 from ipar_sparse.data.headers import check_headers
 from ipar_sparse.data.readers import read_file, read_slides
-from ipar_sparse.data.writers import in_file_order
+from ipar_sparse.data.slide import in_file_order
 from ipar_sparse.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -72,6 +72,9 @@ def _options(
 def main() -> NoReturn:
     """Entry point of the ``ipar-sparse`` command; a polite kill is ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # threads of torch that wait for one whose core is taken would keep theirs busy for long
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     status: list[int] = []
     atexit.register(_leave, status)  # what libraries register later is called before
     if "--debug" not in sys.argv:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..distributed import barrier, leads, shared_out, sharing_rows, size
+from ..distributed import barrier, is_rank, leads, shared_out, sharing_rows, size
 from ..errors import UserError
 from ..files import check_output_folder
 from . import options
@@ -20,8 +20,12 @@ from .options import OUTPUT, RUNNING, flag, given
 from .results import outputs_of, tell_written
 
 if TYPE_CHECKING:
+    from ..config import DataConfig
     from ..data.slide import Slide
     from ..inference.predictor import Predictor
+    from .beside import Beside
+
+_SMALL = 1 << 24  # stored values or cells, which are held twice
 
 CellFiles = Annotated[
     list[Path],
@@ -130,40 +134,80 @@ def predict(
     _check(outputs, overwrite, taken)
     if mapping is not None:
         _check_mapping(mapping, reference, outputs, overwrite)
-    reading = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
-    reading |= given(ignore_case=ignore_case, device=device)
-    data, optional = check_inputs(run, cells, require_pos=False, **reading), slide_key is None
+    said = given(layer=layer, normalized=normalized, slide_key=slide_key, embedding=embedding)
+    said |= given(ignore_case=ignore_case, device=device)
+    data = check_inputs(run, cells, require_pos=False, **said)
     shown = (mapping is not None, report is not None)
     wanted = frame_options(run, reference, top, keep_foreign, *shown)
-    predictor = load_predictor(run, device)  # what is refused above does not wait for torch
-
-    from ..inference.placing import certainty_columns, read_cells, refuse_cells
-
-    columns = certainty_columns(predictor, reference is not None)
-    _check(outputs, overwrite, taken, () if obsm_only else columns)
-    first = strict or (reference is not None and len(outputs) > 1)
-    for source in outputs if first else ():  # nothing is written if one of them is refused
-        slides = read_cells(predictor, source, data, slide_key_optional=optional)
-        refuse_cells(predictor, slides, strict, wanted["reference"])
-    wanted |= {"noise_samples": noise_samples, "keep_empty": keep_empty, "adapt": adapt}
     writing: dict[str, Any] = given(slide_key=data.slide_key, results_alone=obsm_only)
     writing["overwrite"] = overwrite
+    wanted |= {"noise_samples": noise_samples, "keep_empty": keep_empty, "adapt": adapt}
+    reading: dict[str, Any] = {"data": data, "slide_key_optional": slide_key is None}
+    with nullcontext() if strict or any(shown) else _beside(outputs, reading, writing) as beside:
+        predictor = load_predictor(run, device)  # what is refused above does not wait for torch
 
-    def place(output: tuple[Path, Path]) -> Lines:
-        source, path = output
-        with lines_kept() as lines:
-            slides = read_cells(predictor, source, data, slide_key_optional=optional)
-            tell_notes(slides)
-            folder = report if report is None or len(outputs) == 1 else report / path.stem
-            command = f"ipar-sparse predict {run} {source} --out {path} --report {report}"
-            page = None if folder is None else (folder, asked, command)
-            pages = _place(predictor, slides, source, path, wanted, page, mapping, writing)
-            tell_written(slides, path, obsm, columns)
-            for one in pages:
-                say(f"report: {one}")
-        return lines
+        from ..inference.placing import certainty_columns, read_cells, refuse_cells
 
-    _on_ranks(list(outputs.items()), place)
+        columns = certainty_columns(predictor, reference is not None)
+        _check(outputs, overwrite, taken, () if obsm_only else columns)
+        first = strict or (reference is not None and len(outputs) > 1)
+        for source in outputs if first else ():  # nothing is written if one of them is refused
+            slides = read_cells(predictor, source, **reading)
+            refuse_cells(predictor, slides, strict, wanted["reference"])
+
+        def place(output: tuple[Path, Path]) -> Lines:
+            source, path = output
+            with lines_kept() as lines:
+                found = None if beside is None else beside.slides()
+                slides = read_cells(predictor, source, **reading, slides=found)
+                tell_notes(slides)
+                folder = report if report is None or len(outputs) == 1 else report / path.stem
+                command = f"ipar-sparse predict {run} {source} --out {path} --report {report}"
+                page = None if folder is None else (folder, asked, command)
+                pages = _place(predictor, slides, output, wanted, page, mapping, writing, beside)
+                tell_written(slides, path, obsm, columns)
+                for one in pages:
+                    say(f"report: {one}")
+            return lines
+
+        _on_ranks(list(outputs.items()), place)
+
+
+@contextmanager
+def _beside(
+    outputs: Mapping[Path, Path], reading: dict[str, Any], writing: dict[str, Any]
+) -> Iterator[Beside | None]:
+    """A process that reads one file of no great size and writes its results; None without need."""
+    from .beside import Beside
+
+    (source, out), *others = outputs.items()
+    if others or is_rank() or not Beside.helps() or not _is_small(source, reading["data"]):
+        yield None
+        return
+
+    def read() -> list[Slide]:
+        from ..data.readers import read_files
+
+        return read_files([source], require_pos=False, **reading)
+
+    def write(**results: Any) -> None:
+        from ..data.writers import write_predictions
+
+        write_predictions(source, out, **results, **writing)
+
+    beside = Beside(read, write)
+    try:
+        yield beside
+    finally:
+        beside.end()
+
+
+def _is_small(source: Path, data: DataConfig) -> bool:
+    """Whether the header of a file says that its slides may be held twice."""
+    from ..data.headers import check_headers
+
+    sizes = check_headers([source], data, require_pos=False, slide_key_optional=True)
+    return bool(sizes) and max(max(one.stored, one.cells) for one in sizes) <= _SMALL
 
 
 def _on_ranks(outputs: Sequence[tuple[Path, Path]], place: Callable) -> None:
@@ -220,33 +264,33 @@ def _check_mapping(
 def _place(
     predictor: Predictor,
     slides: Sequence[Slide],
-    source: Path,
-    out: Path,
+    output: tuple[Path, Path],
     wanted: dict[str, Any],
     page: tuple[Path, list[str], str] | None,
     mapping: Path | None,
     writing: dict[str, Any],
+    beside: Beside | None,
 ) -> list[Path]:
     """Places the cells of one file and writes what was found.
 
     Args:
         predictor: the trained run.
         slides: of the file.
-        source: the file.
-        out: what is written.
+        output: the file, and what is written.
         wanted: of the prediction.
         page: its folder, its genes and the command that made it; None for no page.
         mapping: file of the assignment to spots; None for none.
         writing: how results are written.
+        beside: the process that writes them; None for this one.
 
     Returns:
         The pages that were written.
     """
-    from ..data.writers import write_predictions
     from ..inference.placing import place_cells
     from ..progress import stage
 
     pages: list[Path] = []
+    source, out = output
     if page:
         from ..report import check_genes, write_prediction_report
 
@@ -262,7 +306,10 @@ def _place(
             shown["reference"] = wanted["reference"]
             pages = write_prediction_report(predictor, slides, added, folder, **shown)
         with stage(f"Writing {out.name}"):
-            write_predictions(source, out, **vars(added), **writing)
+            if beside is None or not beside.write(**vars(added)):
+                from ..data.writers import write_predictions
+
+                write_predictions(source, out, **vars(added), **writing)
         if mapping is not None:
             from ..data.writers import write_anndata
             from ..inference.mapping import map_to_spots

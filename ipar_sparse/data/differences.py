@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 
 from .anndata_store import some_names
-from .expression import cell_totals, mean_and_variance
+from .expression import average_ranks, cell_totals, mean_and_variance
 from .gene_names import FEW_GENES
 from .held import of_slides
 from .notes import Warned
@@ -165,7 +164,7 @@ def _unlike_genes(own: np.ndarray, known: np.ndarray, whose: str = "") -> list[s
     """A warning where mean expression (G,) is not ranked as on the training slides."""
     if len(own) < FEW_GENES or np.ptp(own) == 0 or np.ptp(known) == 0:
         return []
-    agreement = float(np.corrcoef(*(pd.Series(x).rank() for x in (own, known)))[0, 1])
+    agreement = float(np.corrcoef(average_ranks(own), average_ranks(known))[0, 1])
     if agreement >= _AGREEMENT:
         return []
     advice = "leave it out, or mend them" if whose else "do not trust the places"

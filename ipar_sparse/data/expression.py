@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import sparse
 
@@ -103,9 +102,15 @@ def select_genes(slides: Sequence[Slide], genes: Genes, n_top: int) -> list[str]
     """
     if n_top < 1:
         raise ValueError(f"n_top is {n_top}, expected at least 1")
-    ranks = sum(of_slides(slides, lambda s: pd.Series(-_moments(s, genes)[1]).rank().to_numpy()))
+    ranks = sum(of_slides(slides, lambda s: average_ranks(-_moments(s, genes)[1])))
     selected = np.argsort(ranks, kind="stable")[:n_top]
     return [str(genes[i]) for i in selected]
+
+
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 of finite values (n,), float64; equal values share the mean of theirs."""
+    _, own, times = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(times) - (times - 1) / 2)[own]
 
 
 def _column_sums(x: sparse.csr_matrix, power: int = 1) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,31 @@ class Slide:
             parts.append(f"embedding of {self.embedding.shape[1]}")
         parts.append("with positions" if self.pos is not None else "without positions")
         return f"Slide({self.name!r}, {', '.join(parts)})"
+
+
+def in_file_order(
+    slides: Sequence[Slide], values: Sequence[np.ndarray], fill: Any = np.nan
+) -> np.ndarray:
+    """Per-slide arrays as one array, in the row order of the file the slides were read from.
+
+    Args:
+        slides: all slides of one file, as `read_slides` returned them.
+        values: one array (n_s, ...) per slide.
+        fill: value of rows that belong to no slide.
+
+    Returns:
+        (n_file, ...) array.
+    """
+    total = 1 + max(int(slide.rows.max()) for slide in slides if slide.num_cells)
+    first = np.asarray(values[0])
+    covered = sum(slide.num_cells for slide in slides) == total
+    if len(slides) == 1 and covered and np.array_equal(slides[0].rows, np.arange(total)):
+        return first
+    dtype = first.dtype if covered else np.result_type(first.dtype, type(fill))
+    out = np.full((total, *first.shape[1:]), fill if not covered else 0, dtype=dtype)
+    for slide, value in zip(slides, values, strict=True):
+        out[slide.rows] = value
+    return out
 
 
 def log_notes(slide: Slide, logger: logging.Logger, first: int = 0) -> None:

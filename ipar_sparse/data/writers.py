@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -251,31 +251,6 @@ def _arrays(
     """What goes to obsm, by key."""
     given = {Keys.PREDICTION: pos, Keys.EMBEDDING: embedding, **(others or {})}
     return {key: np.asarray(value) for key, value in given.items() if value is not None}
-
-
-def in_file_order(
-    slides: Sequence[Slide], values: Sequence[np.ndarray], fill: Any = np.nan
-) -> np.ndarray:
-    """Per-slide arrays as one array, in the row order of the file the slides were read from.
-
-    Args:
-        slides: all slides of one file, as `read_slides` returned them.
-        values: one array (n_s, ...) per slide.
-        fill: value of rows that belong to no slide.
-
-    Returns:
-        (n_file, ...) array.
-    """
-    total = 1 + max(int(slide.rows.max()) for slide in slides if slide.num_cells)
-    first = np.asarray(values[0])
-    covered = sum(slide.num_cells for slide in slides) == total
-    if len(slides) == 1 and covered and np.array_equal(slides[0].rows, np.arange(total)):
-        return first
-    dtype = first.dtype if covered else np.result_type(first.dtype, type(fill))
-    out = np.full((total, *first.shape[1:]), fill if not covered else 0, dtype=dtype)
-    for slide, value in zip(slides, values, strict=True):
-        out[slide.rows] = value
-    return out
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from ..config import DataConfig, RunConfig
 from ..data.copies import identified
 from ..data.input_profile import InputProfile, conform
 from ..data.notes import Warned
-from ..data.readers import read_files
 from ..data.records import recorded_inputs, role_in_training
 from ..data.slide import Slide
 from ..errors import UserError
@@ -82,6 +81,8 @@ def check_cells(
     config, meta = RunConfig.load(run), read_meta(find_checkpoint(run))
     profile = load_profile(recorded_inputs(run), config, meta)
     try:
+        from ..data.readers import read_files
+
         slides = read_files(
             [source], data, require_pos=False, slide_key_optional=slide_key_optional
         )

@@ -15,8 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..data.keys import Keys
-from ..data.slide import Slide
-from ..data.writers import in_file_order
+from ..data.slide import Slide, in_file_order
 from ..errors import UserError
 from ..estimators.atlas import nearest_in_lattice
 from ..progress import track

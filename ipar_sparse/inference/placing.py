@@ -7,11 +7,10 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from anndata import AnnData
 
 from .. import __version__
 from ..config import DataConfig
@@ -19,9 +18,7 @@ from ..data import records
 from ..data.input_profile import informative
 from ..data.keys import Keys
 from ..data.notes import Warned
-from ..data.readers import read_files
-from ..data.slide import Slide
-from ..data.writers import in_file_order
+from ..data.slide import Slide, in_file_order
 from ..errors import UserError
 from ..estimators.modes import AMBIGUOUS, SEPARATION
 from ..geometry.alignment import align
@@ -33,6 +30,9 @@ from .reference import Reference, refuse_reference_itself
 from .run_folder import check_encoder
 from .summary import frame_sentence
 from .typicality import UNLIKE
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def read_cells(
     require_pos: bool = False,
     name: str | None = None,
     slide_key_optional: bool = False,
+    slides: Sequence[Slide] | None = None,
 ) -> list[Slide]:
     """The slides of a file or object in the terms of a run; their notes say what was done.
 
@@ -75,17 +76,21 @@ def read_cells(
         data: how it is read; see :func:`~ipar_sparse.inference.run_folder.reading_settings`.
         require_pos, name, slide_key_optional: as in
             :func:`~ipar_sparse.data.readers.read_slides`.
+        slides: what another process has read of the file.
 
     Raises:
         UserError: it cannot be read, or not be used with the run.
     """
-    slides = read_files(
-        [source],
-        data,
-        require_pos=require_pos,
-        names=[name],
-        slide_key_optional=slide_key_optional,
-    )
+    if slides is None:
+        from ..data.readers import read_files  # anndata, which takes long to load
+
+        slides = read_files(
+            [source],
+            data,
+            require_pos=require_pos,
+            names=[name],
+            slide_key_optional=slide_key_optional,
+        )
     return [predictor.conform(slide, data.ignore_case) for slide in slides]
 
 

@@ -5,6 +5,7 @@ pandas and language models where they are installed. Together they take nine ten
 Here both are left to load when they are first named. The standard library's ``LazyLoader`` keeps
 the place of each while PyG loads, and no longer: whoever looks through all modules, as torch's
 compiler does, would load them, and before Python 3.12.3 it is not for several threads at once.
+Nor is the text of PyG's overloads parsed, by which torch checks only that they have no body.
 """
 
 import sys
@@ -14,6 +15,8 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
 from types import ModuleType
+
+from torch import _jit_internal
 
 _LATER = ("torch._dynamo", "torch_geometric.datasets")
 
@@ -32,9 +35,11 @@ class _Postponing:
 @contextmanager
 def _postponed() -> Iterator[None]:
     sys.meta_path.insert(0, _Postponing)
+    check, _jit_internal._check_overload_body = _jit_internal._check_overload_body, lambda _: None
     try:
         yield
     finally:
+        _jit_internal._check_overload_body = check
         sys.meta_path.remove(_Postponing)
         for name in _LATER:
             if type(sys.modules.get(name, sys)) is not ModuleType:  # not loaded yet
