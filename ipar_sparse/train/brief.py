@@ -40,7 +40,7 @@ def load_kernels(config: RunConfig, width: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(settings.seed)
         few, many = settings.miniset_min, settings.miniset_max
         # walks of each length, and numbers of cells that kernels take for aligned and not
-        for n in {few, few + 1, (few + many) // 2, (few + many) // 2 + 1, many - 1, many}:
+        for n in sorted({few, few + 1, (few + many) // 2, max(few, many - 1), many}):
             pos = torch.rand(n, 2, generator=generator, dtype=torch.float64)
             h = torch.randn(n, width, generator=generator)
             initial = pos.float() if config.model.init == "atlas" else None
