@@ -62,7 +62,8 @@ class Budget:
         cells: of a slide, at most, drawn at random.
         left_out: slides that a fold leaves out, at most; None for all.
         encoder: share of the encoder steps of the run.
-        model: share of its minisets, of its gate steps and of its model steps.
+        model: share of its gate steps and of its model steps.
+        minisets: share of its minisets; a GPU replays the steps on those that it has seen.
         layout: share of the steps of distance correction and refinement, for each layout.
     """
 
@@ -70,15 +71,17 @@ class Budget:
     left_out: int | None
     encoder: float
     model: float
+    minisets: float
     layout: float
 
     def per_fold(self, folds: int) -> Budget:
         """The share of one of so many folds."""
-        return replace(self, encoder=self.encoder / folds, model=self.model / folds)
+        shares = {name: getattr(self, name) / folds for name in ("encoder", "model", "minisets")}
+        return replace(self, **shares)
 
 
-QUICK = Budget(cells=1000, left_out=2, encoder=0.1, model=0.1, layout=0.15)
-FULL = Budget(cells=3000, left_out=None, encoder=1.5, model=1.5, layout=1.0)
+QUICK = Budget(cells=1000, left_out=2, encoder=0.1, model=0.1, minisets=0.05, layout=0.15)
+FULL = Budget(cells=3000, left_out=None, encoder=1.5, model=1.5, minisets=1.5, layout=1.0)
 
 
 @dataclass(frozen=True)
@@ -379,7 +382,7 @@ def _brief(config: RunConfig, budget: Budget, slides: Sequence[Slide]) -> RunCon
         encoder={"steps": math.ceil(budget.encoder * (config.encoder.steps or 0))},
         train={
             "batch_kind": "miniset",
-            "minisets": math.ceil(budget.model * settings.minisets),
+            "minisets": math.ceil(budget.minisets * settings.minisets),
             "miniset_min": min(settings.miniset_min, *(slide.num_cells for slide in slides)),
             "batch_size": 1,
             "epochs": 1,
