@@ -25,7 +25,7 @@ from ..data.held import changed, holders_of, of_each
 from ..data.input_profile import conform, informative, profile_inputs
 from ..data.slide import Slide, log_notes
 from ..data.spatial_order import told_of_order
-from ..distributed import agree, alike, barrier, from_first, leads
+from ..distributed import agree, alike, barrier, from_first, leads, shared_out
 from ..errors import UserError
 from ..estimators import EmbeddingScaler, RelevantComponents
 from ..files import atomic_write
@@ -410,20 +410,20 @@ def _measure_candidates(train, unseen, config: RunConfig, loop: TrainingLoop) ->
     """How much of space the candidates find, on training slides and on unseen ones."""
     if "candidate_recall" in loop.state.metadata:
         return
-    found = {}
-    for role, slides in (("train", train), ("val", unseen)):
-        for slide in slides:
-            recall = _recall(slide, config)
-            found[f"{role}:{slide.name}"] = recall
-            if role == "val":
-                logger.info(
-                    "%s, not trained on: of the 15 cells nearest in the tissue, %.0f %% are "
-                    "among the %d most alike in expression, %.0f %% by chance",
-                    slide.name,
-                    100 * recall["candidate_recall@15"],
-                    min(config.graph.k, len(slide.h) - 1),
-                    100 * recall["candidate_recall_chance@15"],
-                )
+    slides = [*train, *unseen]
+    recalls, found = shared_out(slides, lambda slide: _recall(slide, config)), {}
+    for number, (slide, recall) in enumerate(zip(slides, recalls, strict=True)):
+        seen = number < len(train)
+        found[f"{'train' if seen else 'val'}:{slide.name}"] = recall
+        if not seen:
+            logger.info(
+                "%s, not trained on: of the 15 cells nearest in the tissue, %.0f %% are "
+                "among the %d most alike in expression, %.0f %% by chance",
+                slide.name,
+                100 * recall["candidate_recall@15"],
+                min(config.graph.k, len(slide.h) - 1),
+                100 * recall["candidate_recall_chance@15"],
+            )
     loop.state.metadata["candidate_recall"] = found
 
 
