@@ -1,5 +1,6 @@
 """Training on a GPU: no waiting in a step, precision, node order, checkpoints."""
 
+import gc
 import math
 
 import pytest
@@ -237,6 +238,7 @@ def test_expression_is_the_same_on_both_devices():
     from ipar_sparse.data.expression import Expression
     from ipar_sparse.data.resident import resident
     from ipar_sparse.data.simulation import simulate
+    from ipar_sparse.estimators.components import principal_axes
 
     slide = simulate("cortex", slides=1, spots=900, genes=80, seed=3)[0]
     slide.empty[[3, 700]] = True
@@ -248,6 +250,11 @@ def test_expression_is_the_same_on_both_devices():
         there = resident(expression, torch.device("cuda"))
         torch.testing.assert_close(there.rows(rows.cuda()).cpu(), host)
         torch.testing.assert_close(there.keep_dense().rows(rows.cuda()).cpu(), host)
+        (axes, scale), (found, other) = (
+            principal_axes([expression], 5, d) for d in ("cpu", "cuda")
+        )
+        torch.testing.assert_close(found, axes, atol=1e-4, rtol=0)
+        assert other == pytest.approx(scale)
 
 
 STILL = ["train.noise_h=0", "train.dropout_h=0", "train.edge_drop=0", "model.init=pca"]
@@ -322,3 +329,14 @@ def test_slides_that_come_from_the_host_train_as_resident_ones_do(
     assert took == [{"cuda"}, {"cpu"}]
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_gpu_trains_with_is_loaded_before_a_selection():
+    from ipar_sparse.config import RunConfig
+    from ipar_sparse.config.presets import DEFAULT_SELECTION
+    from ipar_sparse.train.brief import load_kernels
+
+    config, before = RunConfig().with_values(DEFAULT_SELECTION), torch.cuda.memory_allocated()
+    load_kernels(config, config.encoder.out, torch.device("cuda"))
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 64 << 20  # workspaces of libraries stay
