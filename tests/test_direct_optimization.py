@@ -19,7 +19,6 @@ from ipar_sparse.supervision.losses import (
     rw_kl_loss,
 )
 from ipar_sparse.supervision.targets import (
-    build_stress_target,
     build_target,
     build_walk_target,
     collate,
@@ -287,5 +286,3 @@ def test_mistakes_are_named():
         build_target(tissue(60), mode="dense")
     with pytest.raises(ValueError, match="sketch"):
         build_target(np.random.default_rng(0).random((5000, 2)), mode="exact")
-    with pytest.raises(ValueError, match="sketch"):
-        build_stress_target(np.random.default_rng(0).random((5000, 2)))

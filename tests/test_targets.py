@@ -11,7 +11,6 @@ from scipy.spatial.distance import cdist
 
 from ipar_sparse.geometry.gauge import gauge_fix
 from ipar_sparse.supervision.targets import (
-    build_stress_target,
     build_target,
     build_walk_target,
     collate,
@@ -95,7 +94,7 @@ def test_pattern_is_symmetric_csr(sizes):
 
 @pytest.mark.parametrize("n", [40, 130])
 def test_stress_pairs_are_the_three_families(n):
-    stress = build_stress_target(points(n), seed=3)
+    stress = build_target(points(n), seed=3).stress
     xy = gauge_fix(torch.from_numpy(points(n))).numpy()
     distance, near, (low, high), landmark = plain_sets(xy)
     pairs = {tuple(pair) for pair in stress.edge_index.T.tolist()}
@@ -113,12 +112,12 @@ def test_stress_pairs_are_the_three_families(n):
 
 def test_stress_edge_counts_of_minisets():
     for n, expected in ((96, 1800), (384, 16100)):
-        count = build_stress_target(points(n)).edge_index.size(1)
+        count = build_target(points(n)).stress.edge_index.size(1)
         assert count == pytest.approx(expected, rel=0.08)
 
 
 def test_stress_is_deterministic_in_the_seed():
-    first, again, other = (build_stress_target(points(90), seed) for seed in (1, 1, 2))
+    first, again, other = (build_target(points(90), seed=seed).stress for seed in (1, 1, 2))
     assert torch.equal(first.edge_index, again.edge_index)
     assert not torch.equal(first.edge_index, other.edge_index)
 

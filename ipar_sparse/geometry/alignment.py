@@ -40,36 +40,26 @@ class Similarity:
         return self.scale * as_layout(pos) @ self.rotation + self.translation
 
 
-def align(
-    pred: Tensor | ArrayLike, true: Tensor | ArrayLike, weights: ArrayLike | None = None
-) -> tuple[np.ndarray, Similarity]:
+def align(pred: Tensor | ArrayLike, true: Tensor | ArrayLike) -> tuple[np.ndarray, Similarity]:
     r"""Move a layout onto another by the best similarity transform, reflection allowed.
 
     .. math::
-        \min_{s \ge 0,\, R^\top R = I,\, t} \; \sum_i w_i \| s\, x_i R + t - y_i \|^2
+        \min_{s \ge 0,\, R^\top R = I,\, t} \; \sum_i \| s\, x_i R + t - y_i \|^2
 
     A layout that is a single point is moved to the centre of the other (s = 0).
 
     Args:
         pred: the layout to move (n, 2).
         true: the layout to move it onto (n, 2), any units.
-        weights: non-negative weight of each cell (n,); equal if left out. Cells of weight 0 are
-            moved along without a part in the fit.
 
     Returns:
         The moved layout (n, 2), float64, in the units of ``true``, and the transform.
 
     Raises:
-        ValueError: if the shapes differ, a value is not finite, or no weight is positive.
+        ValueError: if the shapes differ, or a value is not finite.
     """
     x, y = two_layouts(pred, true, min_points=1)
-    w = np.ones(len(x)) if weights is None else np.asarray(weights, dtype=np.float64)
-    if w.shape != (len(x),) or not np.isfinite(w).all() or (w < 0).any() or not w.sum() > 0:
-        raise ValueError(
-            f"weights must be ({len(x)},), finite, non-negative and not all zero; "
-            f"given shape {w.shape}"
-        )
-    w = w / w.sum()
+    w = np.full(len(x), 1 / len(x))
     centre_x, centre_y = w @ x, w @ y
     xc, yc = x - centre_x, y - centre_y
     size_x, size_y = np.abs(xc).max(), np.abs(yc).max()

@@ -8,18 +8,12 @@ import torch
 from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 
-from .neighbors import (
-    directed_pairs,
-    reference_positions,
-    refuse_large,
-    sampled_neighbors,
-    spatial_neighbors,
-    unique_pairs,
-)
+from .neighbors import directed_pairs, sampled_neighbors, unique_pairs
 from .record import TensorRecord, offsets
 
 MINISET_LIMIT = 384  # nodes of the largest miniset; a target is exact up to here
 _RING = (20, 60)  # percentiles of all pairwise distances
+_PARTNERS = 10  # in the ring, of a node
 _SCALE_FACTOR = 8  # between the densities at which multiscale pairs are sampled
 _SCALE_PARTNERS = 6
 _SMALLEST_SUBSET = 32
@@ -47,45 +41,17 @@ class StressTarget(TensorRecord):
     softening: Tensor | None = None
 
 
-def build_stress_target(
-    pos: Tensor | np.ndarray,
-    seed: int = 0,
-    *,
-    k: int | None = None,
-    ring: int = 10,
-    landmarks: int | None = None,
-) -> StressTarget:
-    """Distances to neighbours, ring partners and landmarks (stress family of IPA-Lite).
-
-    All spatial neighbour pairs; for every node random partners between the 20th and 60th
-    percentile of all pairwise distances; every node to its nearest farthest-point landmark.
-
-    Args:
-        pos: positions (n, 2), any units; brought into the unit-RMS gauge.
-        seed: of the ring partners.
-        k: neighbours a node, default max(20, 0.15 n).
-        ring: ring partners a node.
-        landmarks: number of landmarks, default max(8, n // 16).
-
-    Raises:
-        ValueError: on positions that are not a finite (n, 2) matrix, or more than 4096 of them.
-    """
-    pos = reference_positions(pos)
-    refuse_large(len(pos))
-    neighbors = spatial_neighbors(pos, k)
-    return stress_from_neighbors(pos, neighbors, seed, ring=ring, landmarks=landmarks)
-
-
 def stress_from_neighbors(
     pos: Tensor,
     neighbors: Tensor,
     seed: int,
     *,
     sampled: bool = False,
-    ring: int = 10,
-    landmarks: int | None = None,
 ) -> StressTarget:
-    """The stress target on given neighbour lists.
+    """Distances to neighbours, ring partners and landmarks (stress family of IPA-Lite).
+
+    All given pairs; for every node ten random partners between the 20th and 60th percentile of all
+    pairwise distances; every node to its nearest of max(8, n // 16) farthest-point landmarks.
 
     Args:
         pos: positions (n, 2) float64, already in the unit-RMS gauge.
@@ -93,13 +59,14 @@ def stress_from_neighbors(
         seed: of the ring partners.
         sampled: whether ring partners are drawn by rejection, without an n x n matrix, and
             landmarks are as many as on a miniset of 384.
-        ring: ring partners a node.
-        landmarks: number of landmarks, default max(8, n // 16).
     """
-    if landmarks is None:
-        landmarks = max(8, (MINISET_LIMIT if sampled else len(pos)) // 16)
+    landmarks = max(8, (MINISET_LIMIT if sampled else len(pos)) // 16)
     partners = _sampled_ring_pairs if sampled else _ring_pairs
-    pairs = [directed_pairs(neighbors), partners(pos, ring, seed), _landmark_pairs(pos, landmarks)]
+    pairs = [
+        directed_pairs(neighbors),
+        partners(pos, _PARTNERS, seed),
+        _landmark_pairs(pos, landmarks),
+    ]
     return _stress_of_pairs(pos, torch.cat(pairs, dim=1))
 
 

@@ -23,7 +23,6 @@ from .record import TensorRecord, offsets
 from .stress import (
     MINISET_LIMIT,
     StressTarget,
-    build_stress_target,
     collate_stress,
     multiscale_pairs,
     stress_from_neighbors,
@@ -41,7 +40,6 @@ __all__ = [
     "SlideTarget",
     "StressTarget",
     "WalkTarget",
-    "build_stress_target",
     "build_target",
     "build_walk_target",
     "collate",
