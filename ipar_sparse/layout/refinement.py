@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -94,15 +95,15 @@ def refine_layout(
     unit = _UNIT * math.sqrt(k / n)
     anchor = gauge_fix(pos.float())[order]
     x = anchor.clone()
-    attraction = _attraction(x, unit, candidates)
+    forces = _forces(x, unit, candidates)
     # ranks that split the rows exchange forces, which is not recorded
     descent, recorder = Descent(x), Recorder(x.device, enabled=not shares_rows())
     draws = Shifts(torch.randint(1, n, (steps, _SHIFTS), generator=generator), x.device)
     near = reach = None
 
     def move() -> None:
-        gradient = attraction() * (2 / k)
-        gradient -= repulsion(x, unit, near, reach, draws.now) * (4 / unit**2)
+        push, pull = forces(near, reach, draws.now)
+        gradient = pull * (2 / k) - push * (4 / unit**2)
         descent.step(gradient + 2 * anchor_weight * (x - anchor))
 
     for step in counted(range(steps)):
@@ -116,8 +117,10 @@ def refine_layout(
 
 def _surroundings(x: Tensor, near: Tensor | None, reach: Tensor | None) -> tuple[Tensor, Tensor]:
     """The nearest cells in the layout, and how far they reach, in place of what was known."""
-    found = knn(x, _NEAR).index.long()
-    span = (x - x[found[:, -1]]).square().sum(1)
+    found = knn(x, _NEAR).index
+    span = (x - x[found[:, -1].long()]).square().sum(1)
+    if not _fused(x):
+        found = found.long()
     if near is None or reach is None:
         return found, span
     return near.copy_(found), reach.copy_(span)
@@ -163,14 +166,49 @@ def repulsion(
     return push * (n / total.sum())
 
 
-def _attraction(x: Tensor, unit: float, graph: NeighborTable) -> Callable[[], Tensor]:
-    """Gradient of the first term, times n k / 2 (n, 2), for whatever x is then."""
+def _fused(x: Tensor) -> bool:
+    """Whether forces are computed by one kernel."""
+    return x.is_cuda and find_spec("triton") is not None
+
+
+def _forces(x: Tensor, unit: float, graph: NeighborTable) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Repulsion, and the gradient of the first term times n k / 2, for whatever x is then.
+
+    Each (n, 2), as functions of near cells, their reach and shifts; see :func:`repulsion`.
+    """
     n, own = len(x), rows_of(len(x))
-    source = graph.index[own].long().clamp(min=0)  # 0 in padding
-    mask, (rowptr, edge, target) = graph.mask[own], graph.reverse()
+    rowptr, edge, target = graph.reverse()
     offsets = rowptr[own.start : own.stop + 1]
     first, last = int(offsets[0]), int(offsets[-1])
     target, offsets = target[first:last], offsets - first
+    if _fused(x):
+        from ..ops.triton_forces import forces
+
+        given, index = (offsets.contiguous(), target.contiguous()), graph.index[own].contiguous()
+
+        def fused(near: Tensor, reach: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+            push, total, pull = forces(x, own, unit, near, reach, shifts, index, given)
+            both = all_rows(torch.cat([push, total.unsqueeze(1), pull], 1), n)
+            return both[:, :2] * (n / both[:, 2].sum()), both[:, 3:]
+
+        return fused
+    attraction = _attraction(x, unit, graph, own, edge, target, offsets)
+    return lambda near, reach, shifts: (repulsion(x, unit, near, reach, shifts), attraction())
+
+
+def _attraction(
+    x: Tensor,
+    unit: float,
+    graph: NeighborTable,
+    own: slice,
+    edge: Tensor,
+    target: Tensor,
+    offsets: Tensor,
+) -> Callable[[], Tensor]:
+    """The attraction of :func:`_forces`, in torch."""
+    n = len(x)
+    source = graph.index[own].long().clamp(min=0)  # 0 in padding
+    mask = graph.mask[own]
     origin = torch.arange(n, device=x.device)[own].repeat_interleave(offsets.diff())
 
     def force() -> Tensor:
