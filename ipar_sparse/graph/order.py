@@ -58,8 +58,7 @@ def reorder(graph: NeighborTable, points: Tensor) -> tuple[NeighborTable, Tensor
     """The graph with its nodes renumbered by :func:`bisection_order`; found once and cached.
 
     Fused attention over a graph that has been reordered runs in the new order internally; inputs
-    and outputs stay in the user's. It is faster once keys and values exceed the GPU's cache, at
-    about 100,000 nodes.
+    and outputs stay in the user's. It is faster from 40,000 nodes on.
 
     Per-node values go in as ``value[perm]`` and come back as ``value[inverse]``. Slots keep their
     place in a row, so per-edge values (n, k, ...) follow their rows in the same way.
@@ -77,9 +76,17 @@ def reorder(graph: NeighborTable, points: Tensor) -> tuple[NeighborTable, Tensor
             perm = bisection_order(points.detach())
         inverse = torch.empty_like(perm)
         inverse[perm] = torch.arange(perm.numel(), device=perm.device)
-        return graph.permute(perm), perm, inverse
+        local = graph.permute(perm)
+        if "joined" not in graph._cache:
+            local._cache["local"] = True
+        return local, perm, inverse
 
     return graph._cached("reordered", build)
+
+
+def is_local(graph: NeighborTable) -> bool:
+    """Whether a graph is the result of :func:`reorder`, and not of graphs joined for a step."""
+    return "local" in graph._cache
 
 
 def local_order(graph: NeighborTable) -> tuple[NeighborTable, Tensor, Tensor] | None:

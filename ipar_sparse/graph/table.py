@@ -244,6 +244,7 @@ class NeighborTable:
             padded=padded,
             metric=first.metric,
             method=first.method,
+            _cache={"joined": True},  # made anew in each step: nothing costly is found for it
         )
 
     def _cached(self, name: str, build: Callable[[], Any]) -> Any:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..graph.rows import HeldRows
 
 BETA_BOUNDS = (0.0, 2.5)
-REORDER_FROM = 100_000  # cells whose keys and values no longer fit a GPU's cache
+REORDER_FROM = 40_000  # cells; attention then reads each source once for several neighbours
 
 
 class IPALiteModel(nn.Module):
@@ -67,7 +67,7 @@ class IPALiteModel(nn.Module):
             (0, 1); None is the fixed step size 1 (default: None).
         reorder: renumber cells internally so that neighbours are close in memory. Results stay in
             the order given; initial noise is drawn in the new one. None does so where it is
-            faster: on a GPU from 100,000 cells (default: None).
+            faster: on a GPU from 40,000 cells (default: None).
 
     Shapes:
         - **input:** embeddings (n, d); edges as :class:`~ipar_sparse.graph.NeighborTable` or any

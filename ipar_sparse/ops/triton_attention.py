@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ..graph import NeighborTable
 from ..graph.order import local_order
+from . import triton_shared
 from .selective_checkpoint import saved_or
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -106,8 +107,10 @@ class _EdgeAttention(torch.autograd.Function):
         q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
         x_src, x_dst = x_src.contiguous(), x_dst.contiguous()
         bias = None if bias is None else bias.contiguous()
-        if any(ctx.needs_input_grad[1:4]):
-            SourcePlan.of(graph)  # its sort takes memory, so it comes before anything is saved
+        if any(ctx.needs_input_grad):  # sorts take memory, so they come before anything is saved
+            by_source = any(ctx.needs_input_grad[1:4])
+            edge = SourcePlan.of(graph).edge if by_source else None
+            triton_shared.find_tiles(q, graph, edge)
         out, displacement, lse, norm = saved_or(
             lambda: _EdgeAttention._forward(q, k, v, x_src, x_dst, bias, graph)
         )
@@ -123,7 +126,11 @@ class _EdgeAttention(torch.autograd.Function):
         lse = torch.empty(n, heads, dtype=torch.float32, device=q.device)
         # Log-sum-exp in base 2 relative to the row's bias offset, and the offset itself.
         norm = torch.empty(n, heads, 2, dtype=torch.float32, device=q.device)
-        if n:
+        shared = triton_shared.tiles_of(q, graph)
+        if shared is not None:
+            outputs = (out, displacement, lse, norm)
+            triton_shared.forward(q, k, v, x_src, x_dst, bias, shared, outputs, graph.k)
+        elif n:
             shape = _Shape.of(q, bias)
             _forward_kernel[(n,)](
                 q,
@@ -159,7 +166,11 @@ class _EdgeAttention(torch.autograd.Function):
         d_v = torch.empty(v.shape, dtype=v.dtype, device=device)
         d_x_src = torch.empty_like(x_src)
         d_x_dst = torch.empty_like(x_dst)
-        d_bias = torch.empty_like(bias) if ctx.needs_input_grad[5] else None
+        shared = triton_shared.tiles_of(q, graph)
+        d_bias = None
+        if ctx.needs_input_grad[5]:
+            empty = torch.zeros_like if shared is not None and graph.padded else torch.empty_like
+            d_bias = empty(bias)
         # What an edge needs of its destination beside q and d_out, in one aligned row: (norm,
         # delta) per head, d_displacement per head, the position, the bias offset per head.
         info = torch.empty(n, shape.info, dtype=torch.float32, device=device)
@@ -180,6 +191,13 @@ class _EdgeAttention(torch.autograd.Function):
                 INFO=shape.info,
                 **shape.prepare,
             )
+        shared_src = triton_shared.tiles_of(q, graph, "source_tiles")
+        if shared is not None or shared_src is not None:
+            parts = triton_shared.destination_parts(info, x_src, heads, scale * _LOG2E.value)
+            given = (q, k, v, (triton_shared.source_parts(x_src), *parts), d_out, bias)
+        if shared is not None:
+            triton_shared.backward_dst(*given, shared, d_q, d_bias, graph.k)
+        elif n:
             _backward_dst_kernel[(n,)](
                 q,
                 k,
@@ -201,7 +219,11 @@ class _EdgeAttention(torch.autograd.Function):
                 NEED_BIAS=d_bias is not None,
                 **shape.tile,
             )
-        if k.size(0) and any(ctx.needs_input_grad[1:4]):
+        if not any(ctx.needs_input_grad[1:4]):
+            pass
+        elif shared_src is not None:
+            triton_shared.backward_src(*given, shared_src, d_k, d_v, d_x_src, graph.k)
+        elif k.size(0):
             plan = SourcePlan.of(graph)
             partial = torch.empty(
                 plan.num_partials, 2 * heads * channels + 2, dtype=torch.float32, device=device
