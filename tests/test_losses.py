@@ -128,7 +128,8 @@ def test_gradcheck():
     )
     graph = knn(target.pos, 5)
     logits = torch.randn(graph.num_edges, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda g: gate_loss(g, graph, target.walk), logits)
+    p = gate_target(graph, target.walk)
+    assert torch.autograd.gradcheck(lambda g: gate_loss(g, graph, p), logits)
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -187,7 +188,7 @@ def test_gate_loss_equals_plain_definition(step):
             rows.append(sum(a * (a / b).log() for a, b in zip(p, q, strict=True) if a > 0))
         return torch.stack(rows).mean()
 
-    value, grad = gradient(lambda g: gate_loss(g, graph, walk, step), logits)
+    value, grad = gradient(lambda g: gate_loss(g, graph, gate_target(graph, walk, step)), logits)
     plain_value, plain_grad = gradient(plain, logits)
     torch.testing.assert_close(value, plain_value, atol=1e-10, rtol=0)
     torch.testing.assert_close(grad, plain_grad, atol=1e-10, rtol=0)
@@ -203,11 +204,11 @@ def test_gate_loss_leaves_out_rows_without_overlap_and_padding():
     index[59] = -1
     graph = NeighborTable(index, padded=True)
     logits = torch.randn(graph.num_edges, dtype=torch.float64, requires_grad=True)
-    loss = gate_loss(logits, graph, walk)
+    p = gate_target(graph, walk)
+    loss = gate_loss(logits, graph, p)
     grad = graph.to_table(torch.autograd.grad(loss, logits)[0])
     assert torch.isfinite(loss) and torch.isfinite(grad).all()
     assert (grad[:20] == 0).all() and (grad[20:59].abs().sum(1) > 0).all()
-    p = gate_target(graph, walk)
     rows = graph.to_table(p).sum(1)
     expected = torch.cat([torch.zeros(20), torch.ones(39), torch.zeros(1)]).double()
     torch.testing.assert_close(rows, expected)
@@ -218,9 +219,9 @@ def test_gate_loss_vanishes_at_the_reference_and_takes_heads():
     graph = knn(walk.pos, 10)
     p = gate_target(graph, walk)
     logits = p.log()
-    assert gate_loss(logits, graph, walk).abs() < 1e-12
+    assert gate_loss(logits, graph, p).abs() < 1e-12
     heads = torch.stack([logits, torch.randn_like(logits)], 1)
-    expected = 0.5 * gate_loss(heads[:, 1], graph, walk)
+    expected = 0.5 * gate_loss(heads[:, 1], graph, p)
     torch.testing.assert_close(gate_loss(heads, graph, probability=p), expected)
 
 
@@ -382,6 +383,4 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="do not match"):
         rw_kl_loss(target.pos[:10], target.walk)
     with pytest.raises(ValueError, match="one logit"):
-        gate_loss(torch.zeros(3), graph, target.walk)
-    with pytest.raises(ValueError, match="needs a walk"):
-        gate_loss(torch.zeros(80), graph)
+        gate_loss(torch.zeros(3), graph, gate_target(graph, target.walk))

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 BLOCK_ELEMENTS = 1 << 24  # distances held at once by the exact search: 64 MiB in float32
 FAISS_FLAT_LIMIT = 200_000  # points; below, flat search on CPU beats approximate indices
 _POOL_ROWS = 256  # cells that share a sample
+_RECALL_ROWS = 1000  # of an approximate search, which are sought exactly
 _FAISS_PROBES = 32  # lists searched: recall@100 0.9993 at 300,000 cells, 0.986 with half as many
 _FAISS_ROUNDS = 10  # of k-means, whose cost grows as n^1.5: recall@100 0.998 at 10^6 points
 _FAISS_SAMPLE = 40  # points a list on which k-means is trained; faiss warns below 39
@@ -35,7 +36,6 @@ def knn(
     *,
     metric: str = "euclidean",
     backend: str = "auto",
-    recall_sample: int = 1000,
 ) -> NeighborTable:
     """The k nearest neighbours of every point among all others.
 
@@ -48,7 +48,6 @@ def knn(
             (SciPy, d <= 3), ``"boxes"`` (exact, d <= 3, any device), ``"faiss"``,
             ``"torch_cluster"``, or ``"auto"``: exact on a GPU up to 2,000,000 points, beyond them
             partitioned where this finds 99 % of the neighbours of a sample.
-        recall_sample: queries on which an approximate backend is checked against exact search.
 
     Returns:
         A validated :class:`NeighborTable`, nearest first (exact and triton break ties by
@@ -88,7 +87,7 @@ def knn(
     table = NeighborTable(index, metric=metric, method=backend)
     validate_table(table)
     if not exact:
-        table.recall = _sampled_recall(points, table, recall_sample)
+        table.recall = _sampled_recall(points, table)
         logger.info("knn backend %s: sampled recall@%d %.4f", backend, k, table.recall)
         if chosen and backend == "partitioned" and table.recall < LEAST_RECALL:
             return knn(points, k, metric=metric, backend="triton")
@@ -415,10 +414,10 @@ def _drop_self(found: Tensor, k: int, rows: Tensor | None = None) -> Tensor:
     return found[~own].view(n, k).int()
 
 
-def _sampled_recall(points: Tensor, table: NeighborTable, sample: int) -> float:
-    """Recall against exact search on a sample of the points."""
+def _sampled_recall(points: Tensor, table: NeighborTable) -> float:
+    """Recall of an approximate search against the exact one, on a sample of the points."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randperm(points.size(0), generator=generator)[:sample].to(points.device)
+    rows = torch.randperm(points.size(0), generator=generator)[:_RECALL_ROWS].to(points.device)
     true = _exact(points, table.k, rows)[0]
     hits = int((table.index[rows].unsqueeze(-1) == true.unsqueeze(1)).any(-1).sum())
     return hits / (rows.numel() * table.k)

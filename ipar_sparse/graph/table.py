@@ -280,14 +280,13 @@ class NeighborTable:
         return torch.cat([ends.new_zeros(1), ends]), edge, dst[edge]
 
 
-def validate_table(table: NeighborTable, *, allow_self: bool = False) -> NeighborTable:
+def validate_table(table: NeighborTable) -> NeighborTable:
     """Check the result of a kNN backend, and return it.
 
     No self-loop, no padding unless declared, no source out of range, no duplicate in a row.
 
     Args:
         table: the table to check.
-        allow_self: whether a node may be its own neighbour.
 
     Raises:
         ValueError: naming the first row that breaks a rule.
@@ -297,7 +296,7 @@ def validate_table(table: NeighborTable, *, allow_self: bool = False) -> Neighbo
         return table
     rules = {"a source out of range": index >= table.num_src_nodes}
     rules["a padding mark or negative source"] = index < -1 if table.padded else index < 0
-    if not allow_self and table.num_src_nodes == table.num_nodes:
+    if table.num_src_nodes == table.num_nodes:
         own = torch.arange(table.num_nodes, dtype=torch.int32, device=index.device)
         rules["itself as a neighbour"] = index == own.unsqueeze(-1)
     ordered = index.sort(dim=-1).values

@@ -17,7 +17,7 @@ from ..graph import NeighborTable
 from ..ops import resolve_backend
 from .stress import StressTarget
 from .targets import SlideTarget
-from .walk import WalkTarget, gate_target
+from .walk import WalkTarget
 
 __all__ = [
     "GEOMETRY_TERMS",
@@ -236,14 +236,7 @@ def walk_entropy_loss(pos: Tensor, walk: WalkTarget) -> Tensor:
     return (values * values.clamp(min=_LOG_FLOOR).log()).sum() / walk.num_nodes
 
 
-def gate_loss(
-    gate_logits: Tensor,
-    graph: NeighborTable,
-    walk: WalkTarget | None = None,
-    step: int = 1,
-    *,
-    probability: Tensor | None = None,
-) -> Tensor:
+def gate_loss(gate_logits: Tensor, graph: NeighborTable, probability: Tensor) -> Tensor:
     r"""KL(p || q) between the reference walk and the gate over each node's candidates.
 
     p is the reference walk restricted to the candidates and renormalised, q the softmax of the
@@ -252,18 +245,12 @@ def gate_loss(
     Args:
         gate_logits: raw logits (E,), or (E, heads), in the graph's edge order.
         graph: the candidates.
-        walk: the reference walk.
-        step: power of the reference walk.
-        probability: p (E,) in place of ``walk``, from
-            :func:`~ipar_sparse.supervision.gate_target` or a mixture of several.
+        probability: p (E,), from :func:`~ipar_sparse.supervision.gate_target` or a mixture of
+            several.
 
     Raises:
-        ValueError: without a walk and a probability, or where shapes do not match the graph.
+        ValueError: where shapes do not match the graph.
     """
-    if probability is None:
-        if walk is None:
-            raise ValueError("gate_loss needs a walk, or the probability of each candidate edge")
-        probability = gate_target(graph, walk, step)
     if gate_logits.size(0) != graph.num_edges or probability.size(0) != graph.num_edges:
         raise ValueError(
             f"gate_loss needs one logit and one probability an edge ({graph.num_edges}); given "
