@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -82,6 +83,37 @@ def has_gpu_driver() -> bool:
     except OSError:
         return False
     return True
+
+
+def load_ahead(gpu: int | None) -> None:
+    """Loads the libraries of torch and makes the context of a GPU, in threads beside imports.
+
+    Neither needs Python. To import torch then takes no more than its Python code does, and torch
+    takes the context over.
+
+    Args:
+        gpu: its number; None for no GPU.
+    """
+
+    def libraries() -> None:
+        found = find_spec("torch")
+        if found is not None and found.origin is not None:
+            folder = Path(found.origin).parent / "lib"
+            with suppress(OSError):  # in the order and the modes in which torch loads them
+                ctypes.CDLL(str(folder / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
+                ctypes.CDLL(str(folder / "libtorch_python.so"))
+
+    def context() -> None:
+        with suppress(OSError, AttributeError):
+            cuda, device, made = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+            if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), gpu) == 0:
+                cuda.cuDevicePrimaryCtxRetain(ctypes.byref(made), device)
+
+    if "torch" not in sys.modules and sys.platform == "linux":
+        threading.Thread(target=libraries, daemon=True).start()
+        if gpu is not None:
+            os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch does
+            threading.Thread(target=context, daemon=True).start()
 
 
 def seconds_since_start() -> float:

@@ -7,6 +7,7 @@ process, the command does the work itself, and says what it always says.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -87,6 +88,7 @@ def _serve(
     """The work of the other process; it ends where the command does, which closes the stream."""
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        gc.disable()  # its work is short
         sys.modules["dask"] = None  # anndata would load it in vain
         with quiet_stages():
             put(stream, read())

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+from ..distributed import is_rank
 from ..errors import UserError
-from ..usage import has_gpu_driver
+from ..usage import has_gpu_driver, load_ahead
 from .messages import note
 from .watched import loading
 
 if TYPE_CHECKING:
+    import torch
+
     from ..config import DataConfig
     from ..data.slide import Slide
     from ..inference.predictor import Predictor
@@ -96,7 +101,26 @@ def load_predictor(run: Path, device: str | None) -> Predictor:
     from ..config import resolve_device
 
     with loading():
+        number = (device or "").partition(":")[2]
+        on_gpu = computes_on_gpu(device) and not is_rank()
+        load_ahead(int(number if number.isdigit() else 0) if on_gpu else None)
+        import scipy.sparse  # noqa: F401  # needed as well, and does not wait for torch
+
         target = resolve_device(device or "auto")
+        if on_gpu:
+            Thread(target=_first_calls, args=(target,), daemon=True).start()
         from ..inference.placing import Predictor  # with what reads and writes files
 
         return Predictor.load(run, target)
+
+
+def _first_calls(device: torch.device) -> None:
+    """Loads what a GPU multiplies, solves and sorts by, while other libraries are loaded."""
+    import torch
+
+    with suppress(RuntimeError):  # whoever needs it tells what is wrong
+        x = torch.eye(8, device=device)
+        torch.linalg.eigh(x @ x)
+        torch.linalg.qr(x)
+        x.sort()
+        x.topk(2)

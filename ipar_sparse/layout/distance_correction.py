@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..geometry.gauge import gauge_fix
-from ..geometry.neighborhoods import Shifts, opposite, rolled
+from ..geometry.neighborhoods import Shifts, opposite, rolled, square_length
 from ..ops.recording import Recorder
 from ..ticks import counted
 from .descent import Descent
@@ -140,7 +140,7 @@ def _gradient(x: Tensor, shifts: list[int] | Tensor, wanted: Tensor) -> Tensor:
     n = x.size(0)
     wanted, _ = _standardized(wanted)
     gap = x - rolled([x] * len(shifts), shifts)  # (shifts, n, 2)
-    near = torch.exp(-gap.square().sum(-1) / 2)
+    near = torch.exp(-square_length(gap) / 2)
     found, std = _standardized(1 - near)
     correlation = (found * wanted).mean()
     gap *= ((found * correlation - wanted) / std * near / len(shifts)).unsqueeze(-1)

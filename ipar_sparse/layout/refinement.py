@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..distributed import all_rows, rows_of, shares_rows
 from ..geometry.gauge import gauge_fix
-from ..geometry.neighborhoods import Shifts, opposite, rolled
+from ..geometry.neighborhoods import Shifts, opposite, rolled, rows_at, square_length
 from ..graph import NeighborTable, knn, nearest_of
 from ..ops.recording import Recorder
 from ..ticks import counted
@@ -147,19 +147,20 @@ def repulsion(
         (n, 2).
     """
     n, own = len(x), rows_of(len(x))
-    gap = x[own].unsqueeze(1) - x[near[own]]
-    square = gap.square().sum(-1)
-    q = (square <= reach[own].unsqueeze(1)) / (1 + square / unit**2)
-    push, total = (gap * q.square().unsqueeze(-1)).sum(1), q.sum(1)
+    gap = rows_at(x, near[own])
+    torch.sub(x[own].unsqueeze(1), gap, out=gap)
+    square = square_length(gap)
+    q = (square <= reach[own].unsqueeze(1)) / square.div_(unit**2).add_(1)
+    push, total = gap.mul_(q.square().unsqueeze(-1)).sum(1), q.sum(1)
     both: Any = [*shifts, *opposite(shifts, n)]  # a pair may be beyond the reach of one cell only
     if isinstance(shifts, Tensor):
         both = torch.stack(both)
     gap = x[own] - rolled([x] * len(both), both)[:, own]  # (shifts, n, 2)
-    square = gap.square().sum(-1)
-    q = (square > reach[own]) / (1 + square / unit**2)
+    square = square_length(gap)
+    q = (square > reach[own]) / square.div_(unit**2).add_(1)
     factor = (n - 1) / len(both)
     # one by one, in an order that does not depend on the number of rows
-    for far, weight in zip(gap * q.square().unsqueeze(-1), q, strict=True):
+    for far, weight in zip(gap.mul_(q.square().unsqueeze(-1)), q, strict=True):
         push.add_(far, alpha=factor)
         total.add_(weight, alpha=factor)
     push, total = all_rows(push, n), all_rows(total, n)
@@ -212,13 +213,14 @@ def _attraction(
     origin = torch.arange(n, device=x.device)[own].repeat_interleave(offsets.diff())
 
     def force() -> Tensor:
-        gap = x[own].unsqueeze(1) - x[source]
-        pull = gap * (mask / (unit**2 + gap.square().sum(-1))).unsqueeze(-1)
+        gap = rows_at(x, source)
+        torch.sub(x[own].unsqueeze(1), gap, out=gap)
+        pull = gap.mul_((mask / square_length(gap).add_(unit**2)).unsqueeze(-1))
         if not shares_rows():
-            by_source = graph.from_table(pull)[edge]
+            by_source = graph.from_table(pull).index_select(0, edge)
         else:  # edges that leave own rows may end in those of other ranks
             gap = x[target] - x[origin]
-            by_source = gap * (1 / (unit**2 + gap.square().sum(-1))).unsqueeze(-1)
+            by_source = gap * (1 / (unit**2 + square_length(gap))).unsqueeze(-1)
         outgoing = torch.segment_reduce(by_source, "sum", offsets=offsets, axis=0, initial=0.0)
         return all_rows(pull.sum(1) - outgoing, n)
 
