@@ -69,6 +69,8 @@ class Inputs:
 
     def tiles(self, task: str) -> list[dict]:
         """The chosen tile of a kernel, and the others where they are asked for."""
+        if task == "gate" and self.dtype != torch.float32:
+            task = "half gate"
         return [{}, *(TUNINGS[task] if self.tune else ())]
 
 
@@ -197,7 +199,10 @@ def gate(inputs: Inputs) -> Iterator[dict]:
             continue
         forward = times.pop("_forward_kernel")
         line |= {"forward_ms": forward, "forward_tflops": flops / forward / 1e9}
-        yield line | {"kernel_ms": times["_backward_kernel"], "backward_ms": sum(times.values())}
+        for kernel in ("_backward_kernel", "_layers_kernel", "_sums_kernel"):
+            if kernel in times:
+                line[kernel.strip("_") + "_ms"] = times[kernel]
+        yield line | {"backward_ms": sum(times.values())}
 
 
 def walk(inputs: Inputs) -> Iterator[dict]:
@@ -236,6 +241,11 @@ TUNINGS = {
         {"BLOCK": block, "num_warps": warps, "num_stages": stages}
         for (block, warps), stages in product(((64, 4), (32, 8), (16, 8), (128, 8)), (1, 2, 3))
     ],
+    "half gate": [
+        {"STAGES": 3},
+        {"num_warps": 8, "share": 1},
+        {"maxnreg": 168, "share": 3},
+    ],
     "walk": [{"walks": walks} for walks in (16, 32, 64)],
 }
 """Tiles beside the chosen ones: edges in flight a warp, edges a program, walks carried at once."""
@@ -243,9 +253,10 @@ TUNINGS = {
 
 def tuned(task: str, tile: dict):
     """A context in which a kernel is launched with another tile."""
-    from ipar_sparse.ops import triton_attention, triton_gate, triton_walk
+    from ipar_sparse.ops import triton_attention, triton_gate, triton_gate_half, triton_walk
 
     shape_of, gate_tile = triton_attention._Shape.of, triton_gate._tile
+    half = {kernel: given | tile for kernel, given in triton_gate_half._TILES.items()}
 
     def changed(*given):
         shape = shape_of(*given)
@@ -257,6 +268,8 @@ def tuned(task: str, tile: dict):
         "gate": (triton_gate, "_tile", lambda *x, **named: gate_tile(*x, **named) | tile),
         "walk": (triton_walk, "_width", lambda *_: tile["walks"]),
     }
+    if task == "gate" and "num_stages" not in tile:
+        changes[task] = (triton_gate_half, "_TILES", half)
     return patch.object(*changes[task]) if tile else nullcontext()
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from ipar_sparse import ops
 from ipar_sparse.graph import NeighborTable
 from ipar_sparse.graph.order import reorder
-from ipar_sparse.ops import triton_attention, triton_gate
+from ipar_sparse.ops import triton_attention, triton_gate, triton_gate_half
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -255,21 +255,34 @@ def test_gate_layouts_and_dtypes(width, outputs, hidden, dtype):
     compare_gate(make_table(*LARGE), width, outputs, dtype, hidden)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("steps", [False, True], ids=["at once", "in steps"])
+@pytest.mark.parametrize("kind", ["random", "padded", "popular"])
+def test_half_precision_gate_is_the_definition(kind, steps, dtype, monkeypatch):
+    """Rows of several pieces; gradients of the first layer kept for the sources, and made again."""
+    if steps:
+        monkeypatch.setattr(triton_gate_half, "_BUFFER", 2 * 150 * 16)
+    table = make_table(5, 150, kind, n_src=9) if INTERPRETED else make_table(500, 150, kind)
+    got, again = compare_gate(table, 16, 1, dtype, hidden=16)
+    assert all(torch.equal(a, b) for a, b in zip(got, again(), strict=True))
+
+
 def test_gate_repeats_bit_for_bit():
     table = make_table(*SKEWED, "popular")
     got, again = compare_gate(table, 16, 1, torch.float32, hidden=16)
     assert all(torch.equal(a, b) for a, b in zip(got, again(), strict=True))
 
 
-def test_gate_weights_do_not_depend_on_whether_the_embedding_learns():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gate_weights_do_not_depend_on_whether_the_embedding_learns(dtype):
     table = make_table(*LARGE)
-    h, weights = gate_inputs(table.num_nodes, 32, 1, torch.float32)
+    h, weights = gate_inputs(table.num_nodes, 32, 1, dtype)
     leaves = [w.requires_grad_() for w in weights]
     grads = []
     for learns in (False, True):
         logits = ops.edge_gate(h.requires_grad_(learns), table, tuple(leaves), backend="triton")
         grads.append(torch.autograd.grad(logits.square().sum(), leaves))
-    assert max(error(a, b) for a, b in zip(*grads, strict=True)) < TOLERANCE[torch.float32]
+    assert max(error(a, b) for a, b in zip(*grads, strict=True)) < TOLERANCE[dtype]
 
 
 def test_half_precision_gradients_of_a_mean_over_many_edges_survive():

@@ -295,13 +295,8 @@ class SourcePlan:
 
     @classmethod
     def _build(cls, graph: NeighborTable, chunk: int) -> "SourcePlan":
-        source = graph.index.flatten()
-        device = source.device
-        edge = torch.sort(source, stable=True).indices.int()
-        degree = torch.bincount(
-            source[source >= 0] if graph.padded else source, minlength=graph.num_src_nodes
-        )
-        edge = edge[edge.numel() - int(degree.sum()) :]
+        edge, degree = graph._cached("edges_by_source", lambda: cls._sorted(graph))
+        device = edge.device
         end = degree.cumsum(0)
         pieces = ((degree + chunk - 1) // chunk).clamp(min=1)
         last = pieces.cumsum(0)
@@ -315,6 +310,16 @@ class SourcePlan:
         first = partial[(last - pieces)[heavy]]
         heavy = torch.stack([heavy, first, pieces[heavy]], -1)
         return cls(edge, task.int(), heavy.int(), int(split.sum()))
+
+    @staticmethod
+    def _sorted(graph: NeighborTable) -> tuple[Tensor, Tensor]:
+        """The table's positions sorted by source, and the edges of each source (n,)."""
+        source = graph.index.flatten()
+        edge = torch.sort(source, stable=True).indices.int()
+        degree = torch.bincount(
+            source[source >= 0] if graph.padded else source, minlength=graph.num_src_nodes
+        )
+        return edge[edge.numel() - int(degree.sum()) :], degree
 
 
 @dataclass

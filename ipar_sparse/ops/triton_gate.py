@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from ..graph import NeighborTable
 from ..graph.order import local_order
 from .triton_attention import Reorder, SourcePlan, division, wrong_device
+from .triton_gate_half import HalfGate, _combine_kernel, fits
 
 
 def unsupported(h: Tensor, weights) -> str | None:
@@ -72,7 +73,10 @@ class _EdgeGate(torch.autograd.Function):
         exact = torch.get_float32_matmul_precision() == "highest"
         outputs = w2.size(0)
         logits = torch.empty(graph.num_nodes, graph.k, outputs, dtype=w0.dtype, device=h.device)
-        if logits.numel():
+        half = fits(h, w0, w1)
+        if logits.numel() and half:
+            logits = HalfGate(graph, h, (w0, b0, w1, b1, w2, b2)).forward()
+        elif logits.numel():
             parts = _Parts(h, w0, b0, w1, w2, exact=exact)
             wide = h.size(1) > 128 or max(w0.size(0), w1.size(0)) > 64
             tile = _tile(h.dtype, exact=exact, large=wide or graph.k <= 64)
@@ -94,7 +98,7 @@ class _EdgeGate(torch.autograd.Function):
                 **tile,
             )
         ctx.save_for_backward(h, w0, b0, w1, b1, w2)
-        ctx.graph, ctx.exact = graph, exact
+        ctx.graph, ctx.exact, ctx.half = graph, exact, half and outputs == 1
         return logits
 
     @staticmethod
@@ -103,7 +107,6 @@ class _EdgeGate(torch.autograd.Function):
         h, w0, b0, w1, b1, w2 = ctx.saved_tensors
         graph: NeighborTable = ctx.graph
         need_h = ctx.needs_input_grad[0]
-        n, d = h.shape
         if not d_logits.numel():
             return (
                 torch.zeros_like(h),
@@ -117,26 +120,15 @@ class _EdgeGate(torch.autograd.Function):
         if h.dtype == torch.float16:  # gradients of a mean over millions of edges would underflow
             scale = d_logits.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
             d_logits = d_logits / scale
-        parts = _Parts(h, w0, b0, w1, w2, exact=ctx.exact)
-        m, m2, outputs = w0.size(0), w1.size(0), w2.size(0)
-        by_dst, sums = parts.backward(graph, b1, d_logits, by_source=False, need_h=need_h)
-        d_other, d_product, d_gap, d_w1, d_b1, d_w2 = sums.split(
-            [d * m, d * m, d * m, m * m2, m2, outputs * m2]
-        )
-        d_own = by_dst[:, :m]
-        d_w0 = torch.empty(m, 4 * d, dtype=torch.float32, device=h.device)
-        d_w0[:, :d] = d_own.to(h.dtype).T @ h
-        for block, part in enumerate((d_other, d_gap, d_product), start=1):
-            d_w0[:, block * d : (block + 1) * d] = part.view(d, m).T
-        d_h = None
-        if need_h:
-            by_src, _ = parts.backward(graph, b1, d_logits, by_source=True, need_h=True)
-            d_h = by_dst[:, m:] + by_src[:, m:]
-            d_h.addmm_(d_own, w0[:, :d].float()).addmm_(by_src[:, :m], w0[:, d : 2 * d].float())
-        grads = [d_h, d_w0, d_own.sum(0), d_w1.view(m, m2).T, d_b1, d_w2.view(outputs, m2)]
+        if ctx.half:
+            gate = HalfGate(graph, h, (w0, b0, w1, b1, w2))
+            grads = gate.backward(d_logits, need_h=need_h)
+        else:
+            parts = _Parts(h, w0, b0, w1, w2, exact=ctx.exact)
+            grads = parts.gradients(graph, (w0, b1), d_logits, need_h=need_h)
         if scale is not None:
             grads = [None if grad is None else grad * scale for grad in grads]
-        d_h = None if d_h is None else grads[0].to(h.dtype)
+        d_h = None if grads[0] is None else grads[0].to(h.dtype)
         return d_h, None, *(grad.to(w0.dtype) for grad in grads[1:]), d_b2
 
 
@@ -161,6 +153,26 @@ class _Parts:
     def own(self, block: int) -> Tensor:
         """The centre's own product and the bias (n, m): of destinations (0) or sources (1)."""
         return torch.addmm(self.b0.to(self.h.dtype), self.h, self.first[block])
+
+    def gradients(self, graph, weights, d_logits, *, need_h: bool) -> list[Tensor | None]:
+        """Gradients of h, or None if it needs none, and of the weights without b2; float32."""
+        (w0, b1), h = weights, self.h
+        d, m, m2, outputs = h.size(1), self.shape["M"], self.shape["M2"], self.shape["G"]
+        by_dst, sums = self.backward(graph, b1, d_logits, by_source=False, need_h=need_h)
+        d_other, d_product, d_gap, d_w1, d_b1, d_w2 = sums.split(
+            [d * m, d * m, d * m, m * m2, m2, outputs * m2]
+        )
+        d_own = by_dst[:, :m]
+        d_w0 = torch.empty(m, 4 * d, dtype=torch.float32, device=h.device)
+        d_w0[:, :d] = d_own.to(h.dtype).T @ h
+        for block, part in enumerate((d_other, d_gap, d_product), start=1):
+            d_w0[:, block * d : (block + 1) * d] = part.view(d, m).T
+        d_h = None
+        if need_h:
+            by_src, _ = self.backward(graph, b1, d_logits, by_source=True, need_h=True)
+            d_h = by_dst[:, m:] + by_src[:, m:]
+            d_h.addmm_(d_own, w0[:, :d].float()).addmm_(by_src[:, :m], w0[:, d : 2 * d].float())
+        return [d_h, d_w0, d_own.sum(0), d_w1.view(m, m2).T, d_b1, d_w2.view(outputs, m2)]
 
     def backward(self, graph, b1, d_logits, *, by_source: bool, need_h: bool):
         """Gradients of the centres, (n, m) or (n, m + d), and the flat sums for the weights."""
@@ -456,17 +468,3 @@ def _backward_kernel(
             tl.store(sums + cols2, tl.sum(d_w2, 0))
         else:
             tl.store(sums + outputs * M2 + cols2[None, :], d_w2_more, mask=outputs < G)
-
-
-@triton.jit
-def _combine_kernel(partial_ptr, heavy_ptr, centre_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    heavy = heavy_ptr + tl.program_id(0) * 3
-    node = tl.load(heavy).to(tl.int64)
-    first = tl.load(heavy + 1).to(tl.int64)
-    count = tl.load(heavy + 2)
-    inner = tl.arange(0, BLOCK)
-    mask = inner < WIDTH
-    total = tl.zeros([BLOCK], tl.float32)
-    for piece in range(0, count):
-        total += tl.load(partial_ptr + (first + piece) * WIDTH + inner, mask=mask, other=0.0)
-    tl.store(centre_ptr + node * WIDTH + inner, total, mask=mask)
