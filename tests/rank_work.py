@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from anndata import concat
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from ipar_sparse.inference.modules import build_gate_and_model
 from ipar_sparse.inference.placing import place_cells, read_cells
 from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.inference.run_folder import BEST
+from ipar_sparse.train import augmentation
 from ipar_sparse.train.batches import Batches, EmbeddedSlide
 from ipar_sparse.train.fit import fit
 from ipar_sparse.train.history import HISTORY, read_history
@@ -128,12 +130,20 @@ ROWS = [
 """Settings with which ranks share the rows of one slide."""
 
 
+def losses_in_blocks() -> list[float]:
+    """Of a slide of which 64 cells are drawn at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augmentation, "DRAWN_CELLS", 64)
+        return losses(torch.float64, "slide", *ROWS, "train.epochs=1")
+
+
 def equal() -> dict[str, list[float]]:
     """Losses in both precisions, and of batches that are smaller than the number of ranks."""
     return {
         "float64": losses(torch.float64, "mixed"),
         "float32": losses(torch.float32, "mixed", "train.epochs=1"),
         "rows": losses(torch.float64, "slide", *ROWS),
+        "rows in blocks": losses_in_blocks(),
         "one miniset": losses(torch.float64, "miniset", "train.batch_size=1", "train.epochs=1"),
     }
 

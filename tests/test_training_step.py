@@ -2,6 +2,8 @@
 
 import copy
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +11,15 @@ from small_run import small_config
 
 from ipar_sparse.config import load_config
 from ipar_sparse.errors import UserError
+from ipar_sparse.graph import NeighborTable
 from ipar_sparse.inference.modules import build_gate_and_model
+from ipar_sparse.train import augmentation
+from ipar_sparse.train.augmentation import augment
 from ipar_sparse.train.batches import Batches, EmbeddedSlide, build_batch
 from ipar_sparse.train.history import HISTORY, read_history
 from ipar_sparse.train.loop import Loop, TrainingLoop
 from ipar_sparse.train.model import (
     Trained,
-    augment,
     first_counted_epoch,
     losses_of,
     term_weights,
@@ -65,6 +69,28 @@ def test_dropped_edges_leave_one_a_cell(slide):
     assert float((h == 0).float().mean()) == pytest.approx(0.1, abs=0.03)
     again = augment(batch, config.train, seeded())
     assert torch.equal(again[0], h) and torch.equal(again[1], bias)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("cells", [50, 1000])
+def test_rows_that_a_rank_holds_are_drawn_as_those_of_all(slide, padded, cells, monkeypatch):
+    monkeypatch.setattr(augmentation, "DRAWN_CELLS", cells)
+    config = small_config("train.edge_drop=0.5", "train.vary_augmentation=true")
+    batch = build_batch(slide, config, 0)
+    index = batch.graph.index.clone()
+    if padded:
+        index[torch.rand(index.shape, generator=seeded()) < 0.3] = -1
+        index[60:110] = -1  # a block without an edge
+    batch.graph = NeighborTable(index, padded=padded)
+    h, bias = augment(batch, config.train, seeded(1))
+    assert not torch.equal(h[:50] == 0, h[50:100] == 0)
+
+    nodes = torch.randperm(140, generator=seeded(2))[:90]
+    own, held = nodes[:40], SimpleNamespace(nodes=nodes, own=nodes[:40], rowptr=batch.graph.rowptr)
+    graph = NeighborTable(index[own], num_src_nodes=90, padded=padded)  # its sources do not matter
+    some = augment(replace(batch, graph=graph, rows=held), config.train, seeded(1))
+    assert torch.equal(some[0], h[nodes])
+    assert torch.equal(graph.to_table(some[1]), batch.graph.to_table(bias)[own])
 
 
 def test_augmentation_levels_vary_around_their_value(slide):

@@ -28,6 +28,7 @@ class HeldRows:
         own: numbers of the rows that are held (m,).
         nodes: these, and the sources of their edges that other ranks hold (m + h,).
         graph: their rows (m, k), with sources numbered as in ``nodes``.
+        rowptr: first edge of each row of the whole graph (n + 1,), where rows are padded.
     """
 
     def __init__(self, graph: NeighborTable, points: Tensor):
@@ -44,6 +45,7 @@ class HeldRows:
         index[outside] = number
         self.nodes = torch.cat([self.own, perm[halo]])
         self.graph = NeighborTable(index.int(), len(self.nodes), padded=graph.padded)
+        self.rowptr = graph.rowptr if graph.padded else None
         self._plan(halo, ends)
 
     def _plan(self, halo: Tensor, ends: list[int]) -> None:
@@ -52,10 +54,6 @@ class HeldRows:
         self.fetched = bounds.diff().tolist()
         self.sent = [asked[rank()] for asked in gathered(self.fetched)]
         self.rows = _moved(halo, self.sent, self.fetched) - ends[rank()]
-
-    def edges(self, values: Tensor, graph: NeighborTable) -> Tensor:
-        """Per-edge values of the whole graph (E, ...) for the rows that are held."""
-        return self.graph.from_table(graph.to_table(values).index_select(0, self.own))
 
     def sources(self, values: Tensor) -> Tensor:
         """Values of the held rows (m, ...) as those of all ``nodes`` (m + h, ...)."""

@@ -274,7 +274,8 @@ class NeighborTable:
         return torch.stack([key.div(size, rounding_mode="floor"), key.remainder(size)]), number
 
     def _reverse(self) -> tuple[Tensor, Tensor, Tensor]:
-        src, dst = self.edge_index
+        known = self._cache.get("edge_index")  # of a large graph it would weigh most, if kept
+        src, dst = self._edge_index() if known is None else known
         edge = torch.argsort(src, stable=True)
         ends = torch.bincount(src, minlength=self.num_src_nodes).cumsum(0)
         return torch.cat([ends.new_zeros(1), ends]), edge, dst[edge]

@@ -237,7 +237,9 @@ def collate_walks(walks: Sequence[WalkTarget]) -> WalkTarget:
     )
 
 
-def gate_target(graph: NeighborTable, walk: WalkTarget, step: int = 1) -> Tensor:
+def gate_target(
+    graph: NeighborTable, walk: WalkTarget, step: int = 1, rows: Tensor | None = None
+) -> Tensor:
     """The reference walk restricted to the candidate edges and renormalised in each row.
 
     Where the walk's neighbours are a sample, most candidates are not among them. The weight of a
@@ -247,9 +249,10 @@ def gate_target(graph: NeighborTable, walk: WalkTarget, step: int = 1) -> Tensor
         graph: candidates of the same n nodes.
         walk: the reference walk.
         step: power of the walk; beyond 1 a sparse product of entries is formed.
+        rows: of the graph that are wanted (m,); all of them if left out.
 
     Returns:
-        Probabilities (E,) in the graph's edge order; rows without overlap are all zero.
+        Probabilities (E,) in the edge order of these rows; rows without overlap are all zero.
 
     Raises:
         ValueError: if graph and walk have different numbers of nodes.
@@ -258,13 +261,17 @@ def gate_target(graph: NeighborTable, walk: WalkTarget, step: int = 1) -> Tensor
         raise ValueError(
             f"candidates of {graph.num_nodes} nodes do not match a walk on {walk.num_nodes}"
         )
-    src, dst = graph.edge_index
-    if step == 1 and walk.sampled:
-        weight = _full_weight(walk, src, dst)
-    else:
-        weight = _entry_weight(walk, src, dst, step)
-    total = weight.new_zeros(graph.num_nodes).index_add_(0, dst, weight)
-    return weight / torch.where(total > 0, total, torch.ones_like(total))[dst]
+    rows = torch.arange(graph.num_nodes, device=graph.device) if rows is None else rows
+    full = step == 1 and walk.sampled
+    found = [walk.pos.new_zeros(0)]
+    for part in rows.split(_ROWS) if full else [rows]:
+        index = graph.index[part]
+        row, slot = (index >= 0).nonzero().T
+        src, dst = index[row, slot].long(), part[row]
+        weight = _full_weight(walk, src, dst) if full else _entry_weight(walk, src, dst, step)
+        total = weight.new_zeros(len(part)).index_add_(0, row, weight)
+        found.append(weight / torch.where(total > 0, total, torch.ones_like(total))[row])
+    return torch.cat(found)
 
 
 def _sigma(pos: Tensor, index: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..config import RunConfig, TrainConfig
-from ..distributed import share_of, size
+from ..distributed import share_of, sharing_rows, size
 from ..errors import UserError
 from ..graph import NeighborTable
 from ..graph.rows import HeldRows
@@ -69,7 +70,7 @@ class GraphBatch:
         stays: whether later steps get this very batch again.
         members: the batches of single graphs that it was collated from, if it was.
         rows: of the graph that this rank holds, where several share it. ``graph``, ``gate_target``
-            and ``initial`` are then those of these rows, and ``all_rows`` the batch of all.
+            and ``initial`` are then those of these rows.
     """
 
     h: Tensor
@@ -81,20 +82,6 @@ class GraphBatch:
     stays: bool = False
     members: Sequence[GraphBatch] = ()
     rows: HeldRows | None = None
-    all_rows: GraphBatch | None = None
-
-    def hold_rows(self) -> GraphBatch:
-        """The part of the batch that this rank computes where all share one graph."""
-        rows = HeldRows(self.graph, self.h)
-        return replace(
-            self,
-            graph=rows.graph,
-            gate_target=rows.edges(self.gate_target, self.graph),
-            initial=None if self.initial is None else self.initial[rows.own],
-            stays=False,
-            rows=rows,
-            all_rows=self,
-        )
 
     def to(self, device: torch.device | str) -> GraphBatch:
         """The same batch on another device; itself where it is there already."""
@@ -136,7 +123,12 @@ class Share:
 
 
 def build_batch(
-    slide: EmbeddedSlide, config: RunConfig, seed: int, whole: bool = False, oracle: bool = False
+    slide: EmbeddedSlide,
+    config: RunConfig,
+    seed: int,
+    whole: bool = False,
+    oracle: bool = False,
+    shared: bool = False,
 ) -> GraphBatch:
     """Candidates and targets of one set of cells.
 
@@ -146,24 +138,30 @@ def build_batch(
         seed: of the sampled parts of the targets.
         whole: whether this is a whole slide.
         oracle: attend on the true neighbours in place of candidates.
+        shared: whether all ranks build it at once, and each keeps some rows of the graph.
     """
     mode = config.graph.target_mode
     if oracle:
         graph = target_graph(slide.pos, seed=seed, mode=mode)
     else:
-        graph = steps.candidate_graph(slide.h, config)
+        with sharing_rows(len(slide.h)) if shared else nullcontext():
+            graph = steps.candidate_graph(slide.h, config)
+    rows = HeldRows(graph, slide.h) if shared else None
     multiscale = config.train.lambda_multiscale > 0
     target = build_target(slide.pos, seed=seed, mode=mode, multiscale=multiscale)
     weights = {s: w for s, w in enumerate(config.train.gate_target_weights, start=1) if w > 0}
-    walks = [gate_target(graph, target.walk, step) for step in weights]
-    walk = walks[0]
+    own = None if rows is None else rows.own
+    walks = [gate_target(graph, target.walk, step, own) for step in weights]
+    graph, walk = graph if rows is None else rows.graph, walks[0]
     if len(walks) > 1:
         mixed = [w * own for w, own in zip(weights.values(), walks, strict=True)]
         walk = _per_row(graph, torch.stack(mixed).sum(0))
     initial = slide.initial
     if config.model.init == "pca":
         initial = steps.initial_layout(slide.h, config)[0]
-    return GraphBatch(slide.h, graph, target, walk.float(), whole, initial)
+    if own is not None and initial is not None:
+        initial = initial[own]
+    return GraphBatch(slide.h, graph, target, walk.float(), whole, initial, rows=rows)
 
 
 def subsample_edges(batch: GraphBatch, settings: TrainConfig, generator: Source) -> GraphBatch:
@@ -370,9 +368,8 @@ class Batches:
         if kind in ("slide", "mixed"):
             own_slides = {self._slides_of(t)[p] for t in range(len(train)) for p in self.own}
             for i in sorted(own_slides):
-                self.whole[i] = build_batch(train[i], config, settings.seed, True, oracle)
-                if self.by_rows:
-                    self.whole[i] = self.whole[i].to(device).hold_rows()
+                given = train[i], config, settings.seed, True, oracle
+                self.whole[i] = build_batch(*given, shared=self.by_rows)
             held = {i: build_batch(s, config, settings.seed, True) for i, s in enumerate(val)}
             _make_room({} if self.by_rows else self.whole, held, device)
             self.val = [*held.values()]

@@ -21,6 +21,7 @@ from ..nn import EdgeGateSoft, IPALiteModel
 from ..ops.recording import Recorder
 from ..supervision import e_geo, gate_loss, geometry_terms, target_graph
 from ..supervision.losses import BY_CELL, Source
+from .augmentation import augment
 from .batches import Batches, GraphBatch, Share, subsample_edges
 from .history import SCORES, TERM_COLUMNS
 from .loop import Loop
@@ -81,7 +82,6 @@ def train_gate(parts: Trained, batches: Batches, loop: Loop) -> None:
 
     def losses(batch: GraphBatch, source: Source, shares: Tensor | None = None):
         h, _ = augment(batch, settings, source)
-        h = h if batch.rows is None else h[batch.rows.nodes]
         with parts.autocast():
             logits = gate(h, batch.graph)
         loss = gate_loss(in_full(logits), batch.graph, probability=batch.gate_target)
@@ -255,11 +255,12 @@ def losses_of(
     config, settings, target = parts.config, parts.config.train, batch.target
     h, dropped = augment(batch, settings, generator)
     rows, noise = batch.rows, None
-    seen = h if settings.gate_noise else batch.h
     if rows is not None or isinstance(generator, Sequence):
         noise = _start_noise(batch, generator)
+    clean = batch.h if rows is None or settings.gate_noise else batch.h[rows.nodes]
+    seen = h if settings.gate_noise else clean
     if rows is not None:
-        h, seen, noise = h[rows.own], seen[rows.nodes], noise[rows.own]
+        h, noise = h[: len(rows.own)], noise[rows.own]
     with parts.autocast():
         bias, l_gate = dropped, h.new_zeros(())
         if config.model.gated:
@@ -347,35 +348,6 @@ def _start_noise(batch: GraphBatch, sources: Source) -> Tensor:
     return torch.cat(
         [torch.randn(n, 2, generator=g, device=batch.h.device, dtype=kind) for n, g in each]
     )
-
-
-def augment(batch: GraphBatch, settings: TrainConfig, generator: Source) -> tuple[Tensor, Tensor]:
-    """A noisy embedding (n, d), and an edge bias (E,) of 0 or, on dropped edges, -inf.
-
-    Where ranks share the graph, the bias is that of the rows which this one holds.
-    """
-    if batch.all_rows is not None:
-        h, dropped = augment(batch.all_rows, settings, generator)
-        return h, batch.rows.edges(dropped, batch.all_rows.graph)
-    if isinstance(generator, Sequence):
-        each = zip(batch.members, generator, strict=True)
-        noisy, dropped = zip(*(augment(one, settings, g) for one, g in each), strict=True)
-        return torch.cat(noisy), torch.cat(dropped)
-    h, noise_h, dropout_h = batch.h, settings.noise_h, settings.dropout_h
-    if settings.vary_augmentation:
-        level = torch.empty(2, device=h.device).uniform_(0.5, 1.5, generator=generator)
-        noise_h, dropout_h = noise_h * level[0], dropout_h * level[1]
-    noise = torch.empty_like(h).normal_(generator=generator)
-    keep = torch.empty_like(h).uniform_(generator=generator) >= dropout_h
-    h = (h + noise_h * noise) * keep
-    chance = torch.empty(batch.graph.num_edges, device=h.device).uniform_(generator=generator)
-    # the edge with the best chance of each cell survives in any case
-    table = batch.graph.to_table(chance, fill=-1.0)
-    drop = table < settings.edge_drop
-    if table.size(1):
-        drop = drop & (table < table.amax(dim=1, keepdim=True))
-    dropped = torch.zeros_like(chance).masked_fill(batch.graph.from_table(drop), -math.inf)
-    return h, dropped
 
 
 def validate(parts: Trained, batches: Sequence[GraphBatch], epoch: int, loop: Loop) -> None:
