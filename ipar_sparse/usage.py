@@ -24,11 +24,14 @@ beside: int | None = None
 """Number of a process that works for this one; its memory is counted, too."""
 
 
+def _processes() -> list[str]:
+    return ["self"] if beside is None else ["self", str(beside)]
+
+
 def host_peak() -> int:
     """The most bytes of host memory held since the start, or the last :func:`reset_host_peak`."""
-    own = proc_bytes("/proc/self/status", "VmHWM")
-    own += proc_bytes(f"/proc/{beside}/status", "VmHWM") if own and beside else 0
-    return own or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = sum(proc_bytes(f"/proc/{one}/status", "VmHWM") for one in _processes())
+    return held or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def reset_host_peak(trim: bool = False) -> None:
@@ -40,7 +43,8 @@ def reset_host_peak(trim: bool = False) -> None:
     with suppress(OSError, AttributeError):  # not Linux, or another C library
         if trim:
             ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        for one in _processes():
+            Path(f"/proc/{one}/clear_refs").write_text("5")
 
 
 def host_memory() -> int:
@@ -86,25 +90,20 @@ def has_gpu_driver() -> bool:
 
 
 def load_ahead(gpu: int | None) -> None:
-    """Loads the libraries of torch and makes the context of a GPU, in threads beside imports.
-
-    Neither needs Python. To import torch then takes no more than its Python code does, and torch
-    takes the context over.
+    """Loads torch's libraries and makes the context of a GPU in threads: neither needs Python.
 
     Args:
         gpu: its number; None for no GPU.
     """
 
     def libraries() -> None:
-        found = find_spec("torch")
-        if found is not None and found.origin is not None:
-            folder = Path(found.origin).parent / "lib"
-            with suppress(OSError):  # in the order and the modes in which torch loads them
-                ctypes.CDLL(str(folder / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
-                ctypes.CDLL(str(folder / "libtorch_python.so"))
+        with suppress(OSError, AttributeError):  # in the order and modes in which torch loads them
+            folder = Path(find_spec("torch").origin).parent / "lib"
+            ctypes.CDLL(str(folder / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(folder / "libtorch_python.so"))
 
     def context() -> None:
-        with suppress(OSError, AttributeError):
+        with suppress(OSError, AttributeError):  # torch takes it over
             cuda, device, made = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
             if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), gpu) == 0:
                 cuda.cuDevicePrimaryCtxRetain(ctypes.byref(made), device)

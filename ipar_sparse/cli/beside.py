@@ -119,7 +119,7 @@ def put(stream: BufferedRWPair, value: Any) -> None:
             raise TypeError(f"{type(one).__name__} is not sent")
         content = {field.name: getattr(one, field.name) for field in fields(one)}
         if "notes" in content:
-            notes = [[type(note).__name__, note] for note in content["notes"]]
+            notes = [[type(note) is not str, note] for note in content["notes"]]
             content |= {"obs": {}, "notes": notes}
         return {_KIND: type(one).__name__, **content}
 
@@ -154,16 +154,16 @@ def take(stream: BufferedRWPair) -> Any:
         from ..data.slide import Slide
         from ..data.values import Values
 
-        kind = one.pop(_KIND, None)
-        if kind is None:
-            return one
-        if kind == "array":
-            return arrays[one["number"]][()]
-        if kind == "csr":
-            return sparse.csr_matrix(tuple(one["parts"]), shape=one["shape"])
-        if kind == "Values":
-            return Values(**one)
-        one["notes"] = [{"Warned": Warned}.get(name, str)(x) for name, x in one["notes"]]
+        match one.pop(_KIND, None):
+            case None:
+                return one
+            case "array":
+                return arrays[one["number"]][()]
+            case "csr":
+                return sparse.csr_matrix(tuple(one["parts"]), shape=one["shape"])
+            case "Values":
+                return Values(**one)
+        one["notes"] = [Warned(note) if grave else note for grave, note in one["notes"]]
         return Slide(**one)
 
     return json.loads(text, object_hook=made)

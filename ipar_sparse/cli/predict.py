@@ -20,7 +20,6 @@ from .options import OUTPUT, RUNNING, flag, given
 from .results import outputs_of, tell_written
 
 if TYPE_CHECKING:
-    from ..config import DataConfig
     from ..data.slide import Slide
     from ..inference.predictor import Predictor
     from .beside import Beside
@@ -178,10 +177,13 @@ def _beside(
     outputs: Mapping[Path, Path], reading: dict[str, Any], writing: dict[str, Any]
 ) -> Iterator[Beside | None]:
     """A process that reads one file of no great size and writes its results; None without need."""
+    from ..data.headers import check_headers
     from .beside import Beside
 
     (source, out), *others = outputs.items()
-    if others or is_rank() or not Beside.helps() or not _is_small(source, reading["data"]):
+    sizes = check_headers([source], reading["data"], require_pos=False, slide_key_optional=True)
+    small = sizes and max(sizes[0].stored, sizes[0].cells) <= _SMALL
+    if others or not small or not source.is_file() or is_rank() or not Beside.helps():
         yield None
         return
 
@@ -200,14 +202,6 @@ def _beside(
         yield beside
     finally:
         beside.end()
-
-
-def _is_small(source: Path, data: DataConfig) -> bool:
-    """Whether the header of a file says that its slides may be held twice."""
-    from ..data.headers import check_headers
-
-    sizes = check_headers([source], data, require_pos=False, slide_key_optional=True)
-    return bool(sizes) and max(max(one.stored, one.cells) for one in sizes) <= _SMALL
 
 
 def _on_ranks(outputs: Sequence[tuple[Path, Path]], place: Callable) -> None:
