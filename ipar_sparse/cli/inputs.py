@@ -61,6 +61,24 @@ def computes_on_gpu(device: str | None) -> bool:
     return not device.startswith("cpu")
 
 
+def begin_loading(device: str | None) -> bool:
+    """Loads in threads what torch needs and is not Python; returns whether that has a GPU."""
+    number = (device or "").partition(":")[2]
+    on_gpu = computes_on_gpu(device) and not is_rank()
+    load_ahead(int(number if number.isdigit() else 0) if on_gpu else None)
+    return on_gpu
+
+
+def check_device(device: str) -> None:
+    """Begins to load torch; waits for it, and refuses the device, only where one is named."""
+    from ..config import resolve_device
+
+    begin_loading(device)
+    if device != "auto":
+        with loading():
+            resolve_device(device)
+
+
 def check_inputs(
     run: Path,
     sources: Sequence[Path],
@@ -101,9 +119,7 @@ def load_predictor(run: Path, device: str | None) -> Predictor:
     from ..config import resolve_device
 
     with loading():
-        number = (device or "").partition(":")[2]
-        on_gpu = computes_on_gpu(device) and not is_rank()
-        load_ahead(int(number if number.isdigit() else 0) if on_gpu else None)
+        on_gpu = begin_loading(device)
         import scipy.sparse  # noqa: F401  # needed as well, and does not wait for torch
 
         target = resolve_device(device or "auto")
