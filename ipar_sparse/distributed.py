@@ -469,16 +469,24 @@ def all_rows(own: Tensor, count: int) -> Tensor:
     """The rows of all ranks (count, ...), from those of :func:`rows_of`; the same bits on all."""
     if not shares_rows():
         return own
+    return gathered_rows(own, _rows_each(count))[:count]
+
+
+def gathered_rows(own: Tensor, each: int) -> Tensor:
+    """The rows of all ranks (each * ranks, ...), zero where a rank has fewer than ``each``."""
+    padded = own.contiguous()
+    if len(own) < each:
+        padded = own.new_zeros(each, *own.shape[1:])
+        padded[: len(own)] = own
+    if size() == 1:
+        return padded
     from torch import distributed as dist
 
-    each = _rows_each(count)
-    padded = own.new_zeros(each, *own.shape[1:])
-    padded[: len(own)] = own
     whole = own.new_empty(each * size(), *own.shape[1:])
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its newer name
     with rank_losses():
         gather(whole, padded)
-    return whole[:count]
+    return whole
 
 
 def added_rows(values: Tensor) -> Tensor:

@@ -88,14 +88,14 @@ class _Kept(Loop):
         super().count(stage, losses)
 
 
-def losses(dtype: torch.dtype, kind: str, *more: str) -> list[float]:
+def losses(dtype: torch.dtype, kind: str, *more: str, cells: int = 150) -> list[float]:
     """Of every step of gate and model, on two small slides."""
     settings = ["train.epochs=2", "train.steps_per_epoch=20", "train.gate_steps=10", *TERMS]
     settings += ["train.batch_size=5", "train.slides_per_step=2", f"train.batch_kind={kind}"]
     config, slides = small_config(*settings, *more), []
     for number in range(2):
         generator = torch.Generator().manual_seed(number)
-        pos = torch.rand(150 + 40 * number, 2, generator=generator, dtype=torch.float64)
+        pos = torch.rand(cells + 40 * number, 2, generator=generator, dtype=torch.float64)
         maps = torch.randn(2, 16, generator=generator, dtype=torch.float64)
         slides.append(EmbeddedSlide(f"slide{number}", (pos @ maps).sin().to(dtype), pos))
     torch.manual_seed(0)
@@ -131,10 +131,10 @@ ROWS = [
 
 
 def losses_in_blocks() -> list[float]:
-    """Of a slide of which 64 cells are drawn at once."""
+    """Of slides of which 64 cells are drawn at once, and whose walk is a sample."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(augmentation, "DRAWN_CELLS", 64)
-        return losses(torch.float64, "slide", *ROWS, "train.epochs=1")
+        return losses(torch.float64, "slide", *ROWS, "train.epochs=1", cells=430)
 
 
 def equal() -> dict[str, list[float]]:

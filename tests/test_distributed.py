@@ -79,7 +79,6 @@ def test_ranks_compute_the_losses_of_one(count, tmp_path):
         assert many["float64"] == pytest.approx(one["float64"], rel=1e-9)
         assert many["rows"] == pytest.approx(one["rows"], rel=1e-9)
         assert many["rows in blocks"] == pytest.approx(one["rows in blocks"], rel=1e-9)
-        assert many["rows in blocks"] != pytest.approx(one["rows"][:30], rel=1e-3)
         assert many["one miniset"] == pytest.approx(one["one miniset"], rel=1e-9)
         gate, joint = slice(5), slice(10, 15)
         assert many["float32"][gate] == pytest.approx(one["float32"][gate], rel=1e-5)

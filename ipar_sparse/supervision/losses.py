@@ -4,7 +4,6 @@ Positions are in the unit-RMS gauge (:func:`ipar_sparse.gauge_fix`) unless a fun
 otherwise. Losses are computed in their dtype, without synchronisation with the device.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,9 +14,10 @@ from torch.autograd.function import once_differentiable
 from ..geometry.gauge import gauge_fix
 from ..graph import NeighborTable
 from ..ops import resolve_backend
+from .held import HeldStress, HeldWalk
 from .stress import StressTarget
 from .targets import SlideTarget
-from .walk import WalkTarget
+from .walk import LOG_FLOOR, WalkTarget, csr
 
 __all__ = [
     "GEOMETRY_TERMS",
@@ -38,7 +38,6 @@ Source = torch.Generator | Sequence[torch.Generator] | None
 BY_CELL = frozenset({"rw_kl", "long_range", "entropy_reg"})
 """Terms that are means over all cells of a batch; the others are means over its graphs."""
 STRESS_WEIGHT = 0.1  # of L_stress beside L_RW, in E_geo and in training
-_LOG_FLOOR = 1e-8
 DENSE_LIMIT = 1536  # up to here n x n products beat sparse ones
 _METRIC_ROWS = 256  # probe rows of E_geo beyond that
 BLOCK_ELEMENTS = 1 << 24  # walk entries held at once when all rows of a large graph are wanted
@@ -46,7 +45,7 @@ BLOCK_ELEMENTS = 1 << 24  # walk entries held at once when all rows of a large g
 
 def rw_kl_loss(
     pos: Tensor,
-    walk: WalkTarget,
+    walk: WalkTarget | HeldWalk,
     probe_rows: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -77,10 +76,16 @@ def rw_kl_loss(
     n = walk.num_nodes
     # products of probabilities lose the small ones in half precision
     with torch.autocast(pos.device.type, enabled=False):
-        values = walk.transition(pos)
+        rows = None
         if probe_rows is not None and probe_rows < n:
             rows = _random_rows(n, probe_rows, generator, pos.device)
-            return probe_kl(values, walk, rows) / probe_rows
+        if isinstance(walk, HeldWalk):
+            return walk.divergence(
+                pos, torch.arange(n, device=pos.device) if rows is None else rows
+            )
+        values = walk.transition(pos)
+        if rows is not None:
+            return probe_kl(values, walk, rows) / len(rows)
         if max(walk.sizes) <= DENSE_LIMIT:
             return _dense_kl(values, walk)
         blocks = torch.arange(n, device=pos.device).split(max(1, BLOCK_ELEMENTS // n))
@@ -92,7 +97,7 @@ def rw_kl_loss(
 
 def log_stress_loss(
     pos: Tensor,
-    stress: StressTarget,
+    stress: StressTarget | HeldStress,
     num_pairs: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -113,15 +118,16 @@ def log_stress_loss(
             if left out.
         generator: source of the draw.
     """
+    total = stress.total if isinstance(stress, HeldStress) else stress.dist.numel()
+    if num_pairs is not None and num_pairs < total:
+        drawn = torch.randint(
+            total, (num_pairs,), generator=generator, device=_source(generator, pos.device)
+        )
+        stress = stress.drawn(drawn.to(pos.device, non_blocking=True))
+    assert isinstance(stress, StressTarget), "ranks hold parts of pairs that are drawn"
     edge_index, batch = stress.edge_index, stress.edge_batch
     true = stress.dist.to(pos.dtype).square()
     soft = None if stress.softening is None else stress.softening.to(pos.dtype).square()
-    if num_pairs is not None and num_pairs < true.numel():
-        drawn = torch.randint(
-            true.numel(), (num_pairs,), generator=generator, device=_source(generator, pos.device)
-        ).to(pos.device, non_blocking=True)
-        edge_index, batch, true = edge_index[:, drawn], batch[drawn], true[drawn]
-        soft = None if soft is None else soft[drawn]
     square = _square_distance(pos, *edge_index)
     if soft is not None:
         square, true = square + soft, true + soft
@@ -225,15 +231,17 @@ def repulsion_loss(
     return (-square / 0.01).exp().masked_fill(alone, 0.0).mean()
 
 
-def walk_entropy_loss(pos: Tensor, walk: WalkTarget) -> Tensor:
+def walk_entropy_loss(pos: Tensor, walk: WalkTarget | HeldWalk) -> Tensor:
     """Minus the mean row entropy of the predicted one-step walk, logarithms clamped at 1e-8.
 
     Args:
         pos: positions (n, 2).
         walk: the walk whose edges and widths sigma are used.
     """
+    if isinstance(walk, HeldWalk):
+        return walk.entropy(pos)
     values = walk.transition(pos)
-    return (values * values.clamp(min=_LOG_FLOOR).log()).sum() / walk.num_nodes
+    return (values * values.clamp(min=LOG_FLOOR).log()).sum() / walk.num_nodes
 
 
 def gate_loss(gate_logits: Tensor, graph: NeighborTable, probability: Tensor) -> Tensor:
@@ -403,10 +411,10 @@ class _DenseWalkKL(torch.autograd.Function):
         for s, (p, weight) in enumerate(zip(reference, weights, strict=True)):
             if s:
                 powers.append(torch.bmm(powers[-1], step))
-            q = powers[-1].clamp(min=_LOG_FLOOR)
+            q = powers[-1].clamp(min=LOG_FLOOR)
             if ctx.needs_input_grad[0]:
-                grads.append((p / q).mul_(-weight).masked_fill_(powers[-1] < _LOG_FLOOR, 0.0))
-            ratio = p.clamp(min=_LOG_FLOOR).log_().sub_(q.log_())
+                grads.append((p / q).mul_(-weight).masked_fill_(powers[-1] < LOG_FLOOR, 0.0))
+            ratio = p.clamp(min=LOG_FLOOR).log_().sub_(q.log_())
             total += ratio.mul_(p).sum(-1, keepdim=True).mul_(weight).sum()
         ctx.powers, ctx.grads = powers, grads
         return total
@@ -452,7 +460,7 @@ def probe_kl(values: Tensor, walk: WalkTarget, rows: Tensor) -> Tensor:
 
 
 def _kl(p: Tensor, q: Tensor, dim: int) -> Tensor:
-    return (p * (p.clamp(min=_LOG_FLOOR).log() - q.clamp(min=_LOG_FLOOR).log())).sum(dim)
+    return (p * (p.clamp(min=LOG_FLOOR).log() - q.clamp(min=LOG_FLOOR).log())).sum(dim)
 
 
 class _WalkStep(torch.autograd.Function):
@@ -479,7 +487,4 @@ class _WalkStep(torch.autograd.Function):
 
 
 def _csr(walk: WalkTarget, values: Tensor) -> Tensor:
-    size = (walk.num_nodes, walk.num_nodes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls its CSR layout a beta, once a process
-        return torch.sparse_csr_tensor(walk.rowptr, walk.col, values, size, check_invariants=False)
+    return csr(walk.rowptr, walk.col, values, (walk.num_nodes, walk.num_nodes))

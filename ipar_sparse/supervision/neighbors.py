@@ -8,6 +8,7 @@ from torch import Tensor
 from ..geometry.gauge import gauge_fix
 from ..graph import knn
 
+_ROWS = 1 << 16  # nodes whose pairs are told apart at once
 _PAIRS = 1 << 25  # distances held at once on a GPU
 EXACT_LIMIT = 4096  # nodes; beyond, all neighbours within 0.15 n would be O(n^2) pairs
 
@@ -110,6 +111,16 @@ def directed_pairs(index: Tensor) -> Tensor:
     n, k = index.shape
     node = torch.arange(n, device=index.device).unsqueeze(1).expand(n, k)
     return torch.stack([index.reshape(-1), node.reshape(-1)])
+
+
+def touching_pairs(index: Tensor, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`unique_pairs` of neighbour lists (n, k), of which a node lies from start to end."""
+    pairs = []
+    for first in range(0, len(index), _ROWS):
+        part = directed_pairs(index[first : first + _ROWS])
+        part[1] += first
+        pairs.append(part[:, ((part >= start) & (part < end)).any(0)])
+    return unique_pairs(torch.cat(pairs, dim=1), len(index))
 
 
 def unique_pairs(pairs: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:

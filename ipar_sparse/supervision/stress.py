@@ -40,6 +40,16 @@ class StressTarget(TensorRecord):
     num_graphs: int = 1
     softening: Tensor | None = None
 
+    def drawn(self, numbers: Tensor) -> "StressTarget":
+        """Some of the pairs, by their numbers (c,)."""
+        return StressTarget(
+            edge_index=self.edge_index[:, numbers],
+            dist=self.dist[numbers],
+            edge_batch=self.edge_batch[numbers],
+            num_graphs=self.num_graphs,
+            softening=None if self.softening is None else self.softening[numbers],
+        )
+
 
 def stress_from_neighbors(
     pos: Tensor,

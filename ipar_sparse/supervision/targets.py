@@ -5,13 +5,15 @@ of several graphs (:func:`collate`) is block-diagonal, as a PyG ``Batch`` is.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..graph import NeighborTable
+from .held import HeldStress, HeldWalk, held_stress, held_walk
 from .neighbors import (
     default_k,
     reference_positions,
@@ -69,17 +71,26 @@ class SlideTarget(TensorRecord):
     """
 
     pos: Tensor
-    walk: WalkTarget
-    stress: StressTarget
+    walk: WalkTarget | HeldWalk
+    stress: StressTarget | HeldStress
     batch: Tensor
     ptr: Tensor
     sizes: tuple[int, ...]
-    multiscale: StressTarget | None = None
+    multiscale: StressTarget | HeldStress | None = None
 
     @property
     def num_graphs(self) -> int:
         """Number of graphs in the batch."""
         return len(self.sizes)
+
+    def held(self, drawn: int) -> "SlideTarget":
+        """The target with this rank's part of the pairs of its one slide.
+
+        Args:
+            drawn: pairs that a step draws of each kind.
+        """
+        multiscale = None if self.multiscale is None else held_stress(self.multiscale, drawn)
+        return replace(self, stress=held_stress(self.stress, drawn), multiscale=multiscale)
 
 
 def build_target(
@@ -89,6 +100,7 @@ def build_target(
     mode: str = "auto",
     partners: int = PARTNERS,
     multiscale: bool | None = None,
+    held: bool = False,
 ) -> SlideTarget:
     """All targets of one miniset or one whole slide.
 
@@ -104,6 +116,7 @@ def build_target(
         mode: ``"auto"``, ``"exact"`` or ``"sketch"``.
         partners: neighbours a node in a sketch.
         multiscale: whether to add multiscale pairs; with a sketch if left out.
+        held: whether this rank keeps some rows of the walk alone; all ranks build it at once.
 
     Raises:
         ValueError: on positions that are not a finite (n, 2) matrix, an unknown mode, or an exact
@@ -116,7 +129,9 @@ def build_target(
     multiscale = sketch if multiscale is None else multiscale
     return SlideTarget(
         pos=pos,
-        walk=walk_from_neighbors(pos, neighbors, sampled=sampled),
+        walk=(held_walk if held else walk_from_neighbors)(
+            pos, neighbors, default_steps(n), sampled
+        ),
         stress=stress_from_neighbors(pos, neighbors, seed, sampled=sampled),
         batch=torch.zeros(n, dtype=torch.int64, device=pos.device),
         ptr=torch.tensor([0, n], device=pos.device),
@@ -158,11 +173,13 @@ def collate(targets: Sequence[SlideTarget]) -> SlideTarget:
     graph = offsets(target.num_graphs for target in targets)
     node = offsets(len(target.pos) for target in targets)
     ends = [target.ptr[1:] + s for target, s in zip(targets, node, strict=True)]
-    multiscale = [target.multiscale for target in targets if target.multiscale is not None]
+    multiscale: list[Any] = [t.multiscale for t in targets if t.multiscale is not None]
+    walks: list[Any] = [target.walk for target in targets]
+    stresses: list[Any] = [target.stress for target in targets]
     return SlideTarget(
         pos=torch.cat([target.pos for target in targets]),
-        walk=collate_walks([target.walk for target in targets]),
-        stress=collate_stress([target.stress for target in targets], node),
+        walk=collate_walks(walks),
+        stress=collate_stress(stresses, node),
         batch=torch.cat([target.batch + s for target, s in zip(targets, graph, strict=True)]),
         ptr=torch.cat([targets[0].ptr[:1], *ends]),
         sizes=sizes,

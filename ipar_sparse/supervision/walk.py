@@ -1,7 +1,9 @@
 """Random walks on spatial neighbour graphs: the random-walk family of IPA-Lite."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from ..ops import resolve_backend, segment_softmax
 from .neighbors import directed_pairs, reference_positions, spatial_neighbors, unique_pairs
 from .record import TensorRecord, offsets
 
+LOG_FLOOR = 1e-8  # probabilities are not told apart below
 _ROWS = 1 << 16  # nodes whose neighbour coordinates are held at once
 
 
@@ -177,12 +180,12 @@ def walk_from_neighbors(
         sampled: whether the lists are a sample of the nodes within sigma.
     """
     n = len(pos)
-    sigma = _sigma(pos, index)
+    sigma = sigma_of(pos, index)
     low, high, count = unique_pairs(directed_pairs(index), n)
     num_pairs = len(low)
     row, col = torch.cat([low, high]), torch.cat([high, low])
     key = row * n + col
-    order = key.argsort() if key.is_cuda else torch.from_numpy(np.argsort(key.numpy()))
+    order = order_of(key)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(2 * num_pairs, device=pos.device)
     rowptr = torch.zeros(n + 1, dtype=torch.int64, device=pos.device)
@@ -238,7 +241,7 @@ def collate_walks(walks: Sequence[WalkTarget]) -> WalkTarget:
 
 
 def gate_target(
-    graph: NeighborTable, walk: WalkTarget, step: int = 1, rows: Tensor | None = None
+    graph: NeighborTable, walk: Any, step: int = 1, rows: Tensor | None = None
 ) -> Tensor:
     """The reference walk restricted to the candidate edges and renormalised in each row.
 
@@ -247,7 +250,7 @@ def gate_target(
 
     Args:
         graph: candidates of the same n nodes.
-        walk: the reference walk.
+        walk: the reference walk; one whose rows are held gives the weights of a sample alone.
         step: power of the walk; beyond 1 a sparse product of entries is formed.
         rows: of the graph that are wanted (m,); all of them if left out.
 
@@ -274,7 +277,19 @@ def gate_target(
     return torch.cat(found)
 
 
-def _sigma(pos: Tensor, index: Tensor) -> Tensor:
+def order_of(key: Tensor) -> Tensor:
+    """The order in which keys (E,) ascend."""
+    return key.argsort() if key.is_cuda else torch.from_numpy(np.argsort(key.numpy()))
+
+
+def csr(rowptr: Tensor, col: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
+    """A sparse matrix from the parts of its rows, which are not checked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its CSR layout a beta, once a process
+        return torch.sparse_csr_tensor(rowptr, col, values, size, check_invariants=False)
+
+
+def sigma_of(pos: Tensor, index: Tensor) -> Tensor:
     """Distance of each node to the farthest of its neighbours (n,), clamped at 1e-8."""
     sigma = torch.full_like(pos[:, 0], 1e-8)
     if index.size(1):
@@ -285,7 +300,7 @@ def _sigma(pos: Tensor, index: Tensor) -> Tensor:
     return sigma
 
 
-def _full_weight(walk: WalkTarget, src: Tensor, dst: Tensor) -> Tensor:
+def _full_weight(walk: Any, src: Tensor, dst: Tensor) -> Tensor:
     """Weights (E,) of a walk on all neighbours within sigma."""
     square = (walk.pos[src] - walk.pos[dst]).square().sum(-1)
     multiplicity = (square <= walk.sigma[dst].square()).double()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from ..inference import steps
 from ..inference.costs import MINISET_CELLS, WHOLE_CELL
 from ..supervision import SlideTarget, build_target, gate_target, target_graph
 from ..supervision import collate as collate_targets
+from ..supervision.held import HeldWalk
 from ..supervision.losses import Source
+from ..supervision.walk import WalkTarget
 
 SLIDE_STEPS = 100
 """Steps per epoch on whole slides, where none are asked for."""
@@ -148,10 +151,16 @@ def build_batch(
             graph = steps.candidate_graph(slide.h, config)
     rows = HeldRows(graph, slide.h) if shared else None
     multiscale = config.train.lambda_multiscale > 0
-    target = build_target(slide.pos, seed=seed, mode=mode, multiscale=multiscale)
+    build = partial(build_target, slide.pos, seed=seed, mode=mode, multiscale=multiscale)
+    target = build(held=shared)
     weights = {s: w for s, w in enumerate(config.train.gate_target_weights, start=1) if w > 0}
     own = None if rows is None else rows.own
-    walks = [gate_target(graph, target.walk, step, own) for step in weights]
+    reference = target.walk
+    if isinstance(reference, HeldWalk) and not (reference.sampled and set(weights) == {1}):
+        reference = build().walk  # powers are made of all rows
+    walks = [gate_target(graph, reference, step, own) for step in weights]
+    if shared:
+        target = target.held(config.train.stress_pairs)
     graph, walk = graph if rows is None else rows.graph, walks[0]
     if len(walks) > 1:
         mixed = [w * own for w, own in zip(weights.values(), walks, strict=True)]
@@ -306,17 +315,17 @@ class MinisetPool:
             for one, batch in zip(numbers, _side_by_side(self._build, numbers, cells), strict=True):
                 self._kept[one] = batch.to(self.device)
                 self._kept[one].stays = True
-                self._keep_powers(self._kept[one].target)
+                self._keep_powers(self._kept[one].target.walk)
         if number in self._kept:
             return self._kept[number]
         return self._build(number, self._cells(number)).to(self.device)
 
-    def _keep_powers(self, target: SlideTarget) -> None:
+    def _keep_powers(self, walk: WalkTarget | HeldWalk) -> None:
         """Keep the powers of the reference walk, which every step compares with, if they fit."""
-        needed = target.walk.steps * len(target.pos) ** 2
-        if needed <= self._room:
+        needed = walk.steps * len(walk.pos) ** 2
+        if needed <= self._room and isinstance(walk, WalkTarget):
             self._room -= needed
-            target.walk.cache_reference()
+            walk.cache_reference()
 
     def _cells(self, number: int) -> EmbeddedSlide:
         which, rows = self.sets[number]

@@ -13,6 +13,7 @@ from ..distributed import apart
 from ..errors import UserError
 from ..inference.modules import build_gate_and_model
 from ..progress import stage
+from ..supervision.walk import WalkTarget
 from .batches import EmbeddedSlide, Share, build_batch
 from .loop import KeptLoop, TrainingLoop
 from .model import RecordedSteps, Trained
@@ -46,6 +47,7 @@ def load_kernels(config: RunConfig, width: int, device: torch.device) -> None:
             initial = pos.float() if config.model.init == "atlas" else None
             batch = build_batch(EmbeddedSlide("", h, pos, initial), config, settings.seed)
             batch = batch.to(device)
+            assert isinstance(batch.target.walk, WalkTarget)
             batch.target.walk.cache_reference()
             steps(Share([batch], [range(1)], n, 1), [[settings.seed]], settings.epochs)
 
