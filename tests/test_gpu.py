@@ -147,7 +147,7 @@ def test_large_graphs_run_in_another_order_and_come_back(saving):
         grads = torch.autograd.grad((pos * weigh).sum(), [*given, *model.parameters()])
         results.append([pos.detach(), *grads])
     # The gauge makes the gradient of the first positions' bias a sum that cancels to nothing.
-    floor = 1e-3 * max(float(plain.norm()) for plain in results[0])
+    floor = 5e-3 * max(float(plain.norm()) for plain in results[0])
     for plain, ordered in zip(*results, strict=True):
         assert float((plain - ordered).norm()) <= 5e-4 * max(float(plain.norm()), floor)
 
@@ -268,8 +268,8 @@ def test_losses_and_gradients_of_a_step_agree_with_the_host():
     from ipar_sparse.train.model import Trained, losses_of
 
     pos, h = sheet(300, 16, device="cpu")
-    # terms over random pairs stay out: each device draws pairs of its own
-    drawn = ("train.lambda_rep=0", "train.lambda_long=0")
+    # what is drawn stays out: each device draws numbers of its own
+    drawn = ("train.lambda_rep=0", "train.lambda_long=0", "model.init_std=0")
     config = small_config(*STILL, *drawn, "train.lambda_gram=1", "graph.k=20")
     batch = build_batch(EmbeddedSlide("a", h, pos.double()), config, seed=0)
     found = []

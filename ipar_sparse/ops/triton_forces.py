@@ -108,7 +108,8 @@ def _forces_kernel(
     cell = place + first
     x0 = tl.load(x_ptr + 2 * cell, mask=real, other=0.0)
     x1 = tl.load(x_ptr + 2 * cell + 1, mask=real, other=0.0)
-    reach = tl.load(reach_ptr + cell, mask=real, other=0.0)
+    # The farthest near cell lies at the reach, and squares round otherwise here than in torch.
+    reach = tl.load(reach_ptr + cell, mask=real, other=0.0) * 1.000001
 
     slot = tl.arange(0, NEAR_PADDED)[None, :]
     mask = real[:, None] & (slot < NEAR)
