@@ -31,12 +31,14 @@ _SIGN = """{{
     set.ne.{0}x2.{0}x2 $0, $1, z; or.b32 $0, $0, sign;
 }}"""
 """Two halves an instruction, where Triton's comparisons and selections take four for each."""
+_HOLD = "mov.b32 $0, $1;"
+"""Nothing; but a product takes what went through it from registers, which spares shared memory."""
 
 
 def fits(h: Tensor, w0: Tensor, w1: Tensor) -> bool:
     """Whether these kernels take the shapes and dtypes."""
     narrow = w0.size(0) <= 64 and w1.size(0) <= 64
-    return h.dtype != torch.float32 and h.size(1) in (16, 32, 64, 128) and narrow
+    return h.dtype != torch.float32 and h.size(1) in (32, 64, 128) and narrow
 
 
 @dataclass
@@ -54,13 +56,17 @@ class HalfGate:
     weights: tuple[Tensor, ...]
 
     def __post_init__(self):
-        w0, b0, w1 = self.weights[:3]
+        w0, b0, w1, b1 = self.weights[:4]
         d, m = self.h.size(1), w0.size(0)
         low = self.h.dtype
         # own, other, gap, product: each (m, d)
         self.first = w0.view(m, 4, d).transpose(0, 1).to(low).contiguous()
         self.second = w1.to(low).contiguous()
         self.bias = b0.to(low)
+        # The second layer's bias as halves whose sum is exact, to be added by a product.
+        self.biases = torch.zeros(16, w1.size(0), dtype=low, device=w0.device)
+        for row in self.biases[:3]:
+            row.copy_(b1 - self.biases.float().sum(0))
         self.shape = {"D": d, "M": m, "M2": w1.size(0)}
         # Edges of a node that go together, and how many such pieces a row of the table has.
         self.piece = 128 if self.graph.k > 64 else 64
@@ -69,7 +75,9 @@ class HalfGate:
         half = "bf16" if low == torch.bfloat16 else "f16"
         # Neither Triton's interpreter nor chips before Hopper take the assembly.
         plain = not _chip(self.h.device)["hopper"]
-        self.step, self.sign = ("" if plain else code.format(half) for code in (_STEP, _SIGN))
+        self.step, self.sign, self.hold = (
+            "" if plain else code.format(half) for code in (_STEP, _SIGN, _HOLD)
+        )
 
     def own(self, block: int) -> Tensor:
         """The centre's own product and the bias (n, m): of destinations (0) or sources (1)."""
@@ -77,11 +85,12 @@ class HalfGate:
 
     def forward(self) -> Tensor:
         """Logits (n, k, outputs), in the weights' dtype."""
-        graph, (w0, _, _, b1, w2, b2) = self.graph, self.weights
+        graph, (w0, _, _, _, w2, b2) = self.graph, self.weights
         logits = torch.empty(
             graph.num_nodes, graph.k, w2.size(0), dtype=w0.dtype, device=self.h.device
         )
         tile, programs = _tile("forward", self.h.device)
+        tile["BLOCK"] = min(tile["BLOCK"], self.piece)
         tiles = graph.num_nodes * triton.cdiv(graph.k, tile["BLOCK"])
         programs = min(tiles, programs)
         _forward_kernel[(programs,)](
@@ -90,7 +99,7 @@ class HalfGate:
             graph.index,
             self.first,
             self.second,
-            b1,
+            self.biases,
             w2.contiguous(),
             b2,
             logits,
@@ -100,6 +109,7 @@ class HalfGate:
             **self.shape,
             G=w2.size(0),
             PIECES=triton.cdiv(graph.k, tile["BLOCK"]),
+            HOLD=self.hold,
             **tile,
         )
         return logits
@@ -157,12 +167,13 @@ class HalfGate:
             low = torch.empty(size, m, dtype=h.dtype, device=h.device)
         if kept:
             step = count
+            sums["STAGES"] += 2  # z' is found by the list, one load later than what lies in order
         elif need_h and step == count:
             self.kept = low
         first, second = min(step * cut, first), max(min(step, second // parts), 1)
         behind = centre.new_zeros(0 if by_source else first, m2, m + 16)
         outer = centre.new_zeros(0 if by_source else second, 2 if need_h else 3, m, d)
-        _, _, w1, b1, w2 = self.weights
+        _, _, w1, _, w2 = self.weights
         back, own = (w2.T * w1).to(h.dtype), self.own(int(by_source))
         edges, task = (graph.index, None) if plan is None else (plan.edge, plan.task)
         fixed = {"PIECE": piece, "PIECES": self.pieces, "BY_SOURCE": by_source, "D": d, "M": m}
@@ -177,7 +188,7 @@ class HalfGate:
                     task,
                     self.first,
                     self.second,
-                    b1,
+                    self.biases,
                     back,
                     d_logits,
                     low,
@@ -189,6 +200,7 @@ class HalfGate:
                     first,
                     M2=m2,
                     STEP=self.step,
+                    HOLD=self.hold,
                     **fixed,
                     **layers,
                 )
@@ -223,7 +235,7 @@ class HalfGate:
 
 _TILES = {
     "forward": {"BLOCK": 64, "STAGES": 5, "num_warps": 4, "share": 2},
-    "layers": {"BLOCK": 64, "STAGES": 5, "num_warps": 4, "share": 2},
+    "layers": {"BLOCK": 64, "STAGES": 3, "num_warps": 4, "share": 2},
     "source layers": {"BLOCK": 64, "STAGES": 7, "num_warps": 4, "share": 2},
     "sums": {"DB": 64, "STAGES": 5, "num_warps": 4, "share": 2},
     "source sums": {"DB": 64, "STAGES": 5, "num_warps": 4, "share": 2},
@@ -291,6 +303,13 @@ def _ends(
 
 
 @triton.jit
+def _hold(x, CODE: tl.constexpr):
+    if CODE == "":
+        return x
+    return tl.inline_asm_elementwise(CODE, "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
 def _step(x, CODE: tl.constexpr):
     """1 where a half is positive, else 0; without assembly in Triton's interpreter."""
     if CODE == "":
@@ -307,10 +326,21 @@ def _sign(x, CODE: tl.constexpr):
 
 
 @triton.jit
-def _first_layer(other, centre, other_w, gap_w, product_w):
-    """The first layer's sums without the centre's own: (edges, M) from rows (edges, D)."""
+def _weights(first_ptr, start, OTHER: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+    """The first layer's weights of half of the columns: for other ends, gaps and products."""
+    at = first_ptr + start + tl.arange(0, M)[:, None] * D + tl.arange(0, D // 2)[None, :]
+    return tl.load(at + OTHER * D * M), tl.load(at + 2 * D * M), tl.load(at + 3 * D * M)
+
+
+@triton.jit
+def _first_layer(low, other, centre, weights, HOLD: tl.constexpr):
+    """Adds half of the columns of rows (edges, D / 2) to the first layer's sums (edges, M).
+
+    By halves, because gaps wait for their product in registers.
+    """
+    other_w, gap_w, product_w = weights
     mixed = tl.fma(product_w, tl.broadcast_to(centre[None, :], product_w.shape), other_w)
-    low = tl.dot(other, tl.trans(mixed))
+    low = tl.dot(_hold(other, HOLD), tl.trans(mixed), acc=low)
     return tl.dot(tl.abs(centre[None, :] - other), tl.trans(gap_w), acc=low)
 
 
@@ -321,7 +351,7 @@ def _forward_kernel(
     table_ptr,
     first_ptr,
     second_ptr,
-    b1_ptr,
+    bias_ptr,
     w2_ptr,
     b2_ptr,
     logits_ptr,
@@ -335,32 +365,41 @@ def _forward_kernel(
     PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    HOLD: tl.constexpr,
 ):
-    inner = tl.arange(0, D)
+    HALF: tl.constexpr = D // 2
+    inner = tl.arange(0, HALF)
     cols = tl.arange(0, M)
     cols2 = tl.arange(0, M2)
-    block = cols[:, None] * D + inner[None, :]
-    other_w = tl.load(first_ptr + D * M + block)
-    gap_w = tl.load(first_ptr + 2 * D * M + block)
-    product_w = tl.load(first_ptr + 3 * D * M + block)
+    left_w = _weights(first_ptr, 0, 1, D, M)
+    right_w = _weights(first_ptr, HALF, 1, D, M)
     second_w = tl.load(second_ptr + cols2[:, None] * M + cols[None, :])
-    b1 = tl.load(b1_ptr + cols2).to(tl.float32)
+    tens = tl.arange(0, 16)[:, None]
+    ones = tl.full([BLOCK, 16], 1.0, h_ptr.dtype.element_ty)
+    bias = tl.load(bias_ptr + tens * M2 + cols2[None, :])
+    last_w, last_b = tl.load(w2_ptr + cols2), tl.load(b2_ptr)
     for tile in tl.range(tl.program_id(0), tiles, programs, num_stages=STAGES):
         node = tile // PIECES
         slot = tile % PIECES * BLOCK + tl.arange(0, BLOCK)
         row = tl.full([], 0, tl.int64) + node
         source = tl.load(table_ptr + row * K + tl.minimum(slot, K - 1))
         source = tl.where(source < 0, node, source).to(tl.int64)
-        other = tl.load(h_ptr + source[:, None] * D + inner[None, :])
-        centre = tl.load(h_ptr + row * D + inner)
-        own = tl.load(own_ptr + row * M + cols).to(tl.float32)
-        low = _first_layer(other, centre, other_w, gap_w, product_w) + own[None, :]
-        active = tl.maximum(low, 0.0).to(other.dtype)
-        high = tl.maximum(tl.dot(active, tl.trans(second_w)) + b1[None, :], 0.0)
+        there = h_ptr + source[:, None] * D + inner[None, :]
+        left, right = tl.load(there), tl.load(there + HALF)
+        here = h_ptr + row * D + inner
+        own = own_ptr + (row + tens) * M + cols[None, :]
+        own = tl.load(own, mask=tens == 0, other=0.0)
+        low = tl.dot(ones, own)
+        low = _first_layer(low, left, tl.load(here), left_w, HOLD)
+        low = _first_layer(low, right, tl.load(here + HALF), right_w, HOLD)
+        active = tl.maximum(low, 0.0).to(left.dtype)
+        high = tl.maximum(tl.dot(active, tl.trans(second_w), acc=tl.dot(ones, bias)), 0.0)
         at = logits_ptr + (row * K + slot) * G
         for g in tl.static_range(G):
-            w2 = tl.load(w2_ptr + g * M2 + cols2).to(tl.float32)
-            logit = tl.sum(high * w2[None, :], 1) + tl.load(b2_ptr + g).to(tl.float32)
+            w2, b2 = last_w, last_b
+            if g > 0:
+                w2, b2 = tl.load(w2_ptr + g * M2 + cols2), tl.load(b2_ptr + g)
+            logit = tl.sum(high * w2.to(tl.float32)[None, :], 1) + b2.to(tl.float32)
             tl.store(at + g, logit.to(logits_ptr.dtype.element_ty), mask=slot < K)
 
 
@@ -372,7 +411,7 @@ def _layers_kernel(
     task_ptr,
     first_ptr,
     second_ptr,
-    b1_ptr,
+    bias_ptr,
     back_ptr,
     d_logits_ptr,
     low_ptr,
@@ -392,20 +431,23 @@ def _layers_kernel(
     STAGES: tl.constexpr,
     BY_SOURCE: tl.constexpr,
     STEP: tl.constexpr,
+    HOLD: tl.constexpr,
 ):
     """z' of each edge, and over all edges P and q."""
     OTHER: tl.constexpr = 0 if BY_SOURCE else 1
     SUB: tl.constexpr = PIECE // BLOCK
-    inner = tl.arange(0, D)
+    HALF: tl.constexpr = D // 2
+    inner = tl.arange(0, HALF)
     cols = tl.arange(0, M)
     cols2 = tl.arange(0, M2)
     slots = tl.arange(0, BLOCK)
-    block = cols[:, None] * D + inner[None, :]
-    other_w = tl.load(first_ptr + OTHER * D * M + block)
-    gap_w = tl.load(first_ptr + 2 * D * M + block)
-    product_w = tl.load(first_ptr + 3 * D * M + block)
+    left_w = _weights(first_ptr, 0, OTHER, D, M)
+    right_w = _weights(first_ptr, HALF, OTHER, D, M)
     second = cols2[:, None] * M + cols[None, :]
     second_w = tl.load(second_ptr + second)
+    tens = tl.arange(0, 16)[:, None]
+    ones = tl.full([BLOCK, 16], 1.0, h_ptr.dtype.element_ty)
+    bias = tl.load(bias_ptr + tens * M2 + cols2[None, :])
     back_w = tl.load(back_ptr + second)
     if not BY_SOURCE:
         behind = behind_ptr + tl.program_id(0) * (M2 * (M + 16)) + cols2[:, None] * (M + 16)
@@ -413,7 +455,6 @@ def _layers_kernel(
         behind += cols[None, :]
         d_second = tl.load(behind)
         d_b1 = tl.load(behind_q)
-        ones = tl.full([BLOCK, 16], 1.0, gap_w.dtype)
     for tile in tl.range(tl.program_id(0), tiles, programs, num_stages=STAGES):
         piece, offset = base + tile // SUB, tile % SUB * BLOCK
         node, place, edge, neighbor, real = _ends(
@@ -429,20 +470,23 @@ def _layers_kernel(
             PIECES,
             BY_SOURCE,
         )
-        other = tl.load(h_ptr + neighbor[:, None] * D + inner[None, :])
-        centre = tl.load(h_ptr + node * D + inner)
-        own = tl.load(own_ptr + node * M + cols).to(tl.float32)
+        there = h_ptr + neighbor[:, None] * D + inner[None, :]
+        left, right = tl.load(there), tl.load(there + HALF)
+        here = h_ptr + node * D + inner
+        own = own_ptr + (node + tens) * M + cols[None, :]
+        own = tl.load(own, mask=tens == 0, other=0.0)
         d_logit = tl.where(real, tl.load(d_logits_ptr + edge), 0.0)
-        low = _first_layer(other, centre, other_w, gap_w, product_w) + own[None, :]
-        active = tl.maximum(low, 0.0).to(other.dtype)
-        high = tl.dot(active, tl.trans(second_w))
-        high += tl.load(b1_ptr + cols2).to(tl.float32)[None, :]
-        s = _step(high.to(other.dtype), STEP) * d_logit.to(other.dtype)[:, None]
+        low = tl.dot(ones, own)
+        low = _first_layer(low, left, tl.load(here), left_w, HOLD)
+        low = _first_layer(low, right, tl.load(here + HALF), right_w, HOLD)
+        active = tl.maximum(low, 0.0).to(left.dtype)
+        high = tl.dot(active, tl.trans(second_w), acc=tl.dot(ones, bias))
+        s = _step(high.to(left.dtype), STEP) * d_logit.to(left.dtype)[:, None]
         if not BY_SOURCE:
             d_second = tl.dot(tl.trans(s), active, acc=d_second)
             # Added apart: sums of a product in flight would make all products wait.
             d_b1 += tl.dot(tl.trans(s), ones)
-        d_low = tl.dot(s, back_w).to(other.dtype) * _step(active, STEP)
+        d_low = tl.dot(s, back_w).to(left.dtype) * _step(active, STEP)
         if BY_SOURCE:
             at = tile * BLOCK + slots
         else:
@@ -490,7 +534,7 @@ def _sums_kernel(
     cols = tl.arange(0, M)
     slots = tl.arange(0, PIECE)
     first_col = tl.arange(0, 16) == 0
-    block = cols[:, None] * D + inner[None, :]
+    block = inner[:, None] + cols[None, :] * D
     ones = tl.full([PIECE, 16], 1.0, low_ptr.dtype.element_ty)
     if NEED_H:
         gap_w = tl.load(first_ptr + 2 * D * M + block)
@@ -515,26 +559,26 @@ def _sums_kernel(
         else:
             at = (piece // PIECES - base // PIECES) * K + place
         at = low_ptr + at.to(tl.int64)[:, None] * M + cols[None, :]
-        low = tl.trans(tl.load(at, mask=real[:, None], other=0.0))
+        low = tl.load(at, mask=real[:, None], other=0.0)
         if BY_SOURCE:
             part_row = tl.load(task_ptr + piece * 4 + 3).to(tl.int64)
             to = tl.where(part_row < 0, centre_ptr + node * WIDTH, partial_ptr + part_row * WIDTH)
         else:
             to = centre_ptr + (tl.full([], 0, tl.int64) + piece) * WIDTH
-        own = tl.dot(low, ones)
+        own = tl.dot(tl.trans(low), ones)
         column = cols[:, None] + tl.arange(0, 16)[None, :]
         tl.store(to + column, own, mask=first_col[None, :] & (part == 0))
-        mixed = tl.dot(low, other)
+        mixed = tl.dot(tl.trans(other), low)
         away = centre[None, :] - other
         if not BY_SOURCE:
-            d_product += mixed * centre[None, :].to(tl.float32)
+            d_product += mixed * centre[:, None].to(tl.float32)
             if not NEED_H:
                 d_other += mixed
-            d_gap = tl.dot(low, tl.abs(away), acc=d_gap)
+            d_gap = tl.dot(tl.trans(tl.abs(away)), low, acc=d_gap)
         if NEED_H:
             sign = _sign(away, SIGN)
-            turned = tl.dot(low, sign) * gap_w.to(tl.float32)
-            tl.store(to + M + inner, tl.sum(mixed * product_w.to(tl.float32) + turned, 0))
+            turned = tl.dot(tl.trans(sign), low) * gap_w.to(tl.float32)
+            tl.store(to + M + inner, tl.sum(mixed * product_w.to(tl.float32) + turned, 1))
     if not BY_SOURCE:
         tl.store(outer, d_gap)
         tl.store(outer + D * M, d_product)
