@@ -120,7 +120,8 @@ def test_bfloat16_converges_as_float32_does():
 
 @pytest.mark.parametrize("saving", [False, True])
 def test_large_graphs_run_in_another_order_and_come_back(saving):
-    n = REORDER_FROM
+    n = 100_000  # of fewer, gradients are smaller beside the rounding of a sum that cancels
+    assert n >= REORDER_FROM
     _, h = sheet(n, 16)
     index = knn(h, 12).index
     bias = torch.randn(n * 12, device="cuda")

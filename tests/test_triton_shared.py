@@ -27,9 +27,7 @@ SIZES = [(1, 1), (37, 12)] if INTERPRETED else [(1, 1), (200, 16), (1000, 100)]
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
     monkeypatch.setattr(triton_shared, "_FROM", 0)
-    for name in ("_DESTINATIONS", "_SOURCES"):
-        shape = (16, 16) if INTERPRETED else getattr(triton_shared, name)[:2]
-        monkeypatch.setattr(triton_shared, name, (*shape, 0.0))
+    monkeypatch.setattr(triton_shared, "_DENSITY", 0.0)
     if INTERPRETED:
         _multiply_bfloat16(monkeypatch)
 
@@ -106,6 +104,6 @@ def test_only_graphs_in_local_order_are_cut_into_tiles(monkeypatch):
     compare_attention(table, 4, 32, "shared", HALF)
     assert "tiles" not in table._cache
     local = reorder(table, torch.randn(table.num_nodes, 4, device=DEVICE))[0]
-    monkeypatch.setattr(triton_shared, "_DESTINATIONS", (16, 16, 1.1))
+    monkeypatch.setattr(triton_shared, "_DENSITY", 1.1)
     compare_attention(local, 4, 32, "shared", HALF)
     assert local._cache["tiles"] is None

@@ -23,13 +23,12 @@ from .tiles import NO_EDGE, Tiles, destination_tiles, source_tiles
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Sums of weights within which the first pass, without a running maximum, has kept all digits.
 _LEAST, _MOST = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)
-# Rows of a group, columns of a tile, and the share of entries that are edges below which rows are
-# gathered faster; how passes are launched (measured, docs/kernels.md).
-_DESTINATIONS = (16, 32, 0.1)
-_SOURCES = (32, 16, 0.075)
-_FORWARD = _BACKWARD_DST = {"num_warps": 1, "num_stages": 2}
-_BACKWARD_SRC = {"num_warps": 2, "num_stages": 2}
+# Measured, docs/kernels.md: one warp takes a group, so that no barriers make warps wait.
+_GROUP, _WIDTH = 16, 16
+_DENSITY = 0.09  # of edges in the tiles; below it rows are gathered faster
 _FROM = 20_000  # nodes; fewer groups leave multiprocessors idle
+_FORWARD = _BACKWARD_SRC = {"num_warps": 1, "num_stages": 2}
+_BACKWARD_DST = {"num_warps": 1, "num_stages": 3}
 
 
 def find_tiles(q: Tensor, graph: NeighborTable, edge: Tensor | None) -> None:
@@ -38,9 +37,10 @@ def find_tiles(q: Tensor, graph: NeighborTable, edge: Tensor | None) -> None:
     ``edge`` are its edges sorted by source, where the pass over sources is needed.
     """
     if _takes(q, graph):
-        graph._cached("tiles", lambda: destination_tiles(graph, *_DESTINATIONS))
+        shape = _GROUP, _WIDTH, _DENSITY
+        graph._cached("tiles", lambda: destination_tiles(graph, *shape))
         if edge is not None:
-            graph._cached("source_tiles", lambda: source_tiles(graph, edge, *_SOURCES))
+            graph._cached("source_tiles", lambda: source_tiles(graph, edge, *shape))
 
 
 def tiles_of(q: Tensor, graph: NeighborTable, name: str = "tiles") -> Tiles | None:
