@@ -29,7 +29,8 @@ _DENSER = 2.5  # genes of large variance hold so many times more values than oth
 _USED = 24  # a stored value of the genes that are used, while it is normalised and weighted
 _TABLE = 1 << 26  # expression values of a training slide that are kept dense
 _CELL = 8_500  # a cell of the slide that is worked on: searches, embeddings, layouts
-_DEVICE_CELL = 5_500  # the same on a GPU, in a prediction: inference in docs/kernels.md
+_DEVICE_CELL = 6_400  # the same on a GPU, in a prediction: 18.0 GiB for 3 million cells
+_DEVICE_PREDICTION, _DEVICE_TRAINING = 0.6e9, 1.8e9  # blocks of fixed size on a GPU
 _KEPT_CELL = 1_400  # a cell of every other slide: embedding, positions, names
 _MINISET_CELL = 20_000  # a cell of a miniset that is kept
 MINISET_CELLS = 500_000
@@ -76,7 +77,7 @@ def prediction_cost(sizes: Sequence[Size], config: RunConfig, on_gpu: bool = Fal
     host = _START + _expression(sizes, config, dense=False)
     host += sum(_KEPT_CELL * size.cells for size in sizes)
     if on_gpu:
-        return Cost(host, _DEVICE_CELL * _width(config) * largest)
+        return Cost(host, _DEVICE_PREDICTION + _DEVICE_CELL * _width(config) * largest)
     work = _CELL * _width(config) * largest + _BLOCK_CELL * min(largest, _BLOCK_CELLS)
     return Cost(host + work)
 
@@ -111,7 +112,7 @@ def training_cost(
         step /= ranks() if largest > SHARED_CELLS else 1
         work += _width(config) * sum(WHOLE_CELL * size.cells for size in sizes)
         work += _width(config) * step * largest
-    return Cost(host, work) if on_gpu else Cost(host + work)
+    return Cost(host, _DEVICE_TRAINING + work) if on_gpu else Cost(host + work)
 
 
 def choose_batch_kind(
