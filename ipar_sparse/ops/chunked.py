@@ -8,10 +8,10 @@ Small graphs have shortcuts on the host, where memory is no concern. Where a nod
 quarter of all nodes or more, attention runs on all pairs. The gate's features are symmetric, so
 that a pair that is an edge in both directions is computed once, and its hidden layers are kept.
 
-Else attention is made of two primitives: a product sampled at the edges (``_sddmm``) and a product
-of the edge matrix with node rows (``_spmm``). On CPU they are torch's sparse CSR kernels, which
-read neighbours in place. At k = 100 and 32 channels they are ten times faster than a gather and a
-batched product.
+Else attention is made of two primitives: a product sampled at the edges (``_sddmm``) and a sum of
+node rows weighted by the edges (``_spmm``). On CPU they are torch's sampled product and its
+embedding bag, which read neighbours in place. Weights and slopes of the edges, found by
+destination, serve the reverse lists too.
 """
 
 import math
@@ -22,8 +22,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
 
 from ..graph import NeighborTable
+from .linear import product
 from .reference import accumulate_dtype
 from .selective_checkpoint import saved_or
 
@@ -31,7 +33,8 @@ BLOCK_VALUES = 1 << 24  # edge values of a block of attention: 64 MiB in float32
 _GATHER_VALUES = 1 << 25  # gathered node values of a block on CUDA
 _DENSE_NODES = 4  # times k: a graph of at most so many nodes runs on all pairs
 _KEPT_EDGES = 1 << 17  # edges of a gate whose hidden layers are kept: 64 MiB
-GATE_EDGES = 1 << 12  # edges of a block of the gate: its (edges, 2d) features fit the caches
+GATE_EDGES = 1 << 11  # edges of a block of the gate: its (edges, 2d) features fit the caches
+behind_relu = torch.ops.aten.threshold_backward
 
 
 def edge_attention(
@@ -103,16 +106,12 @@ class _Attention(torch.autograd.Function):
         if _is_dense(graph):
             weight, lse = _dense_softmax(_dense_bias(bias, graph, query), query, key)
             return torch.bmm(weight, value), lse
-        rowptr, col = graph.rowptr, graph.index.flatten().long()
         total = query.new_empty(*query.shape[:2], value.size(-1))
         lse = query.new_empty(query.shape[:2])
-        for rows, edges in _blocks(rowptr, q.size(1), query.size(-1)):
-            start = rowptr[rows.start : rows.stop + 1] - edges.start
-            logits = _sddmm(query[:, rows], key, start, col[edges], _bias(bias, edges, query))
-            logits = logits.view(q.size(1), rows.stop - rows.start, graph.k)
-            lse[:, rows] = logits.logsumexp(dim=-1)
-            weight = (logits - _finite(lse[:, rows]).unsqueeze(-1)).exp().flatten(1)
-            total[:, rows] = _spmm(weight, start, col[edges], value)
+        for rows, edges, start, column in _row_blocks(graph, q.size(1), query.size(-1)):
+            logits = _sddmm(query[:, rows], key, start, column, _bias(bias, edges, query))
+            weight, lse[:, rows] = _softmax(logits.unflatten(1, (-1, graph.k)))
+            total[:, rows] = _spmm(weight.flatten(1), start, column, value)
         return total, lse
 
     @staticmethod
@@ -131,30 +130,21 @@ class _Attention(torch.autograd.Function):
             [_heads_first(d_out, dtype), _heads_first(d_displacement, dtype)], dim=-1
         )
         nonempty = torch.isfinite(lse)
-        # Constants of a row are one more channel, so that a sampled product gives
-        # log-probabilities and logit gradients at once. The x_i part of a displacement is such a
-        # constant and cancels in the softmax gradient.
+        # The x_i part of a displacement is a constant of its row, and cancels in the softmax
+        # gradient.
         offset = d_lse.T.to(dtype).masked_fill(~nonempty, 0) - (d_total * total).sum(-1)
-        query = torch.cat([_heads_first(q, dtype) * scale, -_finite(lse).unsqueeze(-1)], dim=-1)
-        key = torch.cat([_heads_first(k, dtype), total.new_ones(heads, k.size(0), 1)], dim=-1)
-        d_total = torch.cat([d_total, offset.unsqueeze(-1)], dim=-1)
-        value = torch.cat(
-            [
-                _heads_first(v, dtype),
-                _per_head(x_src, heads, dtype),
-                total.new_ones(heads, v.size(0), 1),
-            ],
-            dim=-1,
-        )
-        d_query, d_bias = torch.empty_like(total[..., :channels]), None
+        query, key = _heads_first(q, dtype) * scale, _heads_first(k, dtype)
+        value = torch.cat([_heads_first(v, dtype), _per_head(x_src, heads, dtype)], dim=-1)
+        d_query, d_bias = torch.empty_like(query), None
         if ctx.needs_input_grad[5]:
             d_bias = torch.empty(bias.shape, dtype=dtype, device=bias.device)
         if _is_dense(graph):
             weight, _ = _dense_softmax(_dense_bias(bias, graph, query), query, key)
-            d_value = torch.bmm(weight.transpose(1, 2), d_total[..., :-1])
-            slope = weight.mul_(torch.bmm(d_total, value.transpose(1, 2)))
-            d_query = torch.bmm(slope, key[..., :channels]).mul_(scale)
-            d_key = torch.bmm(slope.transpose(1, 2), query[..., :-1])
+            d_value = torch.bmm(weight.transpose(1, 2), d_total)
+            slope = torch.baddbmm(offset.unsqueeze(-1), d_total, value.transpose(1, 2))
+            slope = slope.mul_(weight)
+            d_query = torch.bmm(slope, key).mul_(scale)
+            d_key = torch.bmm(slope.transpose(1, 2), query)
             if d_bias is not None:
                 index = graph.index.long()
                 if bias.dim() == 1:
@@ -162,25 +152,24 @@ class _Attention(torch.autograd.Function):
                 else:
                     d_bias = slope.gather(2, index.expand(heads, -1, -1)).flatten(1).T
             return _Attention._results(saved, d_displacement, d_query, d_key, d_value, d_bias)
-        rowptr, col = graph.rowptr, graph.index.flatten().long()
-        for rows, edges in _blocks(rowptr, heads, value.size(-1)):
-            start, column = rowptr[rows.start : rows.stop + 1] - edges.start, col[edges]
-            weight = _sddmm(query[:, rows], key, start, column, _bias(bias, edges, query)).exp_()
-            slope = weight.mul_(_sddmm(d_total[:, rows], value, start, column, None))
-            d_query[:, rows] = _spmm(slope, start, column, key[..., :channels])
+        weight, slope = query.new_empty(2, heads, graph.num_edges)
+        for rows, edges, start, column in _row_blocks(graph, heads, value.size(-1)):
+            logits = _sddmm(query[:, rows], key, start, column, _bias(bias, edges, query))
+            part = _softmax(logits.unflatten(1, (-1, graph.k)))[0].flatten(1)
+            constant = offset[:, rows].repeat_interleave(graph.k, 1)
+            change = _sddmm(d_total[:, rows], value, start, column, constant).mul_(part)
+            d_query[:, rows] = _spmm(change, start, column, key)
             if d_bias is not None:
-                d_bias[edges] = slope.sum(0) if bias.dim() == 1 else slope.T
+                d_bias[edges] = change.sum(0) if bias.dim() == 1 else change.T
+            weight[:, edges], slope[:, edges] = part, change
         d_query *= scale
 
-        d_key, d_value = torch.empty_like(key[..., :channels]), torch.empty_like(value[..., :-1])
+        d_key, d_value = torch.empty_like(key), torch.empty_like(value)
         rowptr, edge, dst = graph.reverse()
         for rows, edges in _blocks(rowptr, heads, value.size(-1)):
-            start, column = rowptr[rows.start : rows.stop + 1] - edges.start, dst[edges]
-            own = _bias(bias, edge[edges], query)
-            weight = _sddmm(key[:, rows], query, start, column, own).exp_()
-            d_value[:, rows] = _spmm(weight, start, column, d_total[..., :-1])
-            slope = weight.mul_(_sddmm(value[:, rows], d_total, start, column, None))
-            d_key[:, rows] = _spmm(slope, start, column, query[..., :-1])
+            start, own = rowptr[rows.start : rows.stop + 1] - edges.start, edge[edges]
+            d_value[:, rows] = _spmm(weight, start, dst[edges], d_total, own)
+            d_key[:, rows] = _spmm(slope, start, dst[edges], query, own)
 
         return _Attention._results(saved, d_displacement, d_query, d_key, d_value, d_bias)
 
@@ -234,15 +223,15 @@ class _Gate(torch.autograd.Function):
             grad = d_logits[rows].reshape(-1, w2.size(0))
             features, low, hidden = _gate_hidden(h, first, own, other, w1, b1, source, to)
             d_w2.addmm_(grad.T, hidden)
-            d_hidden = (grad @ w2).mul_(hidden > 0)
-            d_w1.addmm_(d_hidden.T, low)
+            d_hidden = behind_relu(grad @ w2, hidden, 0)
+            d_w1 += product(d_hidden.T, low.T)
             d_b1 += d_hidden.sum(0)
-            d_low = (d_hidden @ w1).mul_(low > 0)
-            d_first.addmm_(d_low.T, features)
+            d_low = behind_relu(product(d_hidden, w1.T), low, 0)
+            d_first += product(d_low.T, features.T)
             _add_rows(d_own, to, d_low.view(-1, k, d_low.size(1)).sum(1))
             d_other.index_add_(0, source.flatten(), d_low)
             if d_h is not None:
-                d_gap, d_product = (d_low @ first).view(-1, k, 2 * d).split(d, dim=-1)
+                d_gap, d_product = product(d_low, first.T).view(-1, k, 2 * d).split(d, dim=-1)
                 left, right = h[to].unsqueeze(1), h[source]
                 d_gap = d_gap * (left - right).sign()
                 _add_rows(d_h, to, torch.addcmul(d_gap, d_product, right).sum(1))
@@ -264,11 +253,11 @@ class _PairGate(torch.autograd.Function):
         (src, dst), (pair, number) = graph.edge_index, graph.pairs()
         mixed = h.new_empty(pair.size(1), first.size(0))
         for part in _pair_blocks(pair):
-            torch.mm(_pair_features(h, pair[:, part]), first.T, out=mixed[part])
+            mixed[part] = product(_pair_features(h, pair[:, part]), first)
         low = mixed.index_select(0, number)
         low += other.index_select(0, src)
         low += own.index_select(0, dst)
-        hidden = torch.addmm(b1, low.relu_(), w1.T).relu_()
+        hidden = product(low.relu_(), w1, b1).relu_()
         ctx.save_for_backward(h, w0, b0, w1, w2, low, hidden)
         ctx.graph = graph
         return torch.addmm(b2, hidden, w2.T)
@@ -280,9 +269,8 @@ class _PairGate(torch.autograd.Function):
         d_logits, d = d_logits.to(h.dtype), h.size(1)
         (src, dst), (pair, number) = ctx.graph.edge_index, ctx.graph.pairs()
         first, own, other = _gate_nodes(h, w0, b0)
-        behind_relu = torch.ops.aten.threshold_backward
         d_hidden = behind_relu(d_logits @ w2, hidden, 0)
-        d_low = behind_relu(d_hidden @ w1, low, 0)
+        d_low = behind_relu(product(d_hidden, w1.T), low, 0)
         d_own = torch.zeros_like(own).index_add_(0, dst, d_low)
         d_other = torch.zeros_like(other).index_add_(0, src, d_low)
         d_pair = h.new_zeros(pair.size(1), low.size(1)).index_add_(0, number, d_low)
@@ -290,16 +278,16 @@ class _PairGate(torch.autograd.Function):
         d_h = torch.zeros_like(h) if ctx.needs_input_grad[0] else None
         for part in _pair_blocks(pair):
             left, right = (h.index_select(0, end) for end in pair[:, part])
-            d_first.addmm_(d_pair[part].T, _pair_features(h, pair[:, part]))
+            d_first += product(d_pair[part].T, _pair_features(h, pair[:, part]).T)
             if d_h is not None:
-                d_gap, d_product = (d_pair[part] @ first).split(d, dim=-1)
+                d_gap, d_product = product(d_pair[part], first.T).split(d, dim=-1)
                 d_gap = d_gap * (left - right).sign()
                 d_h.index_add_(0, pair[0, part], torch.addcmul(d_gap, d_product, right))
                 d_h.index_add_(0, pair[1, part], torch.addcmul(-d_gap, d_product, left))
         if d_h is not None:
             d_h += d_own @ w0[:, :d] + d_other @ w0[:, d : 2 * d]
         d_w0 = torch.cat([d_own.T @ h, d_other.T @ h, d_first], dim=-1)
-        d_w1, d_w2 = d_hidden.T @ low, d_logits.T @ hidden
+        d_w1, d_w2 = product(d_hidden.T, low.T), d_logits.T @ hidden
         d_b1, d_b2 = d_hidden.sum(0), d_logits.sum(0)
         return d_h, None, d_w0, d_own.sum(0), d_w1, d_b1, d_w2, d_b2
 
@@ -337,11 +325,15 @@ def _dense_bias(bias: Tensor | None, graph: NeighborTable, like: Tensor) -> Tens
 
 
 def _dense_softmax(table: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of all pairs (H, n, n) under a bias, and the log-sum-exp of its logits (H, n).
+    """Attention of all pairs (H, n, n) under a bias, and the log-sum-exp of its logits (H, n)."""
+    return _softmax(torch.baddbmm(table, query, key.transpose(1, 2)))
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of rows (H, r, k), zeros where all logits are -inf, and log-sum-exp (H, r).
 
     A softmax handles -inf and vanishing weights many times faster than an exponential does.
     """
-    logits = torch.baddbmm(table, query, key.transpose(1, 2))
     top, weight = logits.amax(-1), logits.softmax(-1)
     empty = torch.isinf(top)
     if bool(empty.any()):
@@ -369,7 +361,8 @@ def _add_rows(total: Tensor, rows: Tensor | slice, values: Tensor) -> None:
 def _gate_nodes(h, w0, b0):
     """The first layer's edge block (M, 2d) and its two per-node parts (n, M)."""
     d = h.size(1)
-    return w0[:, 2 * d :], torch.addmm(b0, h, w0[:, :d].T), h @ w0[:, d : 2 * d].T
+    own, other = product(h, w0[:, :d], b0), product(h, w0[:, d : 2 * d])
+    return w0[:, 2 * d :].contiguous(), own, other
 
 
 def _gate_hidden(h, first, own, other, w1, b1, src, dst):
@@ -380,10 +373,10 @@ def _gate_hidden(h, first, own, other, w1, b1, src, dst):
     torch.sub(left, right, out=features[..., :d]).abs_()
     torch.mul(left, right, out=features[..., d:])
     features = features.view(r * k, 2 * d)
-    low = other.index_select(0, src.flatten())
+    low = product(features, first)
+    low += other.index_select(0, src.flatten())
     low.view(r, k, -1).add_(own[dst].unsqueeze(1))
-    low = low.addmm_(features, first.T).relu_()
-    return features, low, torch.addmm(b1, low, w1.T).relu_()
+    return features, low.relu_(), product(low, w1, b1).relu_()
 
 
 def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -392,11 +385,6 @@ def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _per_head(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).unsqueeze(0).expand(heads, -1, -1)
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """Zero in place of -inf, so that -inf logits of an empty row give weight 0, not NaN."""
-    return lse.masked_fill(~torch.isfinite(lse), 0)
 
 
 def _bias(bias: Tensor | None, edges: slice | Tensor, like: Tensor) -> Tensor | None:
@@ -421,6 +409,14 @@ def _blocks(rowptr: Tensor, heads: int, channels: int) -> Iterator[tuple[slice, 
         yield slice(*rows), slice(*edges)
 
 
+def _row_blocks(graph: NeighborTable, heads: int, channels: int) -> Iterator[tuple]:
+    """Slices of rows and of their edges, and each block's row pointer and columns, in int32."""
+    column = graph.index.flatten()
+    for rows, edges in _blocks(graph.rowptr, heads, channels):
+        start = graph.rowptr[rows.start : rows.stop + 1] - edges.start
+        yield rows, edges, start.int(), column[edges]
+
+
 def _sddmm(
     rows: Tensor, columns: Tensor, rowptr: Tensor, col: Tensor, add: Tensor | None
 ) -> Tensor:
@@ -433,30 +429,28 @@ def _sddmm(
         row = torch.repeat_interleave(rowptr.diff(), output_size=e)
         out = (rows.index_select(1, row) * columns.index_select(1, col)).sum(-1)
         return out if add is None else out + add
-    start = rows.new_zeros(1, e) if add is None else add
-    out = rows.new_empty(heads, e)
-    for head in range(heads):
-        pattern = _csr(rowptr, col, start[min(head, start.size(0) - 1)].contiguous(), shape)
-        product = torch.sparse.sampled_addmm(
-            pattern, rows[head], columns[head].T, beta=0.0 if add is None else 1.0
-        )
-        out[head] = product.values()
+    out = rows.new_zeros(heads, e)
+    if add is not None:
+        out.copy_(add)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor|invariant)", UserWarning)
+        for head, values in enumerate(out):
+            place = torch.sparse_csr_tensor(rowptr, col, values, shape, check_invariants=False)
+            torch.sparse.sampled_addmm(place, rows[head], columns[head].T, out=place)
     return out
 
 
-def _spmm(values: Tensor, rowptr: Tensor, col: Tensor, nodes: Tensor) -> Tensor:
-    """Sums of node rows (H, m, D) weighted by the edge values (H, e): (H, rows, D)."""
+def _spmm(
+    values: Tensor, rowptr: Tensor, col: Tensor, nodes: Tensor, order: Tensor | None = None
+) -> Tensor:
+    """Sums of node rows (H, m, D) weighted by edge values (H, e), ``values[:, order]`` if given."""
+    own = (v if order is None else v.index_select(0, order) for v in values)
     if values.is_cuda:
-        gathered = values.unsqueeze(-1) * nodes.index_select(1, col)
+        gathered = torch.stack(list(own)).unsqueeze(-1) * nodes.index_select(1, col)
         lengths = rowptr.diff().expand(values.size(0), -1).contiguous()
         return torch.segment_reduce(gathered, "sum", lengths=lengths, axis=1, unsafe=True)
-    shape = (rowptr.numel() - 1, nodes.size(1))
-    return torch.stack(
-        [_csr(rowptr, col, value, shape) @ node for value, node in zip(values, nodes, strict=True)]
+    sums = (
+        embedding_bag(col, node, rowptr[:-1], mode="sum", per_sample_weights=value)
+        for value, node in zip(own, nodes, strict=True)
     )
-
-
-def _csr(rowptr: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse (CSR tensor|invariant)", UserWarning)
-        return torch.sparse_csr_tensor(rowptr, col, values, shape, check_invariants=False)
+    return torch.stack(list(sums))
