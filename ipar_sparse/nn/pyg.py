@@ -45,7 +45,8 @@ def _postponed() -> Iterator[None]:
             if type(sys.modules.get(name, sys)) is not ModuleType:  # not loaded yet
                 package, _, part = name.rpartition(".")
                 del sys.modules[name]
-                delattr(sys.modules[package], part)
+                if package in sys.modules:  # it is not where ctrl-C ended its import
+                    delattr(sys.modules[package], part)
 
 
 def _named(part: str) -> ModuleType:
