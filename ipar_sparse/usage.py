@@ -90,7 +90,7 @@ def has_gpu_driver() -> bool:
 
 
 def load_ahead(gpu: int | None) -> None:
-    """Loads torch's libraries and makes the context of a GPU in threads: neither needs Python.
+    """Loads torch's libraries, and prepares a GPU, in threads: that needs little of Python.
 
     Args:
         gpu: its number; None for no GPU.
@@ -108,11 +108,18 @@ def load_ahead(gpu: int | None) -> None:
             if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), gpu) == 0:
                 cuda.cuDevicePrimaryCtxRetain(ctypes.byref(made), device)
 
+    def compiler() -> None:
+        with suppress(ImportError):
+            from triton.runtime.cache import triton_key
+
+            triton_key()  # reads 400 MB, to know whether compiled kernels are those of this version
+
     if "torch" not in sys.modules and sys.platform == "linux":
         threading.Thread(target=libraries, daemon=True).start()
         if gpu is not None:
             os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch does
             threading.Thread(target=context, daemon=True).start()
+            threading.Thread(target=compiler, daemon=True).start()
 
 
 def seconds_since_start() -> float:
