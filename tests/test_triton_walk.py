@@ -10,8 +10,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from ipar_sparse.ops import triton_walk
+from ipar_sparse.ops import triton_held_walk, triton_walk
+from ipar_sparse.supervision import held
+from ipar_sparse.supervision.held import held_walk
 from ipar_sparse.supervision.losses import probe_kl, rw_kl_loss
+from ipar_sparse.supervision.neighbors import spatial_neighbors
 from ipar_sparse.supervision.targets import build_walk_target, collate_walks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -91,3 +94,42 @@ def test_true_positions_cost_nothing():
     limit = 1e-5 if INTERPRETED else 0.0  # there the reference is computed by torch
     assert abs(float(triton_walk.probe_divergence(values, walk, rows, weight))) <= limit
     assert abs(float(rw_kl_loss(walk.pos.float(), walk, PROBES))) < 1e-5
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_rows_of_one_rank_are_the_definition(number, monkeypatch):
+    monkeypatch.setattr(held, "size", lambda: 2)
+    monkeypatch.setattr(held, "rank", lambda: number)
+    true = points(N - 1)
+    walk = held_walk(true, spatial_neighbors(true, K), 5, sampled=True)
+    pos = (true + 0.1 * points(N - 1, 2)).requires_grad_()
+    values, logit, norm = held._Transition.apply(pos, walk)
+    grad = torch.randn(values.shape, generator=torch.Generator().manual_seed(3)).double()
+    (slope,) = torch.autograd.grad(values, pos, grad)
+
+    there, found = walk.to(DEVICE), pos.detach().float().to(DEVICE)
+    ours = triton_held_walk.transition(found, there)
+    back = triton_held_walk.transition_backward(found, ours[0], grad.float().to(DEVICE), there)
+    for got, want in zip((*ours, back), (values, logit, norm, slope), strict=True):
+        assert relative(got, want.detach()) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_walks_on_held_rows_are_the_definition(steps):
+    true, width = points(N), 16
+    walk = held_walk(true, spatial_neighbors(true, K), steps, sampled=True)
+    pos = (true + 0.1 * points(N, 2)).requires_grad_()
+    rows = torch.randperm(N, generator=torch.Generator().manual_seed(1))[:PROBES]
+    values, turned = walk.both_ways(pos)
+    reference = walk.reference(torch.float64)
+    total = held._Divergence.apply(values, turned, reference, walk, rows)
+    (slope,) = torch.autograd.grad(total, values)
+
+    there = walk.to(DEVICE)
+    given = [one.detach().float().to(DEVICE) for one in (values, turned, reference)]
+    for learns in (True, False):
+        ours = triton_held_walk.divergence(*given, there, rows.to(DEVICE), width, learns)
+        assert relative(ours[0], total.detach()) < 1e-4
+    assert not ours[1].any()
+    slopes = triton_held_walk.divergence(*given, there, rows.to(DEVICE), width, True)[1]
+    assert relative(slopes, slope) < 1e-4

@@ -72,7 +72,18 @@ class _Transition(torch.autograd.Function):
             for name in ("log_multiplicity", "precision")
         )
         _transition_kernel[(walk.num_nodes,)](
-            pos, walk.rowptr, _columns(walk), bias, precision, values, BLOCK=64, num_warps=1
+            pos,
+            walk.rowptr,
+            _columns(walk),
+            bias,
+            precision,
+            values,
+            0,
+            values,
+            values,
+            HELD=False,
+            BLOCK=64,
+            num_warps=1,
         )
         ctx.save_for_backward(pos, values, precision)
         ctx.walk = walk
@@ -160,13 +171,15 @@ class _ProbeDivergence(torch.autograd.Function):
                 _step_backward_kernel[(n,)](
                     order,
                     *states[s - 1],
-                    *states[s],
+                    states[s][0][:, 1],
+                    states[s][1],
                     rowptr,
                     col,
                     values,
                     d_values,
                     w[s - 1],
                     WIDTH=width,
+                    STRIDE=2 * width,
                     **grad_tile,
                 )
             _end_kernel[(len(part),)](
@@ -199,13 +212,23 @@ def _tile(floats: int) -> dict:
 
 @triton.jit
 def _transition_kernel(
-    pos_ptr, rowptr_ptr, col_ptr, bias_ptr, precision_ptr, values_ptr, BLOCK: tl.constexpr
+    pos_ptr,
+    rowptr_ptr,
+    col_ptr,
+    bias_ptr,
+    precision_ptr,
+    values_ptr,
+    first,
+    logit_ptr,
+    norm_ptr,
+    HELD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     begin = tl.load(rowptr_ptr + row)
     end = tl.load(rowptr_ptr + row + 1)
-    x0 = tl.load(pos_ptr + 2 * row)
-    x1 = tl.load(pos_ptr + 2 * row + 1)
+    x0 = tl.load(pos_ptr + 2 * (row + first))
+    x1 = tl.load(pos_ptr + 2 * (row + first) + 1)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
@@ -223,6 +246,10 @@ def _transition_kernel(
         entry = start + tl.arange(0, BLOCK)
         logit = _logit(pos_ptr, col_ptr, bias_ptr, precision_ptr, entry, entry < end, x0, x1)
         tl.store(values_ptr + entry, tl.exp(logit - highest) / norm, mask=entry < end)
+        if HELD:
+            tl.store(logit_ptr + entry, logit, mask=entry < end)
+    if HELD:
+        tl.store(norm_ptr + row, highest + tl.log(norm))
 
 
 @triton.jit
@@ -409,6 +436,7 @@ def _step_backward_kernel(
     d_values_ptr,
     weight_ptr,
     WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
     R: tl.constexpr,
     P: tl.constexpr,
 ):
@@ -428,7 +456,7 @@ def _step_backward_kernel(
             valid &= tl.load(after_reached_ptr + node, mask=valid, other=0) > 0
             value = tl.load(values_ptr + entry, mask=valid, other=0.0)
             grad = tl.load(
-                after_ptr + node[:, None] * (2 * WIDTH) + WIDTH + one[None, :],
+                after_ptr + node[:, None] * STRIDE + one[None, :],
                 mask=valid[:, None],
                 other=0.0,
             )

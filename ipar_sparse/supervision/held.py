@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..distributed import gathered_rows, rank, size, summed
+from ..ops import resolve_backend
 from ..ops.segment import segment_softmax
 from .neighbors import touching_pairs
 from .record import TensorRecord
@@ -31,11 +33,10 @@ class HeldWalk(TensorRecord):
     Args:
         pos: reference positions of all nodes (n, 2).
         sigma: distance of each to its last neighbour (n,).
-        row: rows of the held entries (e,), counted from ``start``.
-        col: their columns (e,).
+        row: rows of the held entries (e,), counted from ``start``; int32.
+        col: their columns (e,); int32.
         rowptr: first entry of each held row (m + 1,).
         once: whether only one node of a pair is a neighbour of the other (e,).
-        precision: as in :class:`~ipar_sparse.supervision.WalkTarget`, of each entry (e,).
         start: number of the first row.
         each: rows of every rank; the last have fewer.
         steps: longest walk compared.
@@ -48,7 +49,6 @@ class HeldWalk(TensorRecord):
     col: Tensor
     rowptr: Tensor
     once: Tensor
-    precision: Tensor
     start: int
     each: int
     steps: int
@@ -82,6 +82,15 @@ class HeldWalk(TensorRecord):
             self._cache[dtype] = self.both_ways(self.pos.to(dtype))[1]
         return self._cache[dtype]
 
+    def precision(self, dtype: torch.dtype) -> Tensor:
+        """One over the product of the widths of each entry (e,)."""
+        if ("precision", dtype) not in self._cache:
+            found = self._cache["precision", dtype] = self.once.to(dtype)
+            for part in self.parts():
+                own, other = self.sigma[self.row[part] + self.start], self.sigma[self.col[part]]
+                found[part] = 1 / (own * other + 1e-10)
+        return self._cache["precision", dtype]
+
     def parts(self) -> list[slice]:
         """Entries in parts, see ``_ENTRIES``."""
         count = self.row.numel()
@@ -90,7 +99,7 @@ class HeldWalk(TensorRecord):
     def spans(self, pos: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """Differences of the positions of some entries (p, 2), and their precision (p,)."""
         own = pos.index_select(0, self.row[part] + self.start)
-        return own - pos.index_select(0, self.col[part]), self.precision[part].to(pos.dtype)
+        return own - pos.index_select(0, self.col[part]), self.precision(pos.dtype)[part]
 
     def entropy(self, pos: Tensor) -> Tensor:
         """See :func:`~ipar_sparse.supervision.losses.walk_entropy_loss`."""
@@ -133,11 +142,10 @@ def held_walk(pos: Tensor, index: Tensor, steps: int, sampled: bool) -> HeldWalk
     return HeldWalk(
         pos=pos,
         sigma=sigma,
-        row=row,
-        col=col,
+        row=row.int(),
+        col=col.int(),
         rowptr=rowptr,
         once=count[pair] == 1,
-        precision=1 / (sigma[row + start] * sigma[col] + 1e-10),
         start=start,
         each=each,
         steps=steps,
@@ -150,12 +158,15 @@ class _Transition(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pos, walk):
-        logit = walk.once.to(pos.dtype) * math.log(0.5)
-        for part in walk.parts():
-            span, precision = walk.spans(pos, part)
-            logit[part] -= span.square().sum(-1) * precision
-        values, norm = segment_softmax(logit, walk.row, walk.num_rows)
-        ctx.walk = walk
+        ctx.walk, ctx.kernels = walk, _kernels(pos)
+        if ctx.kernels is None:
+            logit = walk.once.to(pos.dtype) * math.log(0.5)
+            for part in walk.parts():
+                span, precision = walk.spans(pos, part)
+                logit[part] -= span.square().sum(-1) * precision
+            values, norm = segment_softmax(logit, walk.row.long(), walk.num_rows)
+        else:
+            values, logit, norm = ctx.kernels.transition(pos, walk)
         ctx.save_for_backward(pos, values)
         ctx.mark_non_differentiable(logit, norm)
         return values, logit, norm
@@ -164,6 +175,8 @@ class _Transition(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, *_):
         walk, (pos, values) = ctx.walk, ctx.saved_tensors
+        if ctx.kernels is not None:
+            return ctx.kernels.transition_backward(pos, values, grad, walk), None
         slope = values * grad
         mean = slope.new_zeros(walk.num_rows).index_add_(0, walk.row, slope)
         slope -= values * mean.index_select(0, walk.row)
@@ -186,10 +199,16 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, turned, reference, walk, rows):
         learns, m, dtype = ctx.needs_input_grad[0], walk.num_rows, values.dtype
+        kernels, width = _kernels(values), _width(walk, values.element_size())
+        if kernels is not None:
+            given = (values, turned, reference, walk, rows)
+            total, d_values = kernels.divergence(*given, width, learns)
+            ctx.save_for_backward(d_values)
+            return total
         ahead, true, back = (_matrix(walk, one) for one in (turned, reference, values))
         d_values, total = torch.zeros_like(values), values.new_zeros(())
         own = torch.arange(walk.start, walk.start + m, device=rows.device).unsqueeze(-1)
-        for part in rows.split(_width(walk, values.element_size())):
+        for part in rows.split(width):
             q = p = (own == part).to(dtype)
             states, slopes = [q], []
             for s in range(walk.steps):
@@ -218,44 +237,57 @@ class _Divergence(torch.autograd.Function):
 
 
 def _matrix(walk: HeldWalk, values: Tensor) -> Tensor:
-    return csr(walk.rowptr, walk.col, values, (walk.num_rows, walk.each * size()))
+    return csr(walk.rowptr, walk.col.long(), values, (walk.num_rows, walk.each * size()))
 
 
 def _width(walk: HeldWalk, bytes_each: int) -> int:
-    """Walks carried at once, 8 to 128."""
-    numbers = 2 * walk.each * size() + 2 * walk.steps * walk.each
-    return max(8, min(128, STATE_BYTES // (bytes_each * numbers)))
+    """Walks carried at once: as many as the memory for their states allows, 16 to 128."""
+    numbers, width = 3 * walk.each * size() + 2 * walk.steps * walk.each, 128
+    while width > 16 and bytes_each * numbers * width > STATE_BYTES:
+        width //= 2
+    return width
+
+
+def _kernels(values: Tensor) -> ModuleType | None:
+    """Fused kernels for such values, where there are any."""
+    if values.dtype != torch.float32 or resolve_backend("auto", values) != "triton":
+        return None
+    from ..ops import triton_held_walk
+
+    return triton_held_walk
 
 
 @dataclass(frozen=True)
 class HeldStress(TensorRecord):
-    """Consecutive pairs of a stress target, of which a step draws a few.
+    """Consecutive pairs of a stress target on one slide, of which a step draws a few.
 
     Args:
-        pairs: those that are held.
+        edge_index: pairs that are held (2, c), int32.
+        dist, softening: of these, as in :class:`StressTarget` (c,).
         start: number of the first of them.
         total: pairs that all ranks hold.
     """
 
-    pairs: StressTarget
+    edge_index: Tensor
+    dist: Tensor
+    softening: Tensor | None
     start: int
     total: int
 
     def drawn(self, numbers: Tensor) -> StressTarget:
-        """Some pairs of all, on every rank, by their numbers (c,), the same on all."""
+        """Some pairs of all, on every rank, by their numbers (m,), the same on all."""
         place = numbers - self.start
-        held = (place >= 0) & (place < self.pairs.dist.numel())
-        place = place.clamp(0, self.pairs.dist.numel() - 1)
+        held = (place >= 0) & (place < self.dist.numel())
+        place = place.clamp(0, self.dist.numel() - 1)
 
         def taken(values: Tensor) -> Tensor:
             return summed(values[..., place].masked_fill(~held, 0))
 
-        soft, pairs = self.pairs.softening, taken(self.pairs.edge_index)
         return StressTarget(
-            edge_index=pairs,
-            dist=taken(self.pairs.dist),
-            edge_batch=torch.zeros_like(pairs[0]),
-            softening=None if soft is None else taken(soft),
+            edge_index=taken(self.edge_index).long(),
+            dist=taken(self.dist),
+            edge_batch=torch.zeros_like(numbers),
+            softening=None if self.softening is None else taken(self.softening),
         )
 
 
@@ -266,9 +298,9 @@ def held_stress(stress: StressTarget | HeldStress, drawn: int) -> StressTarget |
         stress: all pairs.
         drawn: pairs that a step draws.
     """
-    total = stress.total if isinstance(stress, HeldStress) else stress.dist.numel()
-    if isinstance(stress, HeldStress) or total <= max(drawn, size()):
+    if isinstance(stress, HeldStress) or stress.dist.numel() <= max(drawn, size()):
         return stress
+    total, soft = stress.dist.numel(), stress.softening
     start, end = (total * number // size() for number in (rank(), rank() + 1))
-    held = stress.drawn(torch.arange(start, end, device=stress.dist.device))
-    return HeldStress(held, start, total)
+    pairs, dist = stress.edge_index[:, start:end].int(), stress.dist[start:end].clone()
+    return HeldStress(pairs, dist, None if soft is None else soft[start:end].clone(), start, total)
