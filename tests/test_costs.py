@@ -62,6 +62,16 @@ def test_ranks_divide_the_expression_of_a_training(monkeypatch):
     assert saved(2, SLIDES.replace(data={"embedding": "obsm:X_pca"})) == 0
 
 
+def test_devices_that_share_a_slide_need_less_each(monkeypatch):
+    needed = []
+    for count in (1, 2, 4):
+        monkeypatch.setattr(costs, "ranks", lambda count=count: count)
+        needed.append(costs.training_cost([MILLION], [], SLIDES, True).device)
+    whole = needed[0] - needed[1]
+    assert whole / 2 < needed[1] - needed[2] < 0.55 * whole
+    assert needed[2] < 0.5 * needed[0]
+
+
 def test_a_gpu_that_is_too_small_is_named(free):
     free(1000)
     costs.check_training([MILLION], [], SLIDES, True, 200e9)

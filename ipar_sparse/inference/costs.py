@@ -39,6 +39,7 @@ WHOLE_CELL = 10_000
 """A cell of a whole slide that is trained on: embedding, graph both ways, targets; k = 100."""
 SHARED_CELLS = 200_000
 """Cells of a whole slide; several devices share the rows of a larger one."""
+_SHARED_CELL = 1_000  # of it on each device that shares it: embedding, positions, walks
 _STEP_CELL = 24_000  # and while a step runs; a third where recycles are computed again
 _HEADROOM = 0.95  # share of the free memory that may be taken
 KIND_FROM_CELLS: dict[str, dict[int, str]] = {"cpu": {0: "miniset"}, "cuda": {0: "miniset"}}
@@ -108,9 +109,11 @@ def training_cost(
         host += _MINISET_CELL * min(cells, MINISET_CELLS)
     if kind != "miniset":
         largest = max(size.cells for size in train)
-        step = _STEP_CELL / (3 if config.model.checkpoint_recycles else 1)
-        step /= ranks() if largest > SHARED_CELLS else 1
-        work += _width(config) * sum(WHOLE_CELL * size.cells for size in sizes)
+        devices = ranks() if largest > SHARED_CELLS else 1
+        step = _STEP_CELL / (3 if config.model.checkpoint_recycles else 1) / devices
+        kept = WHOLE_CELL if devices == 1 else _SHARED_CELL + WHOLE_CELL / devices
+        work += _width(config) * sum(kept * size.cells for size in train)
+        work += _width(config) * sum(WHOLE_CELL * size.cells for size in val)
         work += _width(config) * step * largest
     return Cost(host, _DEVICE_TRAINING + work) if on_gpu else Cost(host + work)
 

@@ -1,5 +1,7 @@
 """Spatial neighbour lists and undirected pairs, from which targets are built."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
@@ -120,12 +122,19 @@ def touching_pairs(index: Tensor, start: int, end: int) -> tuple[Tensor, Tensor,
         part = directed_pairs(index[first : first + _ROWS])
         part[1] += first
         pairs.append(part[:, ((part >= start) & (part < end)).any(0)])
-    return unique_pairs(torch.cat(pairs, dim=1), len(index))
+    return unique_pairs(pairs, len(index))
 
 
-def unique_pairs(pairs: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Undirected pairs low < high, each once in ascending order, and how often each occurred."""
-    key = torch.minimum(pairs[0], pairs[1]) * n + torch.maximum(pairs[0], pairs[1])
+def unique_pairs(parts: Iterable[Tensor], n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Undirected pairs low < high, each once in ascending order, and how often each occurred.
+
+    Args:
+        parts: pairs (2, m), which are needed one after the other.
+        n: number of nodes.
+    """
+    keys = [torch.minimum(*pairs) * n + torch.maximum(*pairs) for pairs in parts]
+    key = torch.cat(keys) if len(keys) > 1 else keys[0]
+    del keys
     # NumPy sorts integers several times faster than torch does on the host
     key = key.sort().values if key.is_cuda else torch.from_numpy(np.sort(key.numpy()))
     key, count = key.unique_consecutive(return_counts=True)

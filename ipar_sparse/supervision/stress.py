@@ -1,6 +1,6 @@
 """Pairs of nodes and their true distances: the stress family of IPA-Lite, and multiscale pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ _SCALE_FACTOR = 8  # between the densities at which multiscale pairs are sampled
 _SCALE_PARTNERS = 6
 _SMALLEST_SUBSET = 32
 _SOFTENING = 0.25  # of the distance to the sixth neighbour
+_PAIRS = 1 << 24  # whose distances are computed at once
 _ROWS = 1 << 16  # nodes whose candidate partners are held at once
 
 
@@ -72,12 +73,12 @@ def stress_from_neighbors(
     """
     landmarks = max(8, (MINISET_LIMIT if sampled else len(pos)) // 16)
     partners = _sampled_ring_pairs if sampled else _ring_pairs
-    pairs = [
-        directed_pairs(neighbors),
-        partners(pos, _PARTNERS, seed),
-        _landmark_pairs(pos, landmarks),
-    ]
-    return _stress_of_pairs(pos, torch.cat(pairs, dim=1))
+    kinds = (
+        lambda: directed_pairs(neighbors),
+        lambda: partners(pos, _PARTNERS, seed),
+        lambda: _landmark_pairs(pos, landmarks),
+    )
+    return _stress_of_pairs(pos, (pairs() for pairs in kinds))
 
 
 def multiscale_pairs(pos: Tensor, seed: int) -> StressTarget:
@@ -92,8 +93,7 @@ def multiscale_pairs(pos: Tensor, seed: int) -> StressTarget:
     while groups == 1 or n // groups >= _SMALLEST_SUBSET:
         lists.append(sampled_neighbors(pos, k, groups, rng))
         groups *= _SCALE_FACTOR
-    pairs = torch.cat([directed_pairs(index) for index in lists], dim=1)
-    stress = _stress_of_pairs(pos, pairs)
+    stress = _stress_of_pairs(pos, map(directed_pairs, lists))
     if not k:
         return stress
     reach = (pos[lists[0]] - pos.unsqueeze(1)).square().sum(-1).amax(-1).sqrt()
@@ -114,12 +114,17 @@ def collate_stress(stresses: Sequence[StressTarget], node: Sequence[int]) -> Str
     )
 
 
-def _stress_of_pairs(pos: Tensor, pairs: Tensor) -> StressTarget:
+def _stress_of_pairs(pos: Tensor, pairs: Iterable[Tensor]) -> StressTarget:
     low, high, _ = unique_pairs(pairs, len(pos))
-    dist = (pos[low] - pos[high]).square().sum(-1).sqrt()
+    dist = torch.empty_like(low, dtype=pos.dtype)
+    for own, other, part in zip(
+        low.split(_PAIRS), high.split(_PAIRS), dist.split(_PAIRS), strict=True
+    ):
+        part.copy_((pos[own] - pos[other]).square().sum(-1).sqrt())
     keep = dist > 1e-8
-    edge_index = torch.stack([low[keep], high[keep]])
-    return StressTarget(edge_index, dist[keep], torch.zeros_like(edge_index[0]))
+    if not bool(keep.all()):
+        low, high, dist = low[keep], high[keep], dist[keep]
+    return StressTarget(torch.stack([low, high]), dist, torch.zeros_like(low))
 
 
 def _ring_pairs(pos: Tensor, partners: int, seed: int) -> Tensor:

@@ -181,7 +181,7 @@ def walk_from_neighbors(
     """
     n = len(pos)
     sigma = sigma_of(pos, index)
-    low, high, count = unique_pairs(directed_pairs(index), n)
+    low, high, count = unique_pairs([directed_pairs(index)], n)
     num_pairs = len(low)
     row, col = torch.cat([low, high]), torch.cat([high, low])
     key = row * n + col
