@@ -51,6 +51,19 @@ def test_it_is_the_mean_of_posterior_and_nearest_cells():
         torch.testing.assert_close(found(h), (weight @ grid + near) / 2)
 
 
+def test_its_density_is_the_mean_of_bumps_around_cells():
+    rng, angle = np.random.default_rng(0), np.linspace(0, 6, 300)
+    ring = np.stack([np.cos(angle), 0.6 * np.sin(angle)], axis=1)  # holes hold no tissue
+    places = [torch.from_numpy(ring + 0.05 * rng.standard_normal(ring.shape)) for _ in range(2)]
+    weight = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    learned = fit_tissue_field(places, places, weight)
+    bumps = [torch.exp(-torch.cdist(learned.grid, x).square() / (2 * 0.08**2)) for x in places]
+    density = sum(w * one.mean(1) for w, one in zip(weight, bumps, strict=True))
+    tissue = density >= 0.1 * density.mean()
+    assert torch.equal(learned.log_density.isfinite(), tissue) and 0 < tissue.sum() < len(tissue)
+    torch.testing.assert_close(learned.log_density[tissue], density[tissue].log())
+
+
 def test_its_state_can_be_loaded_into_an_atlas_of_as_many_cells():
     fitted = Atlas(5).fit([slide(0, n=80), slide(1, n=60), slide(2, n=50)])
     loaded = Atlas(5, cells=fitted.cells)

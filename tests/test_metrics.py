@@ -7,16 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial import procrustes as scipy_procrustes
 from scipy.spatial.distance import pdist, squareform
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr, rankdata, spearmanr
 
 from ipar_sparse.geometry.alignment import align
+from ipar_sparse.geometry.gauge import gauge_fix
 from ipar_sparse.geometry.neighborhoods import TrueNeighborhoods, unit_gauge
 from ipar_sparse.metrics.correlation import spearman
 from ipar_sparse.metrics.layout import (
     distance_metrics,
+    distance_ranks,
     distance_spearman,
     evaluate_layout,
     metric_info,
+    mid_ranks,
     neighborhood_metrics,
     procrustes_metrics,
 )
@@ -60,6 +63,18 @@ def test_distance_metrics_equal_their_definitions():
     residual = [np.square(d - b * delta).sum() / np.square(d).sum() for b in scales]
     assert got["stress_1"] == pytest.approx(math.sqrt(min(residual)), abs=1e-6)
     assert "stress_1_se" not in got
+
+
+@pytest.mark.parametrize("values", [[3.0, 1.0, 3.0, 3.0, 2.0, 1.0], [0.5], [2.0, 2.0], [2.0, 1.0]])
+def test_equal_values_share_the_mean_of_their_ranks(values):
+    assert mid_ranks(torch.tensor(values)).tolist() == rankdata(values).tolist()
+
+
+def test_distances_have_the_same_ranks_wherever_they_are_found():
+    grid = np.stack(np.meshgrid(np.arange(12.0), np.arange(9.0)), -1).reshape(-1, 2)
+    for pos in (grid, tissue(120), np.zeros((20, 2))):
+        there = torch.pdist(gauge_fix(torch.from_numpy(pos))).round(decimals=10)
+        assert np.array_equal(mid_ranks(there).numpy(), distance_ranks(pos))
 
 
 def test_procrustes_equals_scipy_and_misplacement_is_its_root():

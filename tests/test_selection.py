@@ -14,6 +14,7 @@ from ipar_sparse.inference import costs
 from ipar_sparse.inference.predictor import Predictor
 from ipar_sparse.inference.run_folder import LAST, read_meta
 from ipar_sparse.layout.uncertainty import square_errors
+from ipar_sparse.train import brief, encoder
 from ipar_sparse.train.brief import load_kernels
 from ipar_sparse.train.cross_validation import donor_folds
 from ipar_sparse.train.fit import fit, fit_encoder
@@ -270,3 +271,25 @@ def test_kernels_are_loaded_by_steps_on_walks_of_every_length(init, monkeypatch)
     assert {walk for walk, _, _ in taken.values()} == {3, 4, 5}
     assert {n % 16 == 0 for n in taken} == {True, False} and max(taken) == 384
     assert all(np.isfinite(loss) and weight > 0 for _, loss, weight in taken.values())
+
+
+def test_kernels_of_encoder_and_placing_are_loaded_too(monkeypatch):
+    loss, refine, taken = encoder.encoder_loss, brief.steps.refine, {"losses": [], "moved": []}
+
+    def noted_loss(*given):
+        found = loss(*given)
+        taken["losses"].append(float(found["loss"].detach()))
+        return found
+
+    def noted_refine(pos, graph, config):
+        found = refine(pos, graph, config)
+        taken["moved"].append(float((found - pos).norm()))
+        return found
+
+    monkeypatch.setattr(encoder, "encoder_loss", noted_loss)
+    monkeypatch.setattr(brief.steps, "refine", noted_refine)
+    values = {**DEFAULT_SELECTION, "data.target_sum": 1e4, "data.normalized": False}
+    config = load_config(None, SMALL).with_values({**values, "train.steps_per_epoch": 6})
+    load_kernels(config, 16, torch.device("cpu"), [f"gene{number}" for number in range(60)])
+    assert len(taken["losses"]) == 3 and np.isfinite(taken["losses"]).all()
+    assert len(taken["moved"]) == 1 and 0 < taken["moved"][0] < np.inf

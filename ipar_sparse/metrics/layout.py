@@ -7,12 +7,14 @@ has none.
 """
 
 import numpy as np
+import torch
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import pdist
 from scipy.stats import rankdata
 from torch import Tensor
 
 from ..geometry.alignment import align, two_layouts
+from ..geometry.gauge import gauge_fix
 from ..geometry.neighborhoods import (
     TrueNeighborhoods,
     as_layout,
@@ -105,8 +107,21 @@ def distance_spearman(pred: Tensor | np.ndarray, true: Tensor | np.ndarray) -> f
 
 
 def distance_ranks(layout: Tensor | np.ndarray) -> np.ndarray:
-    """Mid-ranks of all pairwise distances (pairs,): Pearson correlation of two is Spearman's."""
+    """Mid-ranks of all pairwise distances (pairs,): Pearson correlation of two is Spearman's.
+
+    Those of a layout on a GPU are found there.
+    """
+    if isinstance(layout, Tensor) and layout.is_cuda:
+        return mid_ranks(torch.pdist(gauge_fix(layout.double())).round(decimals=10)).cpu().numpy()
     return rankdata(np.round(pdist(unit_gauge(as_layout(layout))), 10))
+
+
+def mid_ranks(values: Tensor) -> Tensor:
+    """Ranks of values (m,), counted from 1; those of equal ones are their mean. float64."""
+    rising, order = values.sort()
+    _, group, count = torch.unique_consecutive(rising, return_inverse=True, return_counts=True)
+    middle = count.cumsum(0) - (count - 1).double() / 2
+    return middle.new_empty(len(values)).index_copy_(0, order, middle[group])
 
 
 def procrustes_metrics(pred: Tensor | np.ndarray, true: Tensor | np.ndarray) -> dict[str, float]:

@@ -119,17 +119,17 @@ class HeldOutSlide:
 
     def score(self, layout: Tensor) -> tuple[float, float]:
         """Distance Spearman, of all pairs of some cells, and neighbour hit of a layout (n, 2)."""
-        layout = layout.double().cpu()
+        layout = layout.double()
         rows, true = self._pairs
-        distance, _ = pearson(distance_ranks(layout[rows]), true)
+        distance, _ = pearson(distance_ranks(layout[rows.to(layout.device)]), true)
         found = true_edges(knn(layout, NEIGHBORS), self._near, NEIGHBORS)
         return distance, float((found / np.maximum(self._near.size[NEIGHBORS], 1)).mean())
 
     @cached_property
-    def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs(self) -> tuple[Tensor, np.ndarray]:
         """Cells between which distances are compared, and the ranks of the true ones."""
         rows = np.random.default_rng(0).permutation(len(self.pos))[:_DISTANCE_CELLS]
-        return rows, distance_ranks(self.pos[rows])
+        return torch.from_numpy(rows), distance_ranks(self.pos[rows])
 
     @cached_property
     def _near(self) -> TrueNeighborhoods:

@@ -220,7 +220,7 @@ def select_settings(
     else:
         if loop.device.type == "cuda" and values["model.recycling"]:
             width = request.encoder.out if genes is not None else slides[0].embedding.shape[1]
-            load_kernels(given.with_values(values), width, loop.device)
+            load_kernels(given.with_values(values), width, loop.device, genes)
         count = len(groups) * sum(len(choice.candidates) for choice in choices)
         with stage("Cross-validation", total=count) as task:
             folds = _folds(groups, donors, request, values, genes, budget, loop)
