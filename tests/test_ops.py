@@ -8,6 +8,7 @@ import torch
 from ipar_sparse import ops
 from ipar_sparse.graph import NeighborTable, knn
 from ipar_sparse.ops import chunked, segment
+from ipar_sparse.ops.linear import Linear
 
 
 def random_table(n, k, generator, kind="random"):
@@ -305,3 +306,22 @@ def test_torch_scatter_sums_are_torchs_own(monkeypatch):
         results.append([out, soft, *grads])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layer_is_torchs(bias):
+    generator = torch.Generator().manual_seed(0)
+    layer = Linear(37, 19, bias=bias)
+    plain = torch.nn.Linear(37, 19, bias=bias, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    wide = torch.randn(53, 74, generator=generator)
+    for view in (wide[:, :37], wide[:, ::2], wide[:37, :53].T, wide[:0, :37], wide[0, :37]):
+        results = []
+        for given, x in ((layer, view), (plain, view.double())):
+            x = x.requires_grad_()
+            leaves = [x, *given.parameters()]
+            first = torch.autograd.grad(given(x).square().sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(first[0].square().sum(), leaves[:2])
+            results.append([given(x), *first, *second])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..graph import NeighborTable
+from ..ops.linear import Linear
 from ..ops.reference import attention_logits
 from .lazy import defer, materialize
 from .pyg import (
@@ -162,12 +163,12 @@ class IPALiteConv(MessagePassing):
         """The modules whose shapes depend on the widths of states."""
         inner, keys = self.heads * self.head_channels, self._qk
         return {
-            "lin_query": nn.Linear(c_dst, inner, bias=False) if keys else None,
-            "lin_key": nn.Linear(c_src, inner, bias=False) if keys else None,
-            "lin_value": nn.Linear(c_src, inner, bias=False),
+            "lin_query": Linear(c_dst, inner, bias=False) if keys else None,
+            "lin_key": Linear(c_src, inner, bias=False) if keys else None,
+            "lin_value": Linear(c_src, inner, bias=False),
             "norm": nn.LayerNorm(c_dst),
             "mlp": nn.Sequential(
-                nn.Linear(c_dst + inner, 2 * c_dst), nn.GELU(), nn.Linear(2 * c_dst, c_dst)
+                Linear(c_dst + inner, 2 * c_dst), nn.GELU(), Linear(2 * c_dst, c_dst)
             ),
             "terms": nn.ModuleDict(
                 {

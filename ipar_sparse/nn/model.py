@@ -14,6 +14,7 @@ from ..distributed import all_rows, rows_of, shares_rows
 from ..geometry.gauge import gauge_fix
 from ..graph import NeighborTable
 from ..graph.order import reorder
+from ..ops.linear import Linear
 from .conv import IPALiteConv, as_edge_index
 from .pyg import Adj, inits
 from .terms import LearnedScalars, PairBias
@@ -107,11 +108,9 @@ class IPALiteModel(nn.Module):
         self.checkpoint_recycles = checkpoint_recycles
         self.reorder = reorder
         self.mlp_state = nn.Sequential(
-            nn.Linear(in_channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels)
+            Linear(in_channels, 2 * channels), nn.GELU(), Linear(2 * channels, channels)
         )
-        self.mlp_pos = nn.Sequential(
-            nn.Linear(in_channels, channels), nn.GELU(), nn.Linear(channels, 2)
-        )
+        self.mlp_pos = nn.Sequential(Linear(in_channels, channels), nn.GELU(), Linear(channels, 2))
         recycles = range(1, num_recycles + 1)
         scheduled = set(recycles if geo_schedule is None else geo_schedule)
         if num_recycles < 0:

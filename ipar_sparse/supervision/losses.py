@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
 
 from ..geometry.gauge import gauge_fix
 from ..graph import NeighborTable
@@ -470,20 +471,28 @@ class _WalkStep(torch.autograd.Function):
     def forward(ctx, values, state, walk):
         ctx.walk = walk
         ctx.save_for_backward(values, state)
-        return _csr(walk, values.index_select(0, walk.transposed)) @ state
+        return _product(walk, values.index_select(0, walk.transposed), state)
 
     @staticmethod
     def backward(ctx, grad):
         walk = ctx.walk
         values, state = ctx.saved_tensors
-        matrix = _csr(walk, values)
         grad_values = grad_state = None
         if ctx.needs_input_grad[0]:
-            sampled = torch.sparse.sampled_addmm(matrix, state, grad.t(), beta=0.0)
-            grad_values = sampled.values()
+            grad_values = torch.zeros_like(values)
+            place = _csr(walk, grad_values)
+            torch.sparse.sampled_addmm(place, state, grad.t(), out=place)
         if ctx.needs_input_grad[1]:
-            grad_state = matrix @ grad
+            grad_state = _product(walk, values, grad)
         return grad_values, grad_state, None
+
+
+def _product(walk: WalkTarget, values: Tensor, state: Tensor) -> Tensor:
+    """The matrix of these values times states (n, m)."""
+    if state.is_cuda:
+        return _csr(walk, values) @ state
+    given = walk.col, state.contiguous(), walk.rowptr[:-1]
+    return embedding_bag(*given, mode="sum", per_sample_weights=values)
 
 
 def _csr(walk: WalkTarget, values: Tensor) -> Tensor:
