@@ -187,7 +187,7 @@ def step_time(job: dict) -> dict:
         "train.minisets=1",
         "model.init=pca",
     ]
-    return _timed_steps(job, load_config(overrides=settings), device)
+    return _timed_steps(job, load_config(overrides=[*settings, *job["settings"]]), device)
 
 
 def _timed_steps(job: dict, config: RunConfig, device: torch.device) -> dict:
@@ -197,6 +197,7 @@ def _timed_steps(job: dict, config: RunConfig, device: torch.device) -> dict:
     batches, loop = Batches(slides, [], config, device), _Timed(device, waits=True)
     prepared = time.perf_counter() - began
     if device.type == "cuda":
+        prepared_gib = torch.cuda.max_memory_allocated(device) / 2**30
         torch.cuda.reset_peak_memory_stats(device)
     train_model(parts, batches, loop)
     times = torch.tensor(loop.times).diff()[WARM - 1 :]
@@ -211,6 +212,7 @@ def _timed_steps(job: dict, config: RunConfig, device: torch.device) -> dict:
     }
     if device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        found["peak_gib_to_prepare"] = prepared_gib
     return found
 
 
@@ -263,13 +265,17 @@ def _files(folder: Path, slides: int, cells: int) -> list[str]:
     return [*map(str, paths)]
 
 
-def plan(sizes: list[int], counts: list[int], cells: int, device: str) -> list[dict]:
+def plan(
+    sizes: list[int], counts: list[int], cells: int, device: str, settings: list[str]
+) -> list[dict]:
     """All parts, each with a time limit in seconds."""
     jobs: list[dict] = [{"task": "bandwidth", "limit": 60}]
     small = {"task": "equality", "n": 1500 if device == "cuda" else 200, "limit": 100}
     jobs += [small | {"precision": "float64"}]
-    steps = {"width": 128, "steps": 8}
-    jobs += [{"task": "rows", "n": n, "slides": 1, "limit": 150} | steps for n in sizes]
+    steps = {"width": 128, "steps": 8, "settings": settings}
+    limits = [max(150, n // 20_000) for n in sizes]  # seconds
+    one = {"task": "rows", "slides": 1} | steps
+    jobs += [one | {"n": n, "limit": limit} for n, limit in zip(sizes, limits, strict=True)]
     jobs += [{"task": "slides", "n": cells, "slides": SLIDES, "limit": 120} | steps]
     jobs += [small | {"precision": "float32", "limit": 150}]
     jobs += [{"task": "memory", "slides": 8, "n": 5_000, "limit": 150}]
@@ -353,6 +359,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=CELLS, help="of each of the 16 slides")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=8.5, help="of all parts together")
+    parser.add_argument("--set", action="append", default=[], help="a setting of timed steps")
     parser.add_argument("--tasks", help="some of them, with commas between")
     parser.add_argument("--out", type=Path, default=Path("devices"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -370,7 +377,7 @@ def main() -> None:
     began, rows = time.monotonic(), []
     given.out.mkdir(parents=True, exist_ok=True)
     counts, sizes = ([int(x) for x in text.split(",")] for text in (given.devices, given.sizes))
-    jobs = plan(sizes, counts, given.cells, given.device)
+    jobs = plan(sizes, counts, given.cells, given.device, given.set)
     for job in (j for j in jobs if not given.tasks or j["task"] in given.tasks.split(",")):
         left = 60 * given.minutes - (time.monotonic() - began)
         job["limit"] = min(job["limit"], math.floor(left))
