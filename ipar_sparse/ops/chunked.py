@@ -33,7 +33,7 @@ BLOCK_VALUES = 1 << 24  # edge values of a block of attention: 64 MiB in float32
 _GATHER_VALUES = 1 << 25  # gathered node values of a block on CUDA
 _DENSE_NODES = 4  # times k: a graph of at most so many nodes runs on all pairs
 _KEPT_EDGES = 1 << 17  # edges of a gate whose hidden layers are kept: 64 MiB
-GATE_EDGES = 1 << 11  # edges of a block of the gate: its (edges, 2d) features fit the caches
+GATE_EDGES = 1 << 12  # edges of a block of the gate: its (edges, 2d) features fit the caches
 behind_relu = torch.ops.aten.threshold_backward
 
 
