@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
 from types import ModuleType
 
-from torch import _jit_internal
+import torch
 
 _LATER = ("torch._dynamo", "torch_geometric.datasets")
 
@@ -35,11 +35,16 @@ class _Postponing:
 @contextmanager
 def _postponed() -> Iterator[None]:
     sys.meta_path.insert(0, _Postponing)
-    check, _jit_internal._check_overload_body = _jit_internal._check_overload_body, lambda _: None
+    # torch's own, and in no way promised: where it is not, texts are parsed
+    jit, check = getattr(torch, "_jit_internal", None), "_check_overload_body"
+    parsing = getattr(jit, check, None)
+    if parsing is not None:
+        setattr(jit, check, lambda _: None)
     try:
         yield
     finally:
-        _jit_internal._check_overload_body = check
+        if parsing is not None:
+            setattr(jit, check, parsing)
         sys.meta_path.remove(_Postponing)
         for name in _LATER:
             if type(sys.modules.get(name, sys)) is not ModuleType:  # not loaded yet
