@@ -1,7 +1,7 @@
 """Slides that ranks divide among themselves: one holds the expression of each.
 
 The others know all else of it. What follows from a slide's expression is computed by the rank that
-holds it, and told to all, so that ranks compute what one computes and none holds all expression.
+holds it, and told to all. So ranks compute what one computes, and none holds all expression.
 """
 
 from __future__ import annotations

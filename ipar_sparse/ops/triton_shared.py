@@ -3,7 +3,7 @@
 In local order neighbouring destinations have sources in common. A group of them runs over the
 union of its sources in tiles; products are dense blocks of group x union on tensor cores, and the
 edges are a mask. A tile of slots says which of the k edges of a row joins a destination and a
-source, so that the bias is read where there is an edge. The pass over sources does the same with
+source. The bias is read where there is an edge. The pass over sources does the same with
 groups of sources and the union of their destinations. Tiles are built once a graph.
 
 What depends on positions is a product of 16 columns, see :func:`_source_parts_kernel`: numbers are
