@@ -179,6 +179,11 @@ def test_a_bad_training_slide_stops_before_anything_is_made(
         (["--config", "missing.yaml"], ["missing.yaml", "No such file"]),
         (["--preset", "v9"], ["unknown preset 'v9'", "v1"]),
         (["--select", "some"], ["--select", "'quick', 'full', 'none'"]),
+        (
+            ["--device", "cpu", "--set", "graph.backend=partitioned"],
+            ["graph.backend=partitioned needs a GPU", "graph.backend=auto"],
+        ),
+        (["--device", "cpu", "--set", "model.backend=triton"], ["needs a GPU"]),
         (["--device", "abacus"], ["device 'abacus'", "cpu"]),
         (["--seed", "-1"], ["--seed"]),
         (["--epochs", "3"], ["--epochs", "train --help"]),

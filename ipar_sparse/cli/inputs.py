@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from .watched import loading
 if TYPE_CHECKING:
     import torch
 
-    from ..config import DataConfig
+    from ..config import DataConfig, RunConfig
     from ..data.slide import Slide
     from ..inference.predictor import Predictor
 
@@ -79,6 +80,22 @@ def check_device(device: str) -> None:
             resolve_device(device)
 
 
+def check_backends(config: RunConfig, device: str | None) -> None:
+    """Refuses a backend whose library or device is not there, told without torch."""
+    libraries = {"triton": "triton", "partitioned": "triton"}
+    libraries |= {name: name for name in ("faiss", "torch_cluster")}
+    for key in ("graph.backend", "model.backend"):
+        name = config.get(key)
+        library = libraries.get(name)
+        if library == "triton" and not computes_on_gpu(device):
+            raise UserError(f"{key}={name} needs a GPU; use one, or train with {key}=auto")
+        if library is not None and find_spec(library) is None:
+            raise UserError(
+                f"{key}={name} needs {library}, which is not installed; install it, or train with "
+                f"{key}=auto"
+            )
+
+
 def check_inputs(
     run: Path,
     sources: Sequence[Path],
@@ -106,6 +123,7 @@ def check_inputs(
 
     config = RunConfig.load(run)
     read_meta(find_checkpoint(run))
+    check_backends(config, device)
     data = reading_settings(run, config, **reading)
     optional = "slide_key" not in reading
     for source in sources:

@@ -12,7 +12,7 @@ from ..distributed import from_first, is_restart, leads
 from ..errors import UserError
 from . import options
 from .folders import check_resume, what_is_left
-from .inputs import check_device, check_no_leak, computes_on_gpu
+from .inputs import check_backends, check_device, check_no_leak, computes_on_gpu
 from .messages import Stopped, is_out_of_memory, out_of_memory, say
 from .options import OUTPUT, RUNNING, flag, given
 from .watched import loading
@@ -172,6 +172,7 @@ def train(
             cells, reading_cells(settings.data), require_pos=False, slide_key_optional=True
         )
         check_training(sizes, held, settings, computes_on_gpu(device or settings.train.device))
+    check_backends(settings, device or settings.train.device)
     check_device(device or settings.train.device)
     if resume:
         recorded = recorded_slides(out, [*slides, *val], settings)
